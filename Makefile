@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all the set-up by themselves. An active environment (venv or
+# conda) is used as it is, otherwise .venv is made here.
+
+SHELL := /bin/bash
+CONFIG := configs/scenes/panoptic/mask2former_swin_mini_expedited.yaml
+
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+ENVIRONMENT := $(or $(ACTIVE),.venv)
+PYTHON := $(ENVIRONMENT)/bin/python
+STAMP := $(ENVIRONMENT)/.expedite_d2.stamp
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help build demo test lint clean
+
+help:
+	@echo "make demo    environment, build, and the demo: baseline against expedited on embedded scenes"
+	@echo "make test    environment, build, and the whole test suite"
+	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
+	@echo "make build   environment and build alone"
+	@echo "make clean   remove what the build made (never .venv, caches or results)"
+
+build: $(STAMP)
+
+demo: $(STAMP)
+	$(PYTHON) train_net.py --eval-only --compare --config-file $(CONFIG) OUTPUT_DIR output/demo
+
+test: $(STAMP)
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy expedite_d2 train_net.py
+	git ls-files 'csrc/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(ENVIRONMENT)/bin/clang-format --dry-run --Werror
+
+# The environment and the build are one stamp: whatever the build reads makes it stale.
+$(STAMP): $(SOURCES)
+ifeq ($(ACTIVE),)
+	test -x $(PYTHON) || python3 -m venv $(ENVIRONMENT)
+endif
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expedite_d2 needs Python >= 3.10")'
+	$(PYTHON) -c 'import torch, torchvision' 2>/dev/null || $(PYTHON) -m pip install torch torchvision
+	$(PYTHON) -m pip install --quiet 'setuptools>=77' wheel ninja
+	$(PYTHON) -m pip install --no-build-isolation -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf build expedite_d2.egg-info expedite_d2/_C*.so $(STAMP)

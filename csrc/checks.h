@@ -1,0 +1,130 @@
+// Checks of the operators' arguments, the same for the CPU and the CUDA entries. The public Python
+// functions have already checked what a user can get wrong; these hold for whoever calls
+// torch.ops.expedite_d2 directly, so that no kernel ever reads out of bounds.
+//
+// Every message names the operator, the argument, what was expected and what came.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
+#include <c10/util/OptionalArrayRef.h>
+
+#include "grid.h"
+
+namespace expedite_d2 {
+
+// (B, H, W, C) in a floating type that the kernels are compiled for.
+inline void check_tokens(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.dim() == 4, op, ": expected ", name, " of shape (B, H, W, C), got ",
+                    tensor.sizes());
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, op,
+                   ": expected ", name, " of float32, bfloat16 or float16, got ", type);
+}
+
+inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor,
+                              const char* like_name, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), op, ": expected ", name, " on the device of ",
+                    like_name, ", ", like.device(), ", got ", tensor.device());
+}
+
+inline void check_same_type(const char* op, const char* name, const at::Tensor& tensor,
+                            const char* like_name, const at::Tensor& like) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), op, ": expected ", name,
+                   " of the type of ", like_name, ", ", like.scalar_type(), ", got ",
+                   tensor.scalar_type());
+}
+
+inline void check_shape(const char* op, const char* name, const at::Tensor& tensor,
+                        at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": expected ", name, " of shape ", shape, ", got ",
+                    tensor.sizes());
+}
+
+inline void check_neighbourhood(const char* op, int64_t neighbourhood) {
+  TORCH_CHECK_VALUE(neighbourhood >= 1 && neighbourhood % 2 == 1 &&
+                        neighbourhood <= std::numeric_limits<int32_t>::max() / 2,
+                    op, ": expected neighbourhood to be odd and at least 1, got ", neighbourhood);
+}
+
+// (B,) of float32, beside the tokens.
+inline void check_spread(const char* op, const std::optional<at::Tensor>& spread,
+                         const at::Tensor& tokens) {
+  if (!spread.has_value()) {
+    return;
+  }
+  check_same_device(op, "spread", *spread, "tokens", tokens);
+  TORCH_CHECK_TYPE(spread->scalar_type() == at::kFloat, op, ": expected spread of float32, got ",
+                   spread->scalar_type());
+  check_shape(op, "spread", *spread, {tokens.size(0)});
+}
+
+// Checks `clusters` (h, w) and `window` (M_h, M_w) against checked tokens (B, H, W, C).
+inline Grid make_grid(const char* op, const at::Tensor& tokens, at::IntArrayRef clusters,
+                      at::OptionalIntArrayRef window) {
+  TORCH_CHECK_VALUE(clusters.size() == 2 && clusters[0] >= 1 && clusters[1] >= 1, op,
+                    ": expected clusters to be two positive integers, got ", clusters);
+  TORCH_CHECK_VALUE(
+      !window.has_value() || (window->size() == 2 && (*window)[0] >= 1 && (*window)[1] >= 1), op,
+      ": expected window to be two positive integers, got ", window.value_or(at::IntArrayRef()));
+  WindowAxis axes[2];
+  for (const int axis : {0, 1}) {
+    const int64_t size = tokens.size(1 + axis);
+    // An empty grid has no window to divide by; its single window has no token either.
+    const int64_t side = window.has_value() ? (*window)[axis] : std::max<int64_t>(size, 1);
+    // geometry.h multiplies sizes by cells in 32 bits.
+    const int64_t limit = std::numeric_limits<int32_t>::max() / 2;
+    TORCH_CHECK_VALUE(side <= limit && clusters[axis] <= limit &&
+                          std::max(size, side) + 1 <= limit / (clusters[axis] + 1),
+                      op, ": expected fewer tokens and clusters along a side, got ", size,
+                      " tokens, windows of ", side, " and ", clusters[axis], " clusters");
+    axes[axis] = {static_cast<int32_t>(size), static_cast<int32_t>(side),
+                  static_cast<int32_t>(clusters[axis])};
+  }
+  const Grid grid{axes[0], axes[1]};
+  TORCH_CHECK_VALUE(
+      int64_t{grid.rows.cells()} * grid.columns.cells() <= std::numeric_limits<int32_t>::max(), op,
+      ": expected a map of fewer than 2**31 centres, got ", grid.rows.cells(), " x ",
+      grid.columns.cells());
+  return grid;
+}
+
+// Checks all tensors of token_reconstruct: refined (B, h', w', C), indices and weights
+// (B, H, W, topk), and with both or none: tokens (B, H, W, C), centres (B, h', w', C).
+inline void check_reconstruct(const char* op, const at::Tensor& refined, const at::Tensor& indices,
+                              const at::Tensor& weights, const std::optional<at::Tensor>& tokens,
+                              const std::optional<at::Tensor>& centres) {
+  check_tokens(op, "refined", refined);
+  TORCH_CHECK_VALUE(indices.dim() == 4 && indices.size(0) == refined.size(0), op,
+                    ": expected indices of shape (B, H, W, topk) with B = ", refined.size(0),
+                    ", got ", indices.sizes());
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kInt, op, ": expected indices of int32, got ",
+                   indices.scalar_type());
+  check_same_device(op, "indices", indices, "refined", refined);
+  TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, op, ": expected weights of float32, got ",
+                   weights.scalar_type());
+  check_same_device(op, "weights", weights, "refined", refined);
+  check_shape(op, "weights", weights, indices.sizes());
+  TORCH_CHECK_VALUE(refined.size(1) * refined.size(2) > 0 || indices.numel() == 0, op,
+                    ": expected refined to hold at least one centre, got ", refined.sizes());
+  TORCH_CHECK_VALUE(tokens.has_value() == centres.has_value(), op,
+                    ": expected tokens and centres together, got no ",
+                    tokens.has_value() ? "centres" : "tokens");
+  if (tokens.has_value()) {
+    check_same_device(op, "tokens", *tokens, "refined", refined);
+    check_same_type(op, "tokens", *tokens, "refined", refined);
+    check_shape(op, "tokens", *tokens,
+                {indices.size(0), indices.size(1), indices.size(2), refined.size(3)});
+    check_same_device(op, "centres", *centres, "refined", refined);
+    check_same_type(op, "centres", *centres, "refined", refined);
+    check_shape(op, "centres", *centres, refined.sizes());
+  }
+}
+
+}  // namespace expedite_d2

@@ -1,0 +1,400 @@
+// Soft k-means of tokens around the cells of a grid; the twin is token_cluster_ref.
+//
+// Two forms of the same arithmetic. In windows, centres are convex combinations of tokens, S = A Z, so
+// all distances follow from the Gram matrix G = Z Z^T:  |z_p - s_i|^2 = G_pp - 2 (A G)_ip + (A G A^T)_ii.
+// Z is read once for G and once for S; the iterations touch n x n numbers, whatever the number of
+// channels. Where G would cost more than the distances themselves (large windows, whole images), these
+// are computed directly, only those to the candidates of each token.
+#include <limits>
+#include <memory>
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cpu/windows.h"
+
+namespace expedite_d2 {
+namespace {
+
+using namespace cpu;
+
+constexpr const char* kName = "token_cluster";
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Settings {
+  Grid grid;
+  int64_t iterations;
+  int32_t radius;
+  float temperature;
+  const float* spread;  // one an image, or null
+
+  float tau(int64_t batch) const {
+    return effective_temperature(temperature, spread ? spread[batch] : 1.0f);
+  }
+};
+
+template <typename T>
+void store_centres(const float* rows, const Window& window, int64_t stride, const float* mean,
+                   const Map<T>& centres) {
+  Buffer sum(stride);
+  for (int64_t cell = 0; cell < window.cells(); ++cell) {
+    for (int64_t c = 0; c < stride; ++c) {
+      sum.get()[c] = rows[cell * stride + c] + mean[c];
+    }
+    store_row(sum.get(), centres.channels,
+              centres.at(window.batch, window.cell_top + cell / window.cell_columns,
+                         window.cell_left + cell % window.cell_columns));
+  }
+}
+
+// Working memory of one thread in the Gram form, for windows of up to n tokens and k cells.
+struct GramMemory {
+  GramMemory(int64_t n, int64_t k, int64_t channels)
+      : tokens(n * channels),
+        centres(k * channels),
+        mean(channels),
+        // One register beyond the end: sums over a range of columns are rounded up to full registers.
+        gram(n * padded(n) + kLanes),
+        rows(k * padded(n)),
+        distances(k * padded(n)),
+        norms(n),
+        line(padded(n)),
+        least(padded(n)),
+        total(padded(n)),
+        indices(std::make_unique<int32_t[]>(n)),
+        weights(n) {}
+
+  Buffer tokens, centres, mean, gram, rows, distances, norms, line, least, total;
+  std::unique_ptr<int32_t[]> indices;
+  Buffer weights;
+};
+
+void gram_matrix(const float* tokens, int64_t n, int64_t stride, float* gram, float* norms) {
+  const int64_t ld = padded(n);
+  // Blocks of 12 columns, from the diagonal down; the rest is mirrored.
+  for (int64_t j = 0; j < n; j += 12) {
+    dots(tokens + j * stride, n - j, tokens + j * stride, std::min<int64_t>(12, n - j), stride,
+         gram + j * ld + j, ld);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    norms[i] = gram[i * ld + i];
+    for (int64_t j = i + 1; j < n; ++j) {
+      gram[i * ld + j] = gram[j * ld + i];
+    }
+  }
+}
+
+// Tokens with a weight in one row of A; `hull` holds both the cell's pool and its reach, because a
+// centre that nobody wants keeps its first average.
+int64_t listed(const Patch& hull, int32_t width, const float* row, int32_t* indices,
+               float* weights) {
+  int64_t count = 0;
+  for (int32_t y = hull.top; y < hull.bottom; ++y) {
+    for (int32_t x = hull.left; x < hull.right; ++x) {
+      const int32_t p = y * width + x;
+      if (row[p] != 0.0f) {
+        indices[count] = p;
+        weights[count++] = row[p];
+      }
+    }
+  }
+  return count;
+}
+
+// Distances of the tokens in reach of one cell, infinity for others in the same token rows. The cell's
+// weights are listed in `memory`.
+void gram_distances(const Patch& hull, const Patch& reached, int32_t width, int64_t count,
+                    const GramMemory& memory, int64_t n, float* distances) {
+  const int64_t ld = padded(n);
+  const int64_t first = static_cast<int64_t>(hull.top) * width;
+  const int64_t columns = padded((hull.bottom - hull.top) * width);
+  const float* gram = memory.gram.get();
+  const float* weights = memory.weights.get();
+  // (A G) at the token rows of the hull: everything that this cell is made of or measured against.
+  float* line = memory.line.get() - first;
+  weighted_rows(memory.indices.get(), weights, count, gram + first, ld, columns, line + first);
+  float norm = 0.0f;
+  for (int64_t r = 0; r < count; ++r) {
+    norm += weights[r] * line[memory.indices[r]];
+  }
+  const int64_t end = static_cast<int64_t>(reached.bottom) * width;
+  for (int64_t p = static_cast<int64_t>(reached.top) * width; p < end; ++p) {
+    const float distance = memory.norms.get()[p] - 2.0f * line[p] + norm;
+    distances[p] = distance < 0.0f ? 0.0f : distance;
+  }
+  for (int32_t y = reached.top; y < reached.bottom; ++y) {
+    std::fill_n(distances + y * width, reached.left, kInfinity);
+    std::fill_n(distances + y * width + reached.right, width - reached.right, kInfinity);
+  }
+}
+
+// One softmax over the cells for every token, in place: distances become responsibilities.
+void gram_softmax(const std::vector<Patch>& reached, int32_t width, float tau,
+                  const GramMemory& memory, int64_t n) {
+  const int64_t ld = padded(n);
+  float* least = memory.least.get();
+  float* total = memory.total.get();
+  std::fill_n(least, n, kInfinity);
+  std::fill_n(total, n, 0.0f);
+  const auto each = [&](const auto& f) {
+    for (size_t cell = 0; cell < reached.size(); ++cell) {
+      if (!reached[cell].empty()) {
+        f(memory.distances.get() + cell * ld, static_cast<int64_t>(reached[cell].top) * width,
+          static_cast<int64_t>(reached[cell].bottom) * width);
+      }
+    }
+  };
+  each([&](float* distances, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      least[p] = distances[p] < least[p] ? distances[p] : least[p];
+    }
+  });
+  each([&](float* distances, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      distances[p] = exp_nonpositive(-tau * (distances[p] - least[p]));
+      total[p] += distances[p];
+    }
+  });
+  each([&](float* distances, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      distances[p] /= total[p];
+    }
+  });
+}
+
+template <typename T>
+void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Window& window,
+                     const Settings& settings, GramMemory& memory) {
+  const int64_t n = window.tokens(), k = window.cells();
+  const int64_t stride = padded(tokens.channels), ld = padded(n);
+  const int32_t width = window.width;
+  const float tau = settings.tau(window.batch);
+  float* rows = memory.rows.get();
+
+  load_tokens(tokens, window, 0, n, memory.tokens.get());
+  centre_rows(memory.tokens.get(), n, stride, memory.mean.get());
+
+  std::vector<Patch> hull(k), reached(k);
+  std::fill_n(rows, k * ld, 0.0f);
+  for (int64_t cell = 0; cell < k; ++cell) {
+    const auto i = static_cast<int32_t>(cell / window.cell_columns);
+    const auto j = static_cast<int32_t>(cell % window.cell_columns);
+    const Patch pooled = pooled_patch(settings.grid, window, i, j);
+    reached[cell] = reached_patch(settings.grid, window, i, j, settings.radius);
+    hull[cell] = hull_of(pooled, reached[cell]);
+    const int64_t count = pool(pooled, width, memory.indices.get(), memory.weights.get());
+    for (int64_t r = 0; r < count; ++r) {
+      rows[cell * ld + memory.indices[r]] = memory.weights.get()[r];
+    }
+  }
+  if (settings.iterations > 0) {
+    gram_matrix(memory.tokens.get(), n, stride, memory.gram.get(), memory.norms.get());
+  }
+
+  const auto list = [&](int64_t cell) {
+    return listed(hull[cell], width, rows + cell * ld, memory.indices.get(),
+                  memory.weights.get());
+  };
+  for (int64_t iteration = 0; iteration < settings.iterations; ++iteration) {
+    for (int64_t cell = 0; cell < k; ++cell) {
+      if (!reached[cell].empty()) {
+        gram_distances(hull[cell], reached[cell], width, list(cell), memory, n,
+                       memory.distances.get() + cell * ld);
+      }
+    }
+    gram_softmax(reached, width, tau, memory, n);
+    for (int64_t cell = 0; cell < k; ++cell) {
+      const Patch& patch = reached[cell];
+      const float* responsibilities = memory.distances.get() + cell * ld;
+      float mass = 0.0f;
+      for (int32_t y = patch.top; y < patch.bottom; ++y) {
+        for (int32_t x = patch.left; x < patch.right; ++x) {
+          mass += responsibilities[y * width + x];
+        }
+      }
+      if (mass == 0.0f) {
+        continue;
+      }
+      float* row = rows + cell * ld;
+      std::fill_n(row, n, 0.0f);
+      for (int32_t y = patch.top; y < patch.bottom; ++y) {
+        for (int32_t x = patch.left; x < patch.right; ++x) {
+          row[y * width + x] = responsibilities[y * width + x] / mass;
+        }
+      }
+    }
+  }
+  for (int64_t cell = 0; cell < k; ++cell) {
+    const int64_t count = list(cell);
+    weighted_rows(memory.indices.get(), memory.weights.get(), count, memory.tokens.get(), stride,
+                  stride, memory.centres.get() + cell * stride);
+  }
+  store_centres(memory.centres.get(), window, stride, memory.mean.get(), centres);
+}
+
+// Responsibilities of one token: its candidates are `height` x `width` cells from (top, left) on.
+struct Candidates {
+  int32_t top, left, height, width;
+};
+
+Candidates candidates(const Settings& settings, const Window& window, int64_t p) {
+  const auto y = static_cast<int32_t>(p / window.width), x = static_cast<int32_t>(p % window.width);
+  const int32_t top = settings.grid.rows.first(y, settings.radius);
+  const int32_t left = settings.grid.columns.first(x, settings.radius);
+  return {top, left, settings.grid.rows.last(y, settings.radius, window.row) - top + 1,
+          settings.grid.columns.last(x, settings.radius, window.column) - left + 1};
+}
+
+void responsibilities(const float* token, const float* centres, const Candidates& cells,
+                      int32_t cell_columns, int64_t stride, float tau, float* q) {
+  const int64_t count = static_cast<int64_t>(cells.height) * cells.width;
+  for (int32_t i = 0; i < cells.height; ++i) {
+    const int64_t first = static_cast<int64_t>(cells.top + i) * cell_columns + cells.left;
+    squared_distances(token, centres + first * stride, cells.width, stride, q + i * cells.width);
+  }
+  float least = kInfinity, total = 0.0f;
+  for (int64_t slot = 0; slot < count; ++slot) {
+    least = q[slot] < least ? q[slot] : least;
+  }
+  for (int64_t slot = 0; slot < count; ++slot) {
+    q[slot] = exp_nonpositive(-tau * (q[slot] - least));
+    total += q[slot];
+  }
+  for (int64_t slot = 0; slot < count; ++slot) {
+    q[slot] /= total;
+  }
+}
+
+template <typename T>
+void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const Window& window,
+                      const Settings& settings) {
+  const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
+  const int32_t width = window.width, columns = window.cell_columns;
+  const float tau = settings.tau(window.batch);
+  const int64_t side = 2 * static_cast<int64_t>(settings.radius) + 1;
+  const int64_t slots =
+      std::min<int64_t>(side, window.cell_rows) * std::min<int64_t>(side, columns);
+  Buffer z(n * stride), s(k * stride), q(n * slots), origin(stride);
+
+  at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
+    load_tokens(tokens, window, begin, end, z.get() + begin * stride);
+  });
+  // Averages a cell's tokens: at first those that pool into it, then those that it can reach.
+  const auto update = [&](bool first) {
+    at::parallel_for(0, k, 4, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> rows(n);
+      Buffer weights(n);
+      for (int64_t cell = begin; cell < end; ++cell) {
+        const auto i = static_cast<int32_t>(cell / columns), j = static_cast<int32_t>(cell % columns);
+        int64_t count = 0;
+        if (first) {
+          count = pool(pooled_patch(settings.grid, window, i, j), width, rows.data(), weights.get());
+        } else {
+          const Patch patch = reached_patch(settings.grid, window, i, j, settings.radius);
+          float mass = 0.0f;
+          for (int32_t y = patch.top; y < patch.bottom; ++y) {
+            for (int32_t x = patch.left; x < patch.right; ++x) {
+              const int32_t p = y * width + x;
+              const Candidates cells = candidates(settings, window, p);
+              const float weight = q.get()[p * slots + (i - cells.top) * cells.width + j - cells.left];
+              mass += weight;
+              if (weight != 0.0f) {
+                rows[count] = p;
+                weights.get()[count++] = weight;
+              }
+            }
+          }
+          if (mass == 0.0f) {
+            continue;
+          }
+          for (int64_t r = 0; r < count; ++r) {
+            weights.get()[r] /= mass;
+          }
+        }
+        weighted_rows(rows.data(), weights.get(), count, z.get(), stride, stride,
+                      s.get() + cell * stride);
+      }
+    });
+  };
+  update(true);
+  for (int64_t iteration = 0; iteration < settings.iterations; ++iteration) {
+    at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        responsibilities(z.get() + p * stride, s.get(), candidates(settings, window, p), columns,
+                         stride, tau, q.get() + p * slots);
+      }
+    });
+    update(false);
+  }
+  std::fill_n(origin.get(), stride, 0.0f);
+  store_centres(s.get(), window, stride, origin.get(), centres);
+}
+
+// Decided by sizes alone, never by the number of threads: the two forms differ in the last bits.
+bool gram_is_cheaper(const Settings& settings, bool has_window) {
+  const int64_t n = static_cast<int64_t>(settings.grid.rows.window) * settings.grid.columns.window;
+  const int64_t side = 2 * static_cast<int64_t>(settings.radius) + 1;
+  const int64_t slots = std::min<int64_t>(side, settings.grid.rows.clusters) *
+                        std::min<int64_t>(side, settings.grid.columns.clusters);
+  // Multiply-adds a token and channel: half a row of G, against a subtraction, a multiply-add and the
+  // weighted sum for every candidate and iteration. Above 1024 tokens, G leaves the cache. A whole
+  // image is best shared among the threads, which the Gram form does not do.
+  return has_window && n <= 1024 && n / 2 < 3 * settings.iterations * slots;
+}
+
+template <typename T>
+void cluster(const at::Tensor& tokens, const at::Tensor& centres, const Settings& settings,
+             bool has_window) {
+  const auto from = read_map<T>(tokens);
+  const auto to = write_map<T>(centres);
+  const Grid& grid = settings.grid;
+  if (!gram_is_cheaper(settings, has_window)) {
+    for_each_window(grid, tokens.size(0), [&](const Window& window) {
+      cluster_directly(from, to, window, settings);
+    });
+    return;
+  }
+  const int64_t n = static_cast<int64_t>(std::min(grid.rows.window, grid.rows.size)) *
+                    std::min(grid.columns.window, grid.columns.size);
+  const int64_t k = static_cast<int64_t>(grid.rows.clusters) * grid.columns.clusters;
+  at::parallel_for(0, tokens.size(0) * windows_of_image(grid), 1, [&](int64_t begin, int64_t end) {
+    GramMemory memory(n, k, padded(from.channels));
+    for (int64_t index = begin; index < end; ++index) {
+      cluster_by_gram(from, to, window_at(grid, index), settings, memory);
+    }
+  });
+}
+
+at::Tensor token_cluster_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,
+                             at::OptionalIntArrayRef window, int64_t iterations,
+                             int64_t neighbourhood, double temperature,
+                             const std::optional<at::Tensor>& spread) {
+  check_tokens(kName, "tokens", tokens);
+  const Grid grid = make_grid(kName, tokens, clusters, window);
+  TORCH_CHECK_VALUE(iterations >= 0, kName, ": expected iterations to be at least 0, got ",
+                    iterations);
+  check_neighbourhood(kName, neighbourhood);
+  check_spread(kName, spread, tokens);
+  at::Tensor centres = at::empty(
+      {tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)}, tokens.options());
+  if (centres.numel() == 0) {
+    return centres;
+  }
+  const at::Tensor tokens_ = with_dense_channels(tokens);
+  const at::Tensor spread_ = spread.has_value() ? spread->contiguous() : at::Tensor();
+  const Settings settings{grid, iterations, static_cast<int32_t>(neighbourhood / 2),
+                          static_cast<float>(temperature),
+                          spread_.defined() ? spread_.const_data_ptr<float>() : nullptr};
+  with_type(tokens.scalar_type(), [&](auto type) {
+    cluster<decltype(type)>(tokens_, centres, settings, window.has_value());
+  });
+  return centres;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(expedite_d2, CPU, m) {
+  m.impl("token_cluster", &token_cluster_cpu);
+}
+
+}  // namespace expedite_d2

@@ -1,0 +1,164 @@
+// The nearest centres of every token, and its weights for them; the twin is token_match_ref.
+//
+// Distances come from products of tokens with centres, tile by tile; each tile is at once reduced to
+// the best few of every token, so that the matrix of all distances never exists.
+#include <cfloat>
+#include <limits>
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cpu/windows.h"
+
+namespace expedite_d2 {
+namespace {
+
+using namespace cpu;
+
+constexpr const char* kName = "token_match";
+// 48 tokens of 1024 channels take 192 KiB, which leaves room in the second-level cache; so many tokens
+// then share one pass over the centres.
+constexpr int64_t kTokens = 48;
+constexpr int64_t kCentres = 48;
+
+struct Match {
+  float order;     // the distance, the largest float for NaN and infinity
+  float distance;
+  int32_t cell;    // in its window
+};
+
+// Inserts into a list sorted by distance. Cells come in ascending order, and equals stay before the
+// new one: the lower index wins.
+void insert(Match* best, int64_t topk, float distance, int32_t cell) {
+  const float order = distance <= FLT_MAX ? distance : FLT_MAX;  // also of NaN
+  if (!(order < best[topk - 1].order)) {
+    return;
+  }
+  int64_t place = topk - 1;
+  for (; place > 0 && order < best[place - 1].order; --place) {
+    best[place] = best[place - 1];
+  }
+  best[place] = {order, distance, cell};
+}
+
+struct Outputs {
+  int32_t* indices;  // (B, H, W, topk)
+  float* weights;
+  int64_t topk;
+  int64_t height, width;  // of the token grid
+  int32_t map_width;      // of the map of cells
+};
+
+void write_matches(const Outputs& out, const Window& window, int64_t p, const Match* best,
+                   float tau) {
+  const int64_t y = window.top + p / window.width, x = window.left + p % window.width;
+  const int64_t offset = ((window.batch * out.height + y) * out.width + x) * out.topk;
+  const int64_t found = std::min(out.topk, window.cells());
+  float total = 0.0f;
+  for (int64_t t = 0; t < out.topk; ++t) {
+    const Match& match = best[t < found ? t : 0];
+    out.indices[offset + t] = (window.cell_top + match.cell / window.cell_columns) * out.map_width +
+                              window.cell_left + match.cell % window.cell_columns;
+    const float weight =
+        t < found ? exp_nonpositive(-tau * (match.distance - best[0].distance)) : 0.0f;
+    out.weights[offset + t] = weight;
+    total += weight;
+  }
+  for (int64_t t = 0; t < found; ++t) {
+    out.weights[offset + t] /= total;
+  }
+}
+
+template <typename T>
+void match(const Map<const T>& tokens, const Map<const T>& centres, const Window& window, float tau,
+           const Outputs& out) {
+  const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
+  Buffer s(k * stride), norms(k), mean(stride), zero(stride);
+  load_cells(centres, window, s.get());
+  // Centres are means of tokens, so theirs is as good an origin, and there are fewer of them.
+  centre_rows(s.get(), k, stride, mean.get());
+  std::fill_n(zero.get(), stride, 0.0f);
+  squared_distances(zero.get(), s.get(), k, stride, norms.get());
+
+  const int64_t tiles = (n + kTokens - 1) / kTokens;
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    Buffer z(kTokens * stride), cross(kTokens * kCentres);
+    std::vector<Match> best(kTokens * out.topk);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t begin = tile * kTokens, rows = std::min(kTokens, n - begin);
+      load_tokens(tokens, window, begin, begin + rows, z.get());
+      subtract_row(z.get(), rows, stride, mean.get());
+      float norm[kTokens];
+      squared_distances(zero.get(), z.get(), rows, stride, norm);
+      constexpr float kInfinity = std::numeric_limits<float>::infinity();
+      std::fill(best.begin(), best.end(), Match{kInfinity, kInfinity, 0});
+      for (int64_t start = 0; start < k; start += kCentres) {
+        const int64_t columns = std::min(kCentres, k - start);
+        dots(z.get(), rows, s.get() + start * stride, columns, stride, cross.get(), kCentres);
+        for (int64_t p = 0; p < rows; ++p) {
+          for (int64_t j = 0; j < columns; ++j) {
+            const float distance =
+                norm[p] + norms.get()[start + j] - 2.0f * cross.get()[p * kCentres + j];
+            insert(best.data() + p * out.topk, out.topk, distance < 0.0f ? 0.0f : distance,
+                   static_cast<int32_t>(start + j));
+          }
+        }
+      }
+      for (int64_t p = 0; p < rows; ++p) {
+        write_matches(out, window, begin + p, best.data() + p * out.topk, tau);
+      }
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> token_match_cpu(const at::Tensor& tokens,
+                                                   const at::Tensor& centres,
+                                                   at::IntArrayRef clusters,
+                                                   at::OptionalIntArrayRef window, int64_t topk,
+                                                   double temperature,
+                                                   const std::optional<at::Tensor>& spread) {
+  check_tokens(kName, "tokens", tokens);
+  const Grid grid = make_grid(kName, tokens, clusters, window);
+  check_same_device(kName, "centres", centres, "tokens", tokens);
+  check_same_type(kName, "centres", centres, "tokens", tokens);
+  check_shape(kName, "centres", centres,
+              {tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)});
+  TORCH_CHECK_VALUE(topk >= 1, kName, ": expected topk to be at least 1, got ", topk);
+  check_spread(kName, spread, tokens);
+  const int64_t batch = tokens.size(0), height = tokens.size(1), width = tokens.size(2);
+  at::Tensor indices =
+      at::empty({batch, height, width, topk}, tokens.options().dtype(at::kInt));
+  at::Tensor weights =
+      at::empty({batch, height, width, topk}, tokens.options().dtype(at::kFloat));
+  if (indices.numel() == 0) {
+    return {indices, weights};
+  }
+  const at::Tensor tokens_ = with_dense_channels(tokens);
+  const at::Tensor centres_ = with_dense_channels(centres);
+  const at::Tensor spread_ = spread.has_value() ? spread->contiguous() : at::Tensor();
+  const float* spreads = spread_.defined() ? spread_.const_data_ptr<float>() : nullptr;
+  const Outputs out{indices.mutable_data_ptr<int32_t>(),
+                    weights.mutable_data_ptr<float>(),
+                    topk,
+                    height,
+                    width,
+                    grid.columns.cells()};
+  with_type(tokens.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const auto from = read_map<T>(tokens_), to = read_map<T>(centres_);
+    for_each_window(grid, batch, [&](const Window& at) {
+      const float tau = effective_temperature(static_cast<float>(temperature),
+                                              spreads ? spreads[at.batch] : 1.0f);
+      match(from, to, at, tau, out);
+    });
+  });
+  return {indices, weights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(expedite_d2, CPU, m) {
+  m.impl("token_match", &token_match_cpu);
+}
+
+}  // namespace expedite_d2

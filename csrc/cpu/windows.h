@@ -1,0 +1,205 @@
+// The windows of a batch, and their tokens as rows of floats.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include "checks.h"
+#include "cpu/vector.h"
+
+namespace expedite_d2::cpu {
+
+// One window of one image: its tokens and its existing cells, each in row-major order.
+struct Window {
+  int64_t batch;
+  int32_t row, column;          // among the image's windows
+  int32_t top, left;            // its first token
+  int32_t height, width;        // its real tokens
+  int32_t cell_top, cell_left;  // its first cell in the map of all windows
+  int32_t cell_rows, cell_columns;
+
+  int64_t tokens() const { return static_cast<int64_t>(height) * width; }
+  int64_t cells() const { return static_cast<int64_t>(cell_rows) * cell_columns; }
+};
+
+inline int64_t windows_of_image(const Grid& grid) {
+  return static_cast<int64_t>(grid.rows.windows()) * grid.columns.windows();
+}
+
+inline Window window_at(const Grid& grid, int64_t index) {
+  const int64_t batch = index / windows_of_image(grid);
+  const auto rest = static_cast<int32_t>(index % windows_of_image(grid));
+  const int32_t row = rest / grid.columns.windows();
+  const int32_t column = rest % grid.columns.windows();
+  return {batch,
+          row,
+          column,
+          row * grid.rows.window,
+          column * grid.columns.window,
+          grid.rows.real(row),
+          grid.columns.real(column),
+          row * grid.rows.clusters,
+          column * grid.columns.clusters,
+          grid.rows.existing(row),
+          grid.columns.existing(column)};
+}
+
+// Calls f(window) for every window of the batch. Many windows are shared out among the threads; of few
+// windows each is left to all threads, which `f` uses by at::parallel_for (within a parallel region
+// that runs serially). Results must not depend on which of the two it is.
+template <typename F>
+void for_each_window(const Grid& grid, int64_t batch, const F& f) {
+  const int64_t count = batch * windows_of_image(grid);
+  if (count >= at::get_num_threads()) {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        f(window_at(grid, index));
+      }
+    });
+    return;
+  }
+  for (int64_t index = 0; index < count; ++index) {
+    f(window_at(grid, index));
+  }
+}
+
+// Calls f with a value of the C++ type; check_tokens has admitted only these three.
+template <typename F>
+void with_type(at::ScalarType type, const F& f) {
+  if (type == at::kFloat) {
+    f(float{});
+  } else if (type == at::kHalf) {
+    f(at::Half{});
+  } else {
+    f(at::BFloat16{});
+  }
+}
+
+// Tokens or cells (B, height, width, C) whose channels lie side by side; other strides are free.
+template <typename T>
+struct Map {
+  T* data;
+  int64_t batch_stride, row_stride, column_stride, channels;
+
+  T* at(int64_t batch, int64_t row, int64_t column) const {
+    return data + batch * batch_stride + row * row_stride + column * column_stride;
+  }
+};
+
+// Keeps any strides but those of the channels, for which it copies.
+inline at::Tensor with_dense_channels(const at::Tensor& map) {
+  return map.size(3) == 1 || map.stride(3) == 1 ? map : map.contiguous();
+}
+
+template <typename T>
+Map<const T> read_map(const at::Tensor& map) {
+  return {map.const_data_ptr<T>(), map.stride(0), map.stride(1), map.stride(2), map.size(3)};
+}
+
+template <typename T>
+Map<T> write_map(const at::Tensor& map) {
+  return {map.mutable_data_ptr<T>(), map.stride(0), map.stride(1), map.stride(2), map.size(3)};
+}
+
+// Tokens begin ... end - 1 of a window as padded rows.
+template <typename T>
+void load_tokens(const Map<const T>& tokens, const Window& window, int64_t begin, int64_t end,
+                 float* rows) {
+  const int64_t stride = padded(tokens.channels);
+  for (int64_t p = begin; p < end; ++p) {
+    load_row(tokens.at(window.batch, window.top + p / window.width, window.left + p % window.width),
+             tokens.channels, rows + (p - begin) * stride);
+  }
+}
+
+// All cells of a window as padded rows.
+template <typename T>
+void load_cells(const Map<const T>& cells, const Window& window, float* rows) {
+  const int64_t stride = padded(cells.channels);
+  for (int32_t i = 0; i < window.cell_rows; ++i) {
+    for (int32_t j = 0; j < window.cell_columns; ++j, rows += stride) {
+      load_row(cells.at(window.batch, window.cell_top + i, window.cell_left + j), cells.channels,
+               rows);
+    }
+  }
+}
+
+inline void sum_rows(const float* rows, int64_t count, int64_t stride, float* sum) {
+  std::fill_n(sum, stride, 0.0f);
+  for (int64_t r = 0; r < count; ++r) {
+    const float* row = rows + r * stride;
+    for (int64_t c = 0; c < stride; ++c) {
+      sum[c] += row[c];
+    }
+  }
+}
+
+inline void subtract_row(float* rows, int64_t count, int64_t stride, const float* subtracted) {
+  for (int64_t r = 0; r < count; ++r) {
+    float* row = rows + r * stride;
+    for (int64_t c = 0; c < stride; ++c) {
+      row[c] -= subtracted[c];
+    }
+  }
+}
+
+// Subtracts the rows' mean, the origin that keeps expanded squared distances accurate when all tokens
+// share a large offset, and leaves it in `mean`. A component that is not finite is not subtracted: one
+// bad token must not spoil distances that do not involve it.
+inline void centre_rows(float* rows, int64_t count, int64_t stride, float* mean) {
+  sum_rows(rows, count, stride, mean);
+  for (int64_t c = 0; c < stride; ++c) {
+    mean[c] = std::isfinite(mean[c]) ? mean[c] / static_cast<float>(count) : 0.0f;
+  }
+  subtract_row(rows, count, stride, mean);
+}
+
+// The tokens that pool into a cell at first: [top, bottom) x [left, right) of its window.
+struct Patch {
+  int32_t top, bottom, left, right;
+
+  bool empty() const { return top >= bottom || left >= right; }
+  int64_t size() const {
+    return empty() ? 0 : static_cast<int64_t>(bottom - top) * (right - left);
+  }
+};
+
+inline Patch pooled_patch(const Grid& grid, const Window& window, int32_t i, int32_t j) {
+  return {grid.rows.begin(i), grid.rows.end(i, window.row), grid.columns.begin(j),
+          grid.columns.end(j, window.column)};
+}
+
+// The tokens of which a cell is a candidate.
+inline Patch reached_patch(const Grid& grid, const Window& window, int32_t i, int32_t j,
+                           int32_t radius) {
+  return {grid.rows.reach_begin(i, radius), grid.rows.reach_end(i, radius, window.row),
+          grid.columns.reach_begin(j, radius), grid.columns.reach_end(j, radius, window.column)};
+}
+
+// The smallest patch that holds both.
+inline Patch hull_of(const Patch& a, const Patch& b) {
+  if (a.empty() || b.empty()) {
+    return a.empty() ? b : a;
+  }
+  return {std::min(a.top, b.top), std::max(a.bottom, b.bottom), std::min(a.left, b.left),
+          std::max(a.right, b.right)};
+}
+
+// Rows and equal weights of a cell's first average; returns how many.
+inline int64_t pool(const Patch& patch, int32_t width, int32_t* rows, float* weights) {
+  int64_t count = 0;
+  const float weight = 1.0f / static_cast<float>(patch.size());
+  for (int32_t y = patch.top; y < patch.bottom; ++y) {
+    for (int32_t x = patch.left; x < patch.right; ++x, ++count) {
+      rows[count] = y * width + x;
+      weights[count] = weight;
+    }
+  }
+  return count;
+}
+
+}  // namespace expedite_d2::cpu

@@ -1,0 +1,120 @@
+"""Checkpoint files read without ever running what is pickled in them."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# What Detectron2's and Mask2Former's pickles consist of: arrays, tensors and containers.
+_ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("_codecs", "encode"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "FloatStorage"),
+    ("torch", "HalfStorage"),
+    ("torch", "LongStorage"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Refuses every global that is not needed to rebuild an array or a tensor."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not an array")
+        return super().find_class(module, name)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Names and tensors of a checkpoint file, or of a transformers directory.
+
+    Args:
+        path: .safetensors; .pth, .pt or .bin of torch.save; .pkl of Detectron2's model zoo; or a
+            directory with ``config.json`` and weights, in one file or in shards.
+
+    Returns:
+        The state dict, on the CPU.
+
+    Raises:
+        FileNotFoundError: nothing there, or a directory without weights.
+        ValueError: a file that cannot be read, or that holds no state dict.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} not found")
+    files = _weights_of_directory(path) if path.is_dir() else [path]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= _read_file(file)
+    return state
+
+
+def _weights_of_directory(path: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        whole, index = path / name, path / f"{name}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            shards = json.loads(index.read_text())["weight_map"].values()
+            return [path / shard for shard in sorted(set(shards))]
+    raise FileNotFoundError(
+        f"{path} holds no weights: expected model.safetensors or pytorch_model.bin beside "
+        "config.json"
+    )
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} not found")
+    try:
+        content = _unpack(path)
+    except Exception as error:  # corrupt files fail in as many ways as there are readers
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} is not a readable checkpoint: {reason[0]}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} holds no state dict: expected names and tensors, got {type(content).__name__}"
+        )
+    state = {
+        str(name): torch.as_tensor(value)
+        for name, value in content.items()
+        if isinstance(value, Tensor | np.ndarray)
+    }
+    if not state:
+        raise ValueError(f"{path} holds no state dict: there is no tensor among its entries")
+    return state
+
+
+def _unpack(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        if isinstance(content, Mapping):
+            return content
+        # torch.save's first format is a row of pickles that starts with a magic number.
+    return torch.load(path, map_location="cpu", weights_only=True)

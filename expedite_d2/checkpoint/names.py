@@ -1,0 +1,170 @@
+"""Names of public checkpoints, translated to this project's.
+
+Each translation takes names and tensors and gives names and tensors. What it does not know keeps
+its name, so that whoever loads it can say what is left over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+# Tables that models compute for themselves, and layers that dense prediction does not use.
+_COMPUTED = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask)$")
+_CLASSIFIER = re.compile(r"^(norm|head|head_dist)\.(weight|bias)$")
+
+
+class Format(NamedTuple):
+    """One public format: its name for people, how to know it, how to translate it."""
+
+    title: str
+    recognises: Callable[[Iterable[str]], bool]
+    translate: Callable[[Mapping[str, Tensor]], State]
+    backbone_only: bool
+
+
+def _rules(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
+    return [(re.compile(pattern), replacement) for pattern, replacement in pairs]
+
+
+def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, replacement in rules:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+_PREDICTOR_LAYER = r"^sem_seg_head\.predictor\.transformer_{}_layers\.(\d+)\."
+_SELF, _CROSS, _FFN = map(_PREDICTOR_LAYER.format, ("self_attention", "cross_attention", "ffn"))
+_LAYER = r"transformer_module.decoder.layers.\1."
+_MASK2FORMER = _rules(
+    [
+        # The first releases had no pixel_decoder level and called the queries static_query.
+        (r"^sem_seg_head\.(?!predictor\.|pixel_decoder\.)", "sem_seg_head.pixel_decoder."),
+        (r"\.static_query\.", ".query_feat."),
+        (r"^sem_seg_head\.pixel_decoder\.transformer\.encoder\.", "pixel_decoder.encoder."),
+        (r"^sem_seg_head\.pixel_decoder\.transformer\.level_embed$", "pixel_decoder.level_embed"),
+        (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
+        (r"^(pixel_decoder)\.input_proj\.", r"\1.input_projections."),
+        (r"^(pixel_decoder)\.mask_features\.", r"\1.mask_projection."),
+        (r"^(pixel_decoder\.(?:adapter|layer)_\d+)\.(weight|bias)$", r"\1.0.\2"),
+        (r"^(pixel_decoder\.(?:adapter|layer)_\d+)\.norm\.", r"\1.1."),
+        (r"^(pixel_decoder\.encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+        (r"^(pixel_decoder\.encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
+        (r"^(pixel_decoder\.encoder\.layers\.\d+)\.linear([12])\.", r"\1.fc\2."),
+        (_SELF + r"norm\.", _LAYER + "self_attn_layer_norm."),
+        (_SELF, _LAYER),
+        (_CROSS + r"norm\.", _LAYER + "cross_attn_layer_norm."),
+        (_CROSS + r"multihead_attn\.", _LAYER + "cross_attn."),
+        (_FFN + r"norm\.", _LAYER + "final_layer_norm."),
+        (_FFN + r"linear([12])\.", _LAYER + r"fc\2."),
+        (r"^sem_seg_head\.predictor\.decoder_norm\.", "transformer_module.decoder.layernorm."),
+        (
+            r"^sem_seg_head\.predictor\.mask_embed\.layers\.(\d+)\.",
+            r"transformer_module.decoder.mask_predictor.mask_embedder.\1.0.",
+        ),
+        (r"^sem_seg_head\.predictor\.query_feat\.", "transformer_module.queries_features."),
+        (r"^sem_seg_head\.predictor\.query_embed\.", "transformer_module.queries_embedder."),
+        (r"^sem_seg_head\.predictor\.level_embed\.", "transformer_module.level_embed."),
+        (r"^sem_seg_head\.predictor\.input_proj\.", "transformer_module.input_projections."),
+        (r"^sem_seg_head\.predictor\.class_embed\.", "class_predictor."),
+    ]
+)
+_FUSED = re.compile(
+    r"^(transformer_module\.decoder\.layers\.\d+\.self_attn)\.in_proj_(weight|bias)$"
+)
+
+
+def from_mask2former(state: Mapping[str, Tensor]) -> State:
+    """Mask2Former's own checkpoints: its fused self-attention becomes three projections."""
+    translated: State = {}
+    for name, tensor in state.items():
+        if _COMPUTED.search(name):
+            continue
+        renamed = _rename(name, _MASK2FORMER)
+        fused = _FUSED.match(renamed)
+        if fused is None:
+            translated[renamed] = tensor
+            continue
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            translated[f"{fused[1]}.{letter}_proj.{fused[2]}"] = part
+    return translated
+
+
+_TRANSFORMERS = _rules(
+    [
+        (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."),
+        (r"^model\.transformer_module\.", "transformer_module."),
+        (r"^model\.pixel_level_module\.encoder\.(?:swin\.)?(?:encoder\.)?", "backbone."),
+        (r"^(backbone)\.hidden_states_norms\.stage4\.", r"\1.norm3."),
+        (r"^(backbone)\.hidden_states_norms\.stage3\.", r"\1.norm2."),
+        (r"^(backbone)\.hidden_states_norms\.stage2\.", r"\1.norm1."),
+        (r"^(backbone)\.hidden_states_norms\.stage1\.", r"\1.norm0."),
+        (r"^(backbone)\.embeddings\.patch_embeddings\.projection\.", r"\1.patch_embed.proj."),
+        (r"^(backbone)\.embeddings\.norm\.", r"\1.patch_embed.norm."),
+        (r"^(backbone)\.embeddings\.position_embeddings$", r"\1.absolute_pos_embed"),
+        (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
+        (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
+        (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.attention\.self\.", r"\1.attn."),
+        (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.attention\.output\.dense\.", r"\1.attn.proj."),
+        (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
+        (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    ]
+)
+_UNUSED_NORM = re.compile(r"^backbone\.layernorm\.(weight|bias)$")  # of the classifier
+_SEPARATE = re.compile(r"^(backbone\..*\.attn)\.(query|key|value)\.(weight|bias)$")
+
+
+def from_transformers(state: Mapping[str, Tensor]) -> State:
+    """transformers' Mask2Former with a Swin backbone: its three projections become fused ones."""
+    translated: State = {}
+    separate: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in state.items():
+        if _COMPUTED.search(name):
+            continue
+        renamed = _rename(name, _TRANSFORMERS)
+        part = _SEPARATE.match(renamed)
+        if part is None and not _UNUSED_NORM.match(renamed):
+            translated[renamed] = tensor
+        elif part is not None:
+            separate[f"{part[1]}.qkv.{part[3]}"][part[2]] = tensor
+    for name, parts in separate.items():
+        if len(parts) == 3:
+            translated[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    return translated
+
+
+def from_swin(state: Mapping[str, Tensor]) -> State:
+    """Swin's own classification weights: the backbone without classifier and final norm."""
+    return {
+        f"backbone.{name}": tensor
+        for name, tensor in state.items()
+        if not _COMPUTED.search(name) and not _CLASSIFIER.match(name)
+    }
+
+
+def from_ours(state: Mapping[str, Tensor]) -> State:
+    """This project's own names, and those of every model whose parts keep their owner's names."""
+    return {name: tensor for name, tensor in state.items() if not _COMPUTED.search(name)}
+
+
+def _starts(*prefixes: str) -> Callable[[Iterable[str]], bool]:
+    """All of ``prefixes`` occur, each at the start of some name."""
+    return lambda names: all(any(n.startswith(p) for n in names) for p in prefixes)
+
+
+# The first format that recognises a checkpoint translates it; the last one recognises all.
+FORMATS = [
+    Format("Mask2Former", _starts("sem_seg_head.predictor."), from_mask2former, False),
+    Format(
+        "transformers' Mask2Former", _starts("model.pixel_level_module."), from_transformers, False
+    ),
+    Format("Swin classification", _starts("patch_embed.", "layers.0.blocks."), from_swin, True),
+    Format("expedite_d2", lambda names: True, from_ours, False),
+]

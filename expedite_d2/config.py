@@ -1,0 +1,265 @@
+"""Configuration: this project's keys, Mask2Former's keys, and how files are found and merged.
+
+Detectron2's defaults, then Mask2Former's own architecture keys under their own names (so that an
+official Mask2Former YAML loads as it is), then ``MODEL.EXPEDITE`` and ``TEST.DTYPE``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from expedite_d2.d2 import BACKBONE_REGISTRY, META_ARCH_REGISTRY, CfgNode, get_cfg
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).resolve().parent
+WEIGHTS_PREFIX = "expedite_d2://"
+
+_EXPEDITE_DEFAULTS: list[tuple[str, Any]] = [
+    # Whether the backbone clusters its tokens at all; False is the plain backbone, bit for bit.
+    ("MODEL.EXPEDITE.ENABLED", False),
+    # Blocks, counted from the first of the encoder, that run at full resolution.
+    ("MODEL.EXPEDITE.ALPHA", 9),
+    # Cluster grid of a window (Swin) or of the image (ViT): sizes [8, 8] or ratios [0.5, 0.5].
+    ("MODEL.EXPEDITE.CLUSTERS", [8, 8]),
+    # k-means iterations.
+    ("MODEL.EXPEDITE.ITERATIONS", 5),
+    # Side of the square of centres (odd) that a token is compared with while clustering.
+    ("MODEL.EXPEDITE.NEIGHBOURHOOD", 5),
+    # Nearest centres that a token is reconstructed from.
+    ("MODEL.EXPEDITE.TOPK", 4),
+    # Factor on squared distances; 0.0 derives it from each image (see hourglass.py).
+    ("MODEL.EXPEDITE.TEMPERATURE", 0.0),
+    # "residual": tokens keep their detail and receive what the blocks added; "replace": the paper.
+    ("MODEL.EXPEDITE.RECONSTRUCTION", "residual"),
+    # Arithmetic of the evaluation: "float32", or autocast to "bfloat16" or "float16".
+    ("TEST.DTYPE", "float32"),
+]
+
+# Mask2Former's keys, names and defaults, with those that it takes from DeepLab; the last is ours.
+_MASK2FORMER_DEFAULTS: list[tuple[str, Any]] = [
+    ("INPUT.DATASET_MAPPER_NAME", "mask_former_semantic"),
+    ("INPUT.COLOR_AUG_SSD", False),
+    ("INPUT.CROP.SINGLE_CATEGORY_MAX_AREA", 1.0),
+    ("INPUT.SIZE_DIVISIBILITY", -1),
+    ("INPUT.IMAGE_SIZE", 1024),
+    ("INPUT.MIN_SCALE", 0.1),
+    ("INPUT.MAX_SCALE", 2.0),
+    ("SOLVER.WEIGHT_DECAY_EMBED", 0.0),
+    ("SOLVER.OPTIMIZER", "ADAMW"),
+    ("SOLVER.BACKBONE_MULTIPLIER", 0.1),
+    ("SOLVER.POLY_LR_POWER", 0.9),
+    ("SOLVER.POLY_LR_CONSTANT_ENDING", 0.0),
+    ("MODEL.RESNETS.STEM_TYPE", "deeplab"),
+    ("MODEL.RESNETS.RES4_DILATION", 1),
+    ("MODEL.RESNETS.RES5_MULTI_GRID", [1, 2, 4]),
+    ("MODEL.SEM_SEG_HEAD.LOSS_TYPE", "hard_pixel_mining"),
+    ("MODEL.SEM_SEG_HEAD.PROJECT_FEATURES", ["res2"]),
+    ("MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS", [48]),
+    ("MODEL.SEM_SEG_HEAD.ASPP_CHANNELS", 256),
+    ("MODEL.SEM_SEG_HEAD.ASPP_DILATIONS", [6, 12, 18]),
+    ("MODEL.SEM_SEG_HEAD.ASPP_DROPOUT", 0.1),
+    ("MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV", False),
+    ("MODEL.MASK_FORMER.DEEP_SUPERVISION", True),
+    ("MODEL.MASK_FORMER.NO_OBJECT_WEIGHT", 0.1),
+    ("MODEL.MASK_FORMER.CLASS_WEIGHT", 1.0),
+    ("MODEL.MASK_FORMER.DICE_WEIGHT", 1.0),
+    ("MODEL.MASK_FORMER.MASK_WEIGHT", 20.0),
+    ("MODEL.MASK_FORMER.NHEADS", 8),
+    ("MODEL.MASK_FORMER.DROPOUT", 0.1),
+    ("MODEL.MASK_FORMER.DIM_FEEDFORWARD", 2048),
+    ("MODEL.MASK_FORMER.ENC_LAYERS", 0),
+    ("MODEL.MASK_FORMER.DEC_LAYERS", 6),
+    ("MODEL.MASK_FORMER.PRE_NORM", False),
+    ("MODEL.MASK_FORMER.HIDDEN_DIM", 256),
+    ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 100),
+    ("MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "res5"),
+    ("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "MultiScaleMaskedTransformerDecoder"),
+    ("MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ", False),
+    ("MODEL.MASK_FORMER.SIZE_DIVISIBILITY", 32),
+    ("MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 112 * 112),
+    ("MODEL.MASK_FORMER.OVERSAMPLE_RATIO", 3.0),
+    ("MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO", 0.75),
+    ("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", True),
+    ("MODEL.MASK_FORMER.TEST.INSTANCE_ON", False),
+    ("MODEL.MASK_FORMER.TEST.PANOPTIC_ON", False),
+    ("MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD", 0.0),
+    ("MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD", 0.0),
+    ("MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE", False),
+    ("MODEL.SEM_SEG_HEAD.MASK_DIM", 256),
+    ("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 0),
+    ("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", "BasePixelDecoder"),
+    (
+        "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES",
+        ["res3", "res4", "res5"],
+    ),
+    ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS", 4),
+    ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS", 8),
+    ("MODEL.SWIN.PRETRAIN_IMG_SIZE", 224),
+    ("MODEL.SWIN.PATCH_SIZE", 4),
+    ("MODEL.SWIN.EMBED_DIM", 96),
+    ("MODEL.SWIN.DEPTHS", [2, 2, 6, 2]),
+    ("MODEL.SWIN.NUM_HEADS", [3, 6, 12, 24]),
+    ("MODEL.SWIN.WINDOW_SIZE", 7),
+    ("MODEL.SWIN.MLP_RATIO", 4.0),
+    ("MODEL.SWIN.QKV_BIAS", True),
+    ("MODEL.SWIN.QK_SCALE", None),
+    ("MODEL.SWIN.DROP_RATE", 0.0),
+    ("MODEL.SWIN.ATTN_DROP_RATE", 0.0),
+    ("MODEL.SWIN.DROP_PATH_RATE", 0.3),
+    ("MODEL.SWIN.APE", False),
+    ("MODEL.SWIN.PATCH_NORM", True),
+    ("MODEL.SWIN.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+    ("MODEL.SWIN.USE_CHECKPOINT", False),
+    # Weight of a per-pixel cross-entropy on the mask features: quickens training from scratch.
+    ("MODEL.MASK_FORMER.SEM_AUX_WEIGHT", 0.0),
+]
+
+# What an official YAML names, and what stands in where that class is not registered.
+_TRANSLATIONS = {
+    "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, {"MaskFormer": "ExpediteMask2Former"}),
+    "MODEL.BACKBONE.NAME": (
+        BACKBONE_REGISTRY,
+        {"D2SwinTransformer": "ExpeditedSwinTransformer"},
+    ),
+}
+
+
+def add_expedite_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.EXPEDITE.*`` and ``TEST.DTYPE`` to a Detectron2 config, in place."""
+    _add_defaults(cfg, _EXPEDITE_DEFAULTS)
+
+
+def add_mask2former_config(cfg: CfgNode) -> None:
+    """Add Mask2Former's keys, in place; keys that Mask2Former itself already added are kept."""
+    _add_defaults(cfg, _MASK2FORMER_DEFAULTS)
+
+
+def _add_defaults(cfg: CfgNode, defaults: Sequence[tuple[str, Any]]) -> None:
+    for key, value in defaults:
+        *parents, leaf = key.split(".")
+        node = cfg
+        for parent in parents:
+            if parent not in node:
+                node[parent] = CfgNode()
+            node = node[parent]
+        if leaf not in node:
+            node[leaf] = list(value) if isinstance(value, list) else value
+
+
+def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a YAML file and ``KEY VALUE`` pairs into a checked, unfrozen config.
+
+    Args:
+        config_file: a path, or a path below ``configs/`` of the installed package.
+        opts: keys and values in turn, as on train_net.py's command line.
+
+    Returns:
+        The merged config. ``MODEL.DEVICE`` is "cpu" where "cuda" was asked for and there is none.
+
+    Raises:
+        FileNotFoundError: the file is in neither place.
+        KeyError: a key that does not exist.
+        ValueError: a value of the wrong type, an odd number of ``opts``, a file that is not YAML.
+    """
+    path = find_config(config_file)
+    cfg = get_cfg()
+    add_mask2former_config(cfg)
+    add_expedite_config(cfg)
+    try:
+        cfg.merge_from_file(str(path))
+    except KeyError as error:
+        raise KeyError(f"{path}: {error.args[0]}") from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # yaml's and yacs's errors have no common base
+        raise ValueError(f"{path} is not a valid config: {error}") from error
+    if len(opts) % 2:
+        raise ValueError(
+            f"config overrides are KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}"
+        )
+    try:
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError) as error:
+        raise KeyError(f"config override: {error}") from error
+    _translate_official_names(cfg)
+    _check(cfg)
+    cfg.MODEL.WEIGHTS = find_weights(cfg.MODEL.WEIGHTS)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("MODEL.DEVICE is %s and no GPU is visible: using cpu", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def find_config(path: str | os.PathLike) -> Path:
+    """A config's path as given, else the same path below the package's ``configs/``."""
+    given = Path(path)
+    packaged = _packaged_configs() / Path(*[p for p in given.parts if p != "configs"])
+    for candidate in (given, packaged):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"config file {given} not found, neither there nor at {packaged}")
+
+
+def _packaged_configs() -> Path:
+    """``configs/`` inside an installed wheel, or beside the package in a checkout."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def find_weights(path: str) -> str:
+    """Resolve ``expedite_d2://NAME`` to the weights that ship with the package."""
+    if not path.startswith(WEIGHTS_PREFIX):
+        return path
+    return str(PACKAGE / "weights" / path.removeprefix(WEIGHTS_PREFIX))
+
+
+def _translate_official_names(cfg: CfgNode) -> None:
+    for key, (registry, names) in _TRANSLATIONS.items():
+        *parents, leaf = key.split(".")
+        node = functools.reduce(getattr, parents, cfg)
+        ours = names.get(node[leaf])
+        if ours is not None and node[leaf] not in registry:
+            logger.info("%s %s is not registered: using %s", key, node[leaf], ours)
+            node[leaf] = ours
+
+
+def _check(cfg: CfgNode) -> None:
+    dtypes = ("float32", "bfloat16", "float16")
+    if dtypes.count(cfg.TEST.DTYPE) != 1:
+        raise ValueError(f"TEST.DTYPE must be one of {', '.join(dtypes)}, got {cfg.TEST.DTYPE!r}")
+    clusters = cfg.MODEL.EXPEDITE.CLUSTERS
+    if len(clusters) != 2:
+        raise ValueError(
+            "MODEL.EXPEDITE.CLUSTERS must be two sizes or two ratios, e.g. [8, 8] or [0.5, 0.5], "
+            f"got {clusters!r}"
+        )
+
+
+Main = TypeVar("Main", bound=Callable[..., Any])
+
+
+def cli(main: Main) -> Main:
+    """Decorate a command-line ``main``: a user's error becomes one line and exit code 2."""
+
+    @functools.wraps(main)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        except (ValueError, OSError, KeyError) as error:
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return guarded  # type: ignore[return-value]

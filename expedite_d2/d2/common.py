@@ -1,0 +1,260 @@
+"""What serves both providers alike: launching, set-up and safe checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from expedite_d2.d2 import provider
+from expedite_d2.d2.logger import setup_logger
+from expedite_d2.d2.provider import CfgNode, comm
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+# What the user caused: handed from a worker to the launching process as it is.
+_USER_ERRORS = (ValueError, OSError, KeyError)
+
+
+def launch(
+    main_func: Callable[..., Any],
+    num_gpus_per_machine: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str | None = None,
+    args: tuple[Any, ...] = (),
+    timeout: timedelta = DEFAULT_TIMEOUT,
+) -> None:
+    """Run a function in as many processes as there are GPUs, or on CPUs, as many as are asked for.
+
+    Detectron2's own differs in two points: released versions refuse to start without a GPU, and an
+    error of a worker comes back as the text of a traceback. Here the workers talk through gloo
+    where there is no GPU and share the cores, and ``ValueError``, ``OSError`` and ``KeyError``
+    are raised again in the launching process.
+
+    Args:
+        main_func: called as ``main_func(*args)`` in every process; importable by name.
+        num_gpus_per_machine: processes on this machine.
+        num_machines: number of machines; each calls ``launch``.
+        machine_rank: number of this machine.
+        dist_url: where the processes meet, e.g. ``tcp://127.0.0.1:50000``; ``auto`` takes a free
+            port (one machine only).
+        args: arguments of ``main_func``; must be picklable for more than one process.
+        timeout: how long a process waits for the others.
+    """
+    gpus = torch.cuda.device_count()
+    if num_gpus_per_machine < 1 or (gpus and num_gpus_per_machine > gpus):
+        limit = f"1 to {gpus}" if gpus else "at least 1"
+        raise ValueError(f"--num-gpus must be {limit} on this machine, got {num_gpus_per_machine}")
+    world_size = num_machines * num_gpus_per_machine
+    if world_size == 1:
+        main_func(*args)
+        return
+    if dist_url == "auto":
+        if num_machines > 1:
+            raise ValueError("--dist-url auto works on one machine only: give tcp://HOST:PORT")
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    errors = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.start_processes(
+            _worker,
+            nprocs=num_gpus_per_machine,
+            args=(
+                main_func,
+                world_size,
+                num_gpus_per_machine,
+                machine_rank,
+                dist_url,
+                args,
+                timeout,
+                errors,
+            ),
+        )
+    except (mp.ProcessRaisedException, mp.ProcessExitedException):
+        if not errors.empty():
+            raise errors.get() from None
+        raise
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _worker(
+    local_rank: int,
+    main_func: Callable[..., Any],
+    world_size: int,
+    workers: int,
+    machine_rank: int,
+    dist_url: str | None,
+    args: tuple[Any, ...],
+    timeout: timedelta,
+    errors: Any,
+) -> None:
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_rank)
+    else:
+        # Each worker would take all cores otherwise, and they would wait for one another.
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    try:
+        try:
+            dist.init_process_group(
+                backend="nccl" if gpu else "gloo",
+                init_method=dist_url,
+                world_size=world_size,
+                rank=machine_rank * workers + local_rank,
+                timeout=timeout,
+            )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"the processes cannot meet at --dist-url {dist_url}: {reason}"
+            ) from error
+        comm.create_local_process_group(workers)
+        # A rank that is late with loading must not count against the timeout of the first exchange.
+        comm.synchronize()
+        main_func(*args)
+    except _USER_ERRORS as error:
+        errors.put(_plain(error))
+        raise
+    dist.destroy_process_group()
+
+
+def _plain(error: Exception) -> Exception:
+    """The same error without what may not pickle: subclasses with arguments of their own."""
+    kind = next(kind for kind in _USER_ERRORS if isinstance(error, kind))
+    return kind(str(error.args[0]) if kind is KeyError and error.args else str(error))
+
+
+def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Start the log (stdout and ``OUTPUT_DIR/log.txt``), record environment and config, seed.
+
+    Args:
+        cfg: the full config.
+        args: the command line.
+
+    Raises:
+        OSError: ``OUTPUT_DIR`` cannot be created or written to.
+    """
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR must name a directory, got an empty string")
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be created: {error.strerror}") from error
+    if not os.access(cfg.OUTPUT_DIR, os.W_OK | os.X_OK):
+        raise OSError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    provider.default_setup(cfg, args)
+
+
+class CorruptCheckpointError(ValueError):
+    """A checkpoint file that cannot be read: truncated, or no checkpoint at all."""
+
+
+class DetectionCheckpointer(provider.DetectionCheckpointer):
+    """The provider's checkpointer, which never leaves a half-written file and survives one.
+
+    A checkpoint is written under a temporary name and renamed once it is complete. On resume, one
+    that cannot be read is passed over, with a warning, for the one before.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write the model, the checkpointables and ``kwargs`` to ``save_dir/name.pth``."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("saving checkpoint %s", path)
+        with _replacing(path) as temporary:
+            torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note which checkpoint is the newest."""
+        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+            with open(temporary, "w") as file:
+                file.write(last_filename_basename)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint; what was saved beside model and checkpointables is returned.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CorruptCheckpointError: the file cannot be read.
+        """
+        if path and not urlparse(path).scheme and not os.path.isfile(path.partition("?")[0]):
+            raise FileNotFoundError(f"checkpoint {path} does not exist")
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            # Detectron2's keeps the address of a failed load and refuses the next one.
+            self._parsed_url_during_load = None
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            return super()._load_file(filename)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # unpickling arbitrary bytes can fail in every way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CorruptCheckpointError(
+                f"checkpoint {filename} is truncated or no checkpoint at all: {reason}"
+            ) from error
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Go on from the newest readable checkpoint of ``save_dir``, else load ``path``.
+
+        Args:
+            path: weights to begin with, where there is nothing to resume.
+            resume: whether to look for a checkpoint; without, only the model is loaded.
+
+        Raises:
+            CorruptCheckpointError: there are checkpoints to resume from, and none can be read.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        for candidate in self._checkpoints():
+            try:
+                return self.load(candidate)
+            except (CorruptCheckpointError, FileNotFoundError) as error:
+                logger.warning("%s; trying the checkpoint before", error)
+        raise CorruptCheckpointError(f"no checkpoint in {self.save_dir} can be read")
+
+    def _checkpoints(self) -> list[str]:
+        """The checkpoints of this run, the tagged one first, then from the newest to the oldest."""
+        last = self.get_checkpoint_file()
+        prefix = os.path.basename(last).rpartition("_")[0]
+        others = [
+            file
+            for file in self.get_all_checkpoint_files()
+            if file != last and os.path.basename(file).rpartition("_")[0] == prefix
+        ]
+        return [last, *sorted(others, key=os.path.getmtime, reverse=True)]
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[str]:
+    """A temporary name beside ``path`` that takes its place if the block succeeds."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)

@@ -1,0 +1,353 @@
+"""A model and its expedited self, evaluated side by side on the same images in one run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from expedite_d2._ext import build_info
+from expedite_d2.checkpoint import load_weights
+from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog, build_model, comm
+from expedite_d2.data import build_test_loader
+from expedite_d2.evaluation import build_evaluators
+from expedite_d2.evaluation.cost import count_gflops, expedite_settings
+from expedite_d2.evaluation.evaluator import DatasetEvaluator, Results
+from expedite_d2.evaluation.figure import Example, draw_comparison
+from expedite_d2.evaluation.latency import PeakMemory, time_call
+from expedite_d2.evaluation.report import (
+    Measurement,
+    Subject,
+    build_comparison,
+    comparison_table,
+    markdown,
+    replacing,
+    to_json,
+)
+from expedite_d2.hourglass import reduce
+from expedite_d2.visualize import segmentation_of
+
+__all__ = ["build_pair", "choose_examples", "compare"]
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("backbone", "model")
+# The first passes pay for lazy initialisation, allocator growth and the choice of kernels.
+_WARMUP = 2
+_EXAMPLES = 3
+
+
+def compare(cfg: CfgNode) -> dict[str, Any]:
+    """Evaluate baseline and expedited model on ``DATASETS.TEST[0]``, image by image in turn.
+
+    The model runs with ``MODEL.EXPEDITE.ENABLED`` on and off, from one set of weights, whatever the
+    config says. With several ranks each one takes its share. The main rank writes
+    ``OUTPUT_DIR/comparison.json``, ``.md`` and ``.png`` once all is measured, and prints the table.
+
+    Args:
+        cfg: The config, from ``load_config``.
+
+    Returns:
+        What ``comparison.json`` holds on the main rank, {} on the others.
+
+    Raises:
+        ValueError: settings that do not fit the model, no data set or no images, weights of
+            another model.
+        FileNotFoundError: weights or data are not where they should be.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: expected the data set to compare on")
+    name = cfg.DATASETS.TEST[0]
+    output = Path(cfg.OUTPUT_DIR)
+    if comm.is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
+    device = torch.device(cfg.MODEL.DEVICE)
+    models = build_pair(cfg)
+    loader = build_test_loader(_undisturbed(cfg, device), name)
+    runs = [_Run(model, device, build_evaluators(cfg, name)) for model in models]
+    _alternate(runs, loader)
+    baseline, expedited = (run.gather() for run in runs)
+    if not comm.is_main_process():
+        return {}
+    images = len(baseline.latency_ms["model"])
+    subject = Subject(
+        model=_describe_model(cfg),
+        dataset=name,
+        images=images,
+        device=_describe_device(device),
+        dtype=cfg.TEST.DTYPE,
+        torch=torch.__version__,
+        extension=build_info(),
+    )
+    comparison = build_comparison(subject, baseline, expedited, expedite_settings(cfg))
+    examples = [
+        _example(models, loader.dataset[index], cfg.INPUT.FORMAT)
+        for index in choose_examples(DatasetCatalog.get(name))
+    ]
+    _write(output, comparison, examples, MetadataCatalog.get(name), cfg.MODEL.WEIGHTS)
+    print(comparison_table(comparison), flush=True)
+    logger.info("wrote %s", output / "comparison.{json,md,png}")
+    return comparison
+
+
+def build_pair(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
+    """The config's model twice, in evaluation mode: baseline, then expedited.
+
+    The two hold the same parameter tensors, so that a pair takes the memory of one.
+    """
+    models = []
+    for enabled in (False, True):
+        changed = cfg.clone()
+        changed.defrost()
+        changed.MODEL.EXPEDITE.ENABLED = enabled
+        models.append(build_model(changed).eval())
+    baseline, expedited = models
+    load_weights(expedited, cfg.MODEL.WEIGHTS)
+    baseline.load_state_dict(expedited.state_dict(), assign=True)
+    return baseline, expedited
+
+
+def choose_examples(records: Sequence[Mapping[str, Any]], count: int = _EXAMPLES) -> list[int]:
+    """Indices of images to show: one from each part of the data set, rich but not the extreme.
+
+    Args:
+        records: The data set's dicts; what they tell of segments is counted.
+        count: How many, at most.
+
+    Returns:
+        Increasing indices, the same for the same data set.
+    """
+    chosen = []
+    for part in np.array_split(np.arange(len(records)), count):
+        ranked = sorted(part.tolist(), key=lambda index: (_segments(records[index]), -index))
+        # The richest picture of all is often a crowd in which nothing can be told apart.
+        chosen += ranked[math.floor(0.95 * (len(ranked) - 1)) :][:1]
+    return chosen
+
+
+def _segments(record: Mapping[str, Any]) -> int:
+    return len(record.get("segments_info") or record.get("annotations") or ())
+
+
+@dataclass
+class _Run:
+    """One of the two models and what this rank has measured of it so far."""
+
+    model: nn.Module
+    device: torch.device
+    evaluators: Sequence[DatasetEvaluator]
+    gflops: dict[tuple[int, int], dict[str, float]] = field(default_factory=dict)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    latency_ms: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in _PARTS})
+    peak_memory_mb: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for evaluator in self.evaluators:
+            evaluator.reset()
+
+    def prepare(self, batch: list[dict[str, Any]], size: tuple[int, int]) -> None:
+        """What an image size that has not been seen yet needs: warm-up, memory, multiply-adds."""
+        if size in self.gflops:
+            return
+        for _ in range(0 if self.gflops else _WARMUP):
+            self.model(batch)
+        with PeakMemory(self.device) as memory:
+            self.model(batch)
+        if memory.mib is not None:
+            self.peak_memory_mb.append(memory.mib)
+        self.gflops[size] = count_gflops(self.model, *size)
+
+    def measure(self, batch: list[dict[str, Any]], size: tuple[int, int]) -> None:
+        """Time one batch of one image, and evaluate what came out."""
+        with _BackboneClock(self.model.get_submodule("backbone"), self.device) as clock:
+            outputs, milliseconds = time_call(lambda: self.model(batch), self.device)
+        self.latency_ms["model"].append(milliseconds)
+        self.latency_ms["backbone"].append(clock.milliseconds())
+        self.sizes.append(size)
+        for evaluator in self.evaluators:
+            evaluator.process(batch, outputs)
+
+    def gather(self) -> Measurement:
+        """All ranks' images together; metrics are only there on the main rank."""
+        shares = comm.all_gather((self.latency_ms, self._gflops(), self.peak_memory_mb))
+        if not any(latency["model"] for latency, _, _ in shares):
+            raise ValueError("the data set is empty: expected at least one image to compare on")
+        metrics: Results = {}
+        for evaluator in self.evaluators:
+            metrics.update(evaluator.evaluate() or {})
+        peaks = [peak for _, _, share in shares for peak in share]
+        return Measurement(
+            metrics=metrics,
+            gflops={p: [v for _, share, _ in shares for v in share[p]] for p in _PARTS},
+            latency_ms={p: [v for share, _, _ in shares for v in share[p]] for p in _PARTS},
+            peak_memory_mb=max(peaks, default=None),
+        )
+
+    def _gflops(self) -> dict[str, list[float]]:
+        return {part: [self.gflops[size][part] for size in self.sizes] for part in _PARTS}
+
+
+class _BackboneClock:
+    """Context that times the backbone inside the model's own forward pass.
+
+    On CUDA by events on the stream: a synchronisation there would slow the model that is timed
+    around it.
+    """
+
+    def __init__(self, backbone: nn.Module, device: torch.device) -> None:
+        self.backbone = backbone
+        self.device = device
+        self.marks: list[Any] = []
+
+    def __enter__(self) -> _BackboneClock:
+        self.hooks = (
+            self.backbone.register_forward_pre_hook(self._mark),
+            self.backbone.register_forward_hook(self._mark),
+        )
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def milliseconds(self) -> float:
+        """The time of the one pass inside; the device has been synchronised since."""
+        start, stop = self.marks
+        return start.elapsed_time(stop) if self.device.type == "cuda" else 1e3 * (stop - start)
+
+    def _mark(self, *hook_args: Any) -> None:
+        if self.device.type != "cuda":
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self.marks.append(event)
+
+
+@torch.inference_mode()
+def _alternate(runs: Sequence[_Run], loader: Iterable[list[dict[str, Any]]]) -> None:
+    """Let every image pass through all models, another one first each time."""
+    bar = tqdm(loader, desc="comparing", unit="image", disable=not comm.is_main_process())
+    for number, batch in enumerate(bar):
+        step = max(int(getattr(runs[0].model, "size_divisibility", 1)), 1)
+        height, width = (math.ceil(side / step) * step for side in batch[0]["image"].shape[-2:])
+        for run in runs:
+            run.prepare(batch, (height, width))
+        # Clocks drift and caches are warm for whoever comes second: neither may always be first.
+        for run in runs if number % 2 == 0 else runs[::-1]:
+            run.measure(batch, (height, width))
+
+
+def _undisturbed(cfg: CfgNode, device: torch.device) -> CfgNode:
+    """On a CPU, read images between the passes: workers would share the cores that are timed."""
+    if device.type != "cpu":
+        return cfg
+    changed = cfg.clone()
+    changed.defrost()
+    changed.DATALOADER.NUM_WORKERS = 0
+    return changed
+
+
+@torch.inference_mode()
+def _example(
+    models: tuple[nn.Module, nn.Module], item: dict[str, Any], image_format: str
+) -> Example:
+    """Run both models on one image, and look at what the expedited backbone clusters."""
+    backbone: Any = models[1].get_submodule("backbone")
+    inputs: list[Tensor] = []
+    hook = backbone.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    baseline, expedited = (segmentation_of(model([item])[0]) for model in models)
+    hook.remove()
+    padded = inputs[0]  # (1, 3, H', W')
+    tokens = backbone.tokens_to_cluster(padded)
+    _, clustering = reduce(tokens, backbone.reduction, backbone.cluster_window)
+    clusters = None
+    if clustering.indices is not None:
+        # The first of the topk is the nearest centre.
+        clusters = clustering.indices[0, ..., 0].cpu().numpy()
+    height, width = item["image"].shape[-2:]
+    image = item["image"].permute(1, 2, 0).cpu().numpy().astype(np.uint8)
+    if image_format == "BGR":
+        image = image[..., ::-1]
+    rows, columns = baseline.ids.shape
+    return Example(
+        image=np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((columns, rows))),
+        clusters=clusters,
+        tokens=(
+            height * tokens.shape[1] / padded.shape[-2],
+            width * tokens.shape[2] / padded.shape[-1],
+        ),
+        window=backbone.cluster_window,
+        baseline=baseline,
+        expedited=expedited,
+    )
+
+
+def _write(
+    output: Path,
+    comparison: Mapping[str, Any],
+    examples: Sequence[Example],
+    metadata: Any,
+    weights: str,
+) -> None:
+    """Write the three files; none is replaced before all three are complete."""
+    with ExitStack() as stack:
+        text, numbers, picture = (
+            stack.enter_context(replacing(output / f"comparison.{suffix}"))
+            for suffix in ("md", "json", "png")
+        )
+        draw_comparison(comparison, examples, metadata, picture)
+        numbers.write_text(to_json(comparison), encoding="utf-8")
+        text.write_text(markdown(comparison, weights, _command_line()), encoding="utf-8")
+
+
+def _command_line() -> str:
+    """How this process was started, with the script as it is found from here."""
+    script = os.path.relpath(sys.argv[0]) if os.path.isabs(sys.argv[0]) else sys.argv[0]
+    return shlex.join(["python", script, *sys.argv[1:]])
+
+
+def _describe_model(cfg: CfgNode) -> str:
+    words = [cfg.MODEL.META_ARCHITECTURE]
+    if "Swin" in cfg.MODEL.BACKBONE.NAME:
+        swin = cfg.MODEL.SWIN
+        depths = "-".join(map(str, swin.DEPTHS))
+        words.append(f"Swin {swin.EMBED_DIM} ({depths}, window {swin.WINDOW_SIZE})")
+    else:
+        words.append(cfg.MODEL.BACKBONE.NAME)
+    return ", ".join(words)
+
+
+def _describe_device(device: torch.device) -> str:
+    ranks = comm.get_world_size()
+    prefix = f"{ranks} x " if ranks > 1 else ""
+    if device.type == "cuda":
+        return prefix + torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return prefix + device.type
+    return f"{prefix}{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    """The CPU's name; only Linux tells it in a file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

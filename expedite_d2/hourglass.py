@@ -1,0 +1,265 @@
+"""The U shape of an expedited encoder: many tokens -> few clusters -> many tokens.
+
+`reduce` clusters a token map, the following blocks run on the clusters, `reconstruct` spreads what
+they did over the tokens again. What belongs to the second half travels in a `Clustering` beside the
+data; nothing is stored on a module.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from expedite_d2.ops.token_cluster import token_cluster
+from expedite_d2.ops.token_match import token_match
+from expedite_d2.ops.token_reconstruct import token_reconstruct
+from expedite_d2.ops.token_spread import token_spread
+
+Reconstruction = Literal["residual", "replace"]
+
+# The automatic temperature is c / T, T the mean squared distance of the tokens to their nearest
+# initial centre. These c kept the most accuracy: windows hold few, similar tokens and want sharper
+# weights than whole images.
+SHARPNESS_IN_WINDOWS = 32.0
+SHARPNESS_ON_IMAGES = 8.0
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How, and from which block on, an encoder runs on clusters of its tokens.
+
+    Attributes:
+        alpha: blocks that run at full resolution before the clustering, counted from the first of
+            the encoder.
+        clusters: rows and columns of the cluster grid of a window or, without windows, of the
+            image; or two ratios in (0, 1) of the rows and columns of tokens.
+        iterations: rounds of soft k-means (kappa); 0 keeps the average-pooled centres.
+        neighbourhood: odd side of the square of cells that a token may belong to (lambda).
+        topk: centres that each token is reconstructed from.
+        temperature: factor (tau) of squared distances; 0.0 measures it for each image.
+        reconstruction: "residual" adds to each token what its clusters gained, "replace" (the
+            paper) puts the clusters' values in its place.
+    """
+
+    alpha: int
+    clusters: tuple[int, int] | tuple[float, float]
+    iterations: int = 5
+    neighbourhood: int = 5
+    topk: int = 4
+    temperature: float = 0.0
+    reconstruction: Reconstruction = "residual"
+
+    def __post_init__(self) -> None:
+        _expect_int("alpha", self.alpha, minimum=0)
+        _expect_int("iterations", self.iterations, minimum=0)
+        _expect_int("neighbourhood", self.neighbourhood, minimum=1)
+        _expect_int("topk", self.topk, minimum=1)
+        if self.neighbourhood % 2 == 0:
+            raise ValueError(f"neighbourhood must be odd, got {self.neighbourhood}")
+        temperature = self.temperature
+        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        if not (number and math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(
+                f"temperature must be a finite number >= 0 (0 is automatic), got {temperature!r}"
+            )
+        if self.reconstruction not in get_args(Reconstruction):
+            expected = " or ".join(repr(mode) for mode in get_args(Reconstruction))
+            raise ValueError(f"reconstruction must be {expected}, got {self.reconstruction!r}")
+        # Frozen: a list, as configuration files give it, becomes the tuple that it stands for.
+        object.__setattr__(self, "clusters", _checked_clusters(self.clusters))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of clusters for a window or an image of height x width tokens."""
+        rows, columns = self.clusters
+        if isinstance(rows, float) or isinstance(columns, float):
+            return max(1, round(rows * height)), max(1, round(columns * width))
+        return rows, columns
+
+
+class Clustering(NamedTuple):
+    """What `reconstruct` needs to know of the reduction before it.
+
+    Attributes:
+        tokens: (B, H, W, C) before the clustering; None for "replace".
+        centres: (B, h, w, C) after the clustering; None for "replace".
+        indices: (B, H, W, topk) int32, the centres that each token is rebuilt from; None if the map
+            was left as it was.
+        weights: (B, H, W, topk) float32, their weights; None if the map was left as it was.
+    """
+
+    tokens: Tensor | None
+    centres: Tensor | None
+    indices: Tensor | None
+    weights: Tensor | None
+
+
+def reduce(
+    tokens: Tensor, reduction: Reduction, window: tuple[int, int] | None = None
+) -> tuple[Tensor, Clustering]:
+    """Cluster a token map.
+
+    An image with no more tokens than the cluster grid has cells is left as it is, with a warning.
+
+    Args:
+        tokens: (B, H, W, C).
+        reduction: the settings.
+        window: rows and columns of the windows that are clustered each by itself; None clusters the
+            image as a whole.
+
+    Returns:
+        The centres, (B, h, w, C), and what `reconstruct` needs.
+    """
+    height, width = tokens.shape[1:3]
+    clusters = reduction.grid(*(window or (height, width)))
+    if window is None and clusters[0] * clusters[1] >= height * width:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"an image has no more tokens than the {clusters[0]}x{clusters[1]} cluster grid "
+                "and runs unreduced",
+                stacklevel=2,
+            )
+        return tokens, Clustering(None, None, None, None)
+    with _profiler_range("expedite_d2.reduce", tokens):
+        temperature, spread = reduction.temperature, None
+        if temperature == 0:
+            temperature = _sharpness(window)
+            spread = token_spread(
+                tokens, clusters, window=window, neighbourhood=reduction.neighbourhood
+            )
+        centres = token_cluster(
+            tokens,
+            clusters,
+            window=window,
+            iterations=reduction.iterations,
+            neighbourhood=reduction.neighbourhood,
+            temperature=temperature,
+            spread=spread,
+        )
+        indices, weights = token_match(
+            tokens,
+            centres,
+            clusters,
+            window=window,
+            topk=reduction.topk,
+            temperature=temperature,
+            spread=spread,
+        )
+    if reduction.reconstruction == "replace":
+        return centres, Clustering(None, None, indices, weights)
+    return centres, Clustering(tokens, centres, indices, weights)
+
+
+def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
+    """Spread what the clusters have become over the tokens.
+
+    Args:
+        low: (B, h, w, C), the centres after the low-resolution blocks.
+        clustering: what `reduce` gave beside them.
+
+    Returns:
+        (B, H, W, C).
+    """
+    if clustering.indices is None or clustering.weights is None:
+        return low
+    with _profiler_range("expedite_d2.reconstruct", low):
+        return token_reconstruct(
+            low,
+            clustering.indices,
+            clustering.weights,
+            tokens=clustering.tokens,
+            centres=clustering.centres,
+        )
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Iterable[Any]) -> float:
+    """Measure the temperature on a few images and store it in the backbone's settings.
+
+    Args:
+        model: holds one expedited backbone, a module with the attributes `reduction`,
+            `cluster_window` and `tokens_to_cluster`.
+        images: inputs of the model, each of them one call.
+
+    Returns:
+        The temperature c / T with T averaged over all images.
+
+    Raises:
+        ValueError: no backbone or several, a backbone that is not expedited, or no images.
+    """
+    backbone = _expedited_backbone(model)
+    reduction: Reduction = backbone.reduction
+    window: tuple[int, int] | None = backbone.cluster_window
+    spreads: list[Tensor] = []
+
+    def measure(module: nn.Module, args: tuple[Any, ...]) -> None:
+        tokens = backbone.tokens_to_cluster(args[0])
+        clusters = reduction.grid(*(window or tokens.shape[1:3]))
+        spreads.append(
+            token_spread(tokens, clusters, window=window, neighbourhood=reduction.neighbourhood)
+        )
+
+    training = {module: module.training for module in model.modules()}
+    hook = backbone.register_forward_pre_hook(measure)
+    try:
+        model.eval()
+        for image in images:
+            model(image)
+    finally:
+        hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    if not spreads:
+        raise ValueError("calibrate needs at least one image, got none")
+    temperature = _sharpness(window) / torch.cat(spreads).double().mean().item()
+    backbone.reduction = replace(reduction, temperature=temperature)
+    return temperature
+
+
+def _expedited_backbone(model: nn.Module) -> Any:
+    found = [module for module in model.modules() if hasattr(module, "tokens_to_cluster")]
+    if len(found) != 1:
+        raise ValueError(
+            f"calibrate expects a model with one backbone that can be expedited, got {len(found)} "
+            f"in {type(model).__name__}"
+        )
+    if getattr(found[0], "reduction", None) is None:
+        raise ValueError(
+            f"calibrate expects an expedited backbone, got a {type(found[0]).__name__} whose "
+            "reduction is None"
+        )
+    return found[0]
+
+
+def _sharpness(window: tuple[int, int] | None) -> float:
+    return SHARPNESS_ON_IMAGES if window is None else SHARPNESS_IN_WINDOWS
+
+
+def _profiler_range(name: str, tensor: Tensor) -> AbstractContextManager[None]:
+    """An NVTX range for work that is queued on a GPU now."""
+    if tensor.is_cuda and not torch.compiler.is_compiling():
+        return torch.cuda.nvtx.range(name)
+    return nullcontext()
+
+
+def _expect_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def _checked_clusters(clusters: Any) -> tuple[Any, Any]:
+    sides = tuple(clusters) if isinstance(clusters, (tuple, list)) else (clusters,)
+    sizes = all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sides)
+    ratios = all(isinstance(s, float) and 0 < s < 1 for s in sides)
+    if len(sides) != 2 or not (sizes or ratios):
+        raise ValueError(
+            "clusters must be two sizes >= 1, such as (8, 8), or two ratios between 0 and 1, such "
+            f"as (0.5, 0.5), got {clusters!r}"
+        )
+    return sides[0], sides[1]

@@ -1,0 +1,281 @@
+"""The parts of a Swin transformer: patch embedding, window attention, block, patch merging.
+
+Token maps are channels-last, (B, H, W, C), everywhere. A block learns the geometry of its windows
+from the caller with each call, so the same parameters serve 12x12 windows of tokens and 8x8 windows
+of clusters, and nothing of a forward pass stays on a module.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+# What official Swin adds to the logits of pairs that a shifted window holds but the image does not
+# hold side by side; exp(-100) vanishes beside any real weight.
+MASKED = -100.0
+
+
+class Windows(NamedTuple):
+    """The windows that a block attends in.
+
+    Attributes:
+        size: rows and columns of a window, (M_h, M_w), N = M_h * M_w.
+        shift: rows and columns by which every second block rolls the map.
+        mask: (windows, 1, N, N), added to the logits of rolled maps; None if no block rolls.
+        positions: (N, N), row of the position bias table for each pair of positions in a window.
+        resample: (rows, (2M-1)^2), reads the table at the offsets of clusters; None for the table
+            itself.
+    """
+
+    size: tuple[int, int]
+    shift: tuple[int, int]
+    mask: Tensor | None
+    positions: Tensor
+    resample: Tensor | None = None
+
+
+def relative_position_index(window: tuple[int, int]) -> Tensor:
+    """Row of a (2h-1)(2w-1) table of offsets for each pair of positions in a window: (h*w, h*w)."""
+    h, w = window
+    rows = torch.arange(h).repeat_interleave(w)
+    columns = torch.arange(w).repeat(h)
+    row_offset = rows[:, None] - rows[None, :] + h - 1
+    column_offset = columns[:, None] - columns[None, :] + w - 1
+    return row_offset * (2 * w - 1) + column_offset
+
+
+def _linear_weights(window: int, clusters: int) -> Tensor:
+    """Linear interpolation of a table of 2M-1 offsets at the 2m-1 offsets i * M / m."""
+    offsets = torch.arange(1 - clusters, clusters, dtype=torch.float64)
+    position = offsets * window / clusters + window - 1  # within [0, 2M-2] for m <= M
+    distance = (position[:, None] - torch.arange(2 * window - 1)[None, :]).abs()
+    return (1 - distance).clamp(min=0)  # (2m-1, 2M-1)
+
+
+def position_resampling(window: int, clusters: tuple[int, int]) -> Tensor:
+    """Matrix that reads a window's bias table bilinearly at the offsets between clusters.
+
+    The cells of an m x m map laid over an M x M window are M/m tokens apart.
+
+    Args:
+        window: side M of the window that the table was trained for.
+        clusters: rows and columns (m_h, m_w) of the cluster grid.
+
+    Returns:
+        ((2m_h-1)(2m_w-1), (2M-1)^2) float32.
+    """
+    rows = _linear_weights(window, clusters[0])
+    columns = _linear_weights(window, clusters[1])
+    return torch.kron(rows, columns).float()
+
+
+def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(B, H, W, C) -> (B * windows, M_h * M_w, C); H and W are multiples of the window."""
+    batch, height, width, channels = x.shape
+    h, w = window
+    x = x.view(batch, height // h, h, width // w, w, channels)
+    return x.transpose(2, 3).reshape(-1, h * w, channels)
+
+
+def unpartition(x: Tensor, window: tuple[int, int], height: int, width: int) -> Tensor:
+    """(B * windows, M_h * M_w, C) -> (B, H, W, C), the inverse of `partition`."""
+    h, w = window
+    x = x.view(-1, height // h, width // w, h, w, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
+
+
+def shift_mask(
+    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Tensor:
+    """What keeps the tokens of a rolled map from attending across the seam.
+
+    Args:
+        grid: rows and columns of the map, already multiples of the window.
+        window: rows and columns of a window.
+        shift: rows and columns by which the map was rolled.
+        device: where the mask is made.
+
+    Returns:
+        (windows, 1, N, N) float32: 0 within a region of the image, `MASKED` between two.
+    """
+    sides = []
+    for length, side, offset in zip(grid, window, shift, strict=True):
+        position = torch.arange(length, device=device)
+        region = (position >= length - side).long() + (position >= length - offset).long()
+        sides.append(region.view(-1, side))  # (windows of this side, M)
+    rows, columns = sides
+    region = rows[:, None, :, None] * 3 + columns[None, :, None, :]
+    region = region.reshape(-1, 1, window[0] * window[1])  # (windows, 1, N)
+    differs = region[..., :, None] != region[..., None, :]  # (windows, 1, N, N)
+    return torch.zeros(differs.shape, device=device).masked_fill_(differs, MASKED)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows, with a learnt bias for each relative position."""
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale
+        self.attn_drop = attn_drop
+        table = torch.empty((2 * window_size - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        index = relative_position_index((window_size, window_size))
+        self.register_buffer("relative_position_index", index, persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Official checkpoints hold this constant; ours do not.
+        state_dict.pop(prefix + "relative_position_index", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def position_bias(self, windows: Windows) -> Tensor:
+        """Bias of each head for each pair of positions in a window: (heads, N, N)."""
+        table: Tensor = self.relative_position_bias_table
+        if windows.resample is not None:
+            table = windows.resample.to(table.dtype) @ table
+        # One gather a head: several times faster than indexing rows and transposing after.
+        index = windows.positions.view(1, -1).expand(self.num_heads, -1)
+        return table.t().contiguous().gather(1, index).view(-1, *windows.positions.shape)
+
+    def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:
+        """Attend within each window: (B * windows, N, C) -> the same shape.
+
+        Args:
+            x: windows of tokens.
+            windows: their geometry.
+            mask: (windows, 1, N, N) to add to the logits, or None.
+        """
+        count, positions, channels = x.shape
+        qkv = self.qkv(x).view(count, positions, 3, self.num_heads, channels // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * windows, heads, N, d)
+        bias = self.position_bias(windows)[None]  # (1, heads, N, N)
+        if mask is not None:
+            images = count // mask.shape[0]
+            bias = bias + (mask if images == 1 else mask.repeat(images, 1, 1, 1))
+        x = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=bias.to(query.dtype),
+            dropout_p=self.attn_drop if self.training else 0.0,
+            scale=self.scale,
+        )
+        x = x.transpose(1, 2).reshape(count, positions, channels)
+        return self.proj_drop(self.proj(x))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class SwinBlock(nn.Module):
+    """Window attention and an MLP, each behind a LayerNorm and with a residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shifted: bool,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.shifted = shifted
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(
+            dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop
+        )
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        """One block on a token map, (B, H, W, C) -> the same shape, for any H and W."""
+        x = x + self.drop_path(self._attend(self.norm1(x), windows))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, windows: Windows) -> Tensor:
+        height, width = x.shape[1:3]
+        bottom, right = -height % windows.size[0], -width % windows.size[1]
+        if bottom or right:
+            # As official Swin: after the norm, unmasked, and before the roll.
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        padded_height, padded_width = x.shape[1:3]
+        rows, columns = windows.shift
+        if self.shifted:
+            x = torch.roll(x, shifts=(-rows, -columns), dims=(1, 2))
+        x = partition(x, windows.size)
+        x = self.attn(x, windows, windows.mask if self.shifted else None)
+        x = unpartition(x, windows.size, padded_height, padded_width)
+        if self.shifted:
+            x = torch.roll(x, shifts=(rows, columns), dims=(1, 2))
+        return x[:, :height, :width]
+
+
+class PatchMerging(nn.Module):
+    """Halve the map: four neighbours are concatenated and projected to twice the channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+        height, width = x.shape[1:3]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        quarters = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
+        return self.reduction(self.norm(torch.cat(quarters, dim=-1)))
+
+
+class PatchEmbed(nn.Module):
+    """Project patches of the image to tokens."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm: bool) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(embed_dim) if norm else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, ceil(H/patch), ceil(W/patch), C)."""
+        height, width = images.shape[2:]
+        bottom, right = -height % self.patch_size, -width % self.patch_size
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom))
+        x = self.proj(images).permute(0, 2, 3, 1)
+        return x.contiguous() if self.norm is None else self.norm(x)

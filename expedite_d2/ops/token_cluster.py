@@ -1,0 +1,112 @@
+"""Soft k-means of tokens around the cells of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expedite_d2.ops._checks import (
+    check_clusters,
+    check_int,
+    check_map,
+    check_spread,
+    check_temperature,
+    map_size,
+)
+from expedite_d2.ops.reference import token_cluster_backward_ref, token_cluster_ref
+
+_NAME = "expedite_d2::token_cluster"
+
+torch.library.define(
+    _NAME,
+    "(Tensor tokens, int[] clusters, int[]? window, int iterations, int neighbourhood, "
+    "float temperature, Tensor? spread) -> Tensor",
+)
+torch.library.impl(_NAME, "default", token_cluster_ref)
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    tokens: Tensor,
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    iterations: int,
+    neighbourhood: int,
+    temperature: float,
+    spread: Tensor | None,
+) -> Tensor:
+    batch, _, _, channels = tokens.shape
+    return tokens.new_empty((batch, *map_size(tokens, clusters, window), channels))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    tokens, *settings, spread = inputs
+    if ctx.needs_input_grad[0]:
+        ctx.save_for_backward(tokens, spread)
+        ctx.settings = settings
+
+
+def _backward(ctx, grad: Tensor):
+    grad_tokens = None
+    if ctx.needs_input_grad[0]:
+        tokens, spread = ctx.saved_tensors
+        grad_tokens = token_cluster_backward_ref(grad, tokens, *ctx.settings, spread)
+    return grad_tokens, None, None, None, None, None, None
+
+
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+
+_token_cluster = torch.ops.expedite_d2.token_cluster.default
+
+
+def token_cluster(
+    tokens: Tensor,
+    clusters: Sequence[int],
+    *,
+    window: Sequence[int] | None = None,
+    iterations: int = 5,
+    neighbourhood: int = 5,
+    temperature: float,
+    spread: Tensor | None = None,
+) -> Tensor:
+    """Clusters the tokens of a grid, or of each of its windows, to a smaller grid of centres.
+
+    Centres start as the average of their cell's tokens. ``iterations`` times every token spreads
+    a mass of 1, softmax of -tau * ||z - s||^2, over the candidate cells around its home cell, and a
+    centre becomes the mean of the tokens weighted by what it got (arXiv 2210.01035, section 3.2).
+    A centre that gets nothing keeps its value.
+
+    Args:
+        tokens: (B, H, W, C), z, float32, bfloat16, float16 or float64, of any stride.
+        clusters: (h, w), the cells of the grid, or of one window.
+        window: (M_h, M_w), the tokens of one window. Windows tile from the top left; the last ones
+            may be ragged, and then have only the cells that hold a real token. None: one grid.
+        iterations: Rounds of soft k-means, kappa; 0 is average pooling.
+        neighbourhood: Candidate cells of a token a side, odd, clipped to its window.
+        temperature: tau, the factor of squared distances, positive.
+        spread: (B,), float32, from :func:`token_spread`: tau of image b is then temperature /
+            spread[b].
+
+    Returns:
+        centres: (B, h', w', C) with h' = ceil(H * h / M_h) and w' = ceil(W * w / M_w), of the type
+        of ``tokens``. Differentiable in ``tokens`` with the responsibilities as constants.
+
+    Raises:
+        ValueError, TypeError: For an argument of wrong shape, value or type.
+
+    Note:
+        Distances and sums are float32 (float64 for float64 tokens), also under autocast;
+        deterministic. A NaN stays within its window.
+    """
+    op = "token_cluster"
+    check_map(op, "tokens", tokens)
+    cells, side = check_clusters(op, tokens, clusters, window)
+    check_int(op, "iterations", iterations, 0)
+    check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
+    tau = check_temperature(op, temperature)
+    check_spread(op, spread, tokens)
+    # The kernels are for the types that models run in; float64 serves tests of gradients.
+    run = token_cluster_ref if tokens.dtype == torch.float64 else _token_cluster
+    return run(tokens, cells, side, iterations, neighbourhood, tau, spread)

@@ -1,0 +1,108 @@
+"""The nearest centres of every token and how much it belongs to each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expedite_d2.ops._checks import (
+    check_clusters,
+    check_int,
+    check_like,
+    check_map,
+    check_spread,
+    check_temperature,
+    map_size,
+)
+from expedite_d2.ops.reference import token_match_ref
+
+_NAME = "expedite_d2::token_match"
+
+torch.library.define(
+    _NAME,
+    "(Tensor tokens, Tensor centres, int[] clusters, int[]? window, int topk, float temperature, "
+    "Tensor? spread) -> (Tensor, Tensor)",
+)
+torch.library.impl(_NAME, "default", token_match_ref)
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    tokens: Tensor,
+    centres: Tensor,
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    topk: int,
+    temperature: float,
+    spread: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (*tokens.shape[:3], topk)
+    indices = tokens.new_empty(shape, dtype=torch.int32)
+    return indices, tokens.new_empty(shape, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output)
+
+
+def _backward(ctx, *grads: Tensor):
+    return None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+
+_token_match = torch.ops.expedite_d2.token_match.default
+
+
+def token_match(
+    tokens: Tensor,
+    centres: Tensor,
+    clusters: Sequence[int],
+    *,
+    window: Sequence[int] | None = None,
+    topk: int = 4,
+    temperature: float,
+    spread: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Finds the ``topk`` nearest centres of each token in its image or window, and weights them.
+
+    The weights are the softmax of -tau * ||z - s||^2 over those centres: they sum to 1, whatever
+    the scale of the features. All centres of the window compete, not only the neighbourhood that
+    :func:`token_cluster` used.
+
+    Args:
+        tokens: (B, H, W, C), z, as they were before clustering; float32, bfloat16, float16 or
+            float64, of any stride.
+        centres: (B, h', w', C), s, from :func:`token_cluster`, of the type of ``tokens``.
+        clusters: (h, w), as given to :func:`token_cluster`.
+        window: (M_h, M_w) or None, as given to :func:`token_cluster`.
+        topk: Centres a token. Where a window has fewer, its nearest is repeated with weight 0.
+        temperature: tau, the factor of squared distances, positive.
+        spread: (B,), float32: tau of image b is then temperature / spread[b].
+
+    Returns:
+        indices: (B, H, W, topk), int32, linear in the h' * w' map, nearest first; always in range.
+            Not differentiable.
+        weights: (B, H, W, topk), float32. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: For an argument of wrong shape, value or type.
+
+    Note:
+        Of centres at the same distance the lower index comes first. A centre at NaN comes last; a
+        token that is NaN has NaN weights. Computed in float32 (float64 for float64 tokens), also
+        under autocast; deterministic.
+    """
+    op = "token_match"
+    check_map(op, "tokens", tokens)
+    cells, side = check_clusters(op, tokens, clusters, window)
+    shape = (tokens.shape[0], *map_size(tokens, cells, side), tokens.shape[3])
+    check_like(op, "centres", centres, shape, tokens, "tokens")
+    check_int(op, "topk", topk, 1)
+    tau = check_temperature(op, temperature)
+    check_spread(op, spread, tokens)
+    # The kernels are for the types that models run in; float64 serves tests of gradients.
+    run = token_match_ref if tokens.dtype == torch.float64 else _token_match
+    return run(tokens, centres, cells, side, topk, tau, spread)

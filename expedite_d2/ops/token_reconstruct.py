@@ -1,0 +1,120 @@
+"""The high-resolution map from refined centres."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expedite_d2.ops._checks import check_device, check_like, check_map
+from expedite_d2.ops.reference import token_reconstruct_backward_ref, token_reconstruct_ref
+
+_NAME = "expedite_d2::token_reconstruct"
+
+torch.library.define(
+    _NAME,
+    "(Tensor refined, Tensor indices, Tensor weights, Tensor? tokens, Tensor? centres) -> Tensor",
+)
+torch.library.impl(_NAME, "default", token_reconstruct_ref)
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    refined: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    tokens: Tensor | None,
+    centres: Tensor | None,
+) -> Tensor:
+    return refined.new_empty((*indices.shape[:3], refined.shape[3]))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    refined, indices, weights, _, _ = inputs
+    needs_refined, _, _, _, needs_centres = ctx.needs_input_grad
+    if needs_refined or needs_centres:
+        ctx.save_for_backward(indices, weights)
+        ctx.cells = tuple(refined.shape[1:3])
+
+
+def _backward(ctx, grad: Tensor):
+    needs_refined, _, _, needs_tokens, needs_centres = ctx.needs_input_grad
+    grad_refined = grad_centres = None
+    if needs_refined or needs_centres:
+        indices, weights = ctx.saved_tensors
+        spread_back = token_reconstruct_backward_ref(grad, indices, weights, ctx.cells)
+        spread_back = spread_back.to(grad.dtype)
+        grad_refined = spread_back if needs_refined else None
+        grad_centres = -spread_back if needs_centres else None
+    return grad_refined, None, None, grad if needs_tokens else None, grad_centres
+
+
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+
+_token_reconstruct = torch.ops.expedite_d2.token_reconstruct.default
+
+
+def _check_assignment(
+    op: str, name: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int], refined: Tensor
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor (B, H, W, topk), got {x!r}")
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: expected {name} of type {dtype}, got {x.dtype}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{op}: expected {name} of shape {list(shape)}, got {list(x.shape)}")
+    check_device(op, name, x, refined, "refined")
+
+
+def token_reconstruct(
+    refined: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    tokens: Tensor | None = None,
+    centres: Tensor | None = None,
+) -> Tensor:
+    """Spreads refined centres over the tokens that belong to them.
+
+    Without ``tokens`` and ``centres`` a token becomes the weighted sum of its refined centres y,
+    sum_i w_i y_i (arXiv 2210.01035, section 3.2). With both, it keeps its own detail and only gets
+    what the low-resolution blocks added to its centres: z + sum_i w_i (y_i - s_i).
+
+    Args:
+        refined: (B, h', w', C), y, float32, bfloat16, float16 or float64, of any stride.
+        indices: (B, H, W, topk), int32, from :func:`token_match`.
+        weights: (B, H, W, topk), float32, from :func:`token_match`.
+        tokens: (B, H, W, C), z, before clustering, of the type of ``refined``.
+        centres: (B, h', w', C), s, before refinement, of the type of ``refined``.
+
+    Returns:
+        tokens: (B, H, W, C), of the type of ``refined``. Differentiable in ``refined``, ``tokens``
+        and ``centres``.
+
+    Raises:
+        ValueError, TypeError: For an argument of wrong shape or type, or only one of ``tokens`` and
+            ``centres``.
+
+    Note:
+        Sums are float32 (float64 for float64 input), also under autocast, in the order of the
+        indices; forward and backward are deterministic.
+    """
+    op = "token_reconstruct"
+    check_map(op, "refined", refined, "(B, h', w', C)")
+    if not isinstance(indices, Tensor) or indices.dim() != 4 or 0 in indices.shape[1:]:
+        got = list(indices.shape) if isinstance(indices, Tensor) else repr(indices)
+        raise ValueError(f"{op}: expected indices of shape (B, H, W, topk), got {got}")
+    shape = (refined.shape[0], *indices.shape[1:])
+    _check_assignment(op, "indices", indices, torch.int32, shape, refined)
+    _check_assignment(op, "weights", weights, torch.float32, shape, refined)
+    if (tokens is None) != (centres is None):
+        missing = "tokens" if tokens is None else "centres"
+        raise ValueError(f"{op}: expected tokens and centres together, got no {missing}")
+    if tokens is not None and centres is not None:
+        grid = (*indices.shape[:3], refined.shape[3])
+        check_like(op, "tokens", tokens, grid, refined, "refined")
+        check_like(op, "centres", centres, refined.shape, refined, "refined")
+    # The kernels are for the types that models run in; float64 serves tests of gradients.
+    run = token_reconstruct_ref if refined.dtype == torch.float64 else _token_reconstruct
+    return run(refined, indices, weights, tokens, centres)

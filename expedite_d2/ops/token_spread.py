@@ -1,0 +1,76 @@
+"""How far tokens lie from their nearest initial centre: the scale of squared distances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expedite_d2.ops._checks import check_clusters, check_int, check_map
+from expedite_d2.ops.reference import token_spread_ref
+
+_NAME = "expedite_d2::token_spread"
+
+torch.library.define(
+    _NAME, "(Tensor tokens, int[] clusters, int[]? window, int neighbourhood) -> Tensor"
+)
+torch.library.impl(_NAME, "default", token_spread_ref)
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    tokens: Tensor, clusters: Sequence[int], window: Sequence[int] | None, neighbourhood: int
+) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+def _backward(ctx, grad: Tensor):
+    return None, None, None, None
+
+
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+
+_token_spread = torch.ops.expedite_d2.token_spread.default
+
+
+def token_spread(
+    tokens: Tensor,
+    clusters: Sequence[int],
+    *,
+    window: Sequence[int] | None = None,
+    neighbourhood: int = 5,
+) -> Tensor:
+    """Measures the mean squared distance of an image's tokens to their nearest initial centre.
+
+    The initial centres are those of :func:`token_cluster`; each token looks at the cells within
+    ``neighbourhood // 2`` rows and columns of its home cell. A temperature of c / spread makes
+    clustering and matching independent of the scale of the features (the automatic temperature).
+
+    Args:
+        tokens: (B, H, W, C), float32, bfloat16, float16 or float64, of any stride.
+        clusters: (h, w), the cells of the grid, or of one window.
+        window: (M_h, M_w), the tokens of one window; None clusters the whole grid at once.
+        neighbourhood: Candidate cells of a token a side, odd.
+
+    Returns:
+        spread: (B,), float32, one value an image over all its windows; at least 1e-6 of the mean
+        squared distance to the image's mean token, and never 0. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: For an argument of wrong shape, value or type.
+
+    Note:
+        Computed in float32 (float64 for float64 tokens), also under autocast; deterministic.
+    """
+    op = "token_spread"
+    check_map(op, "tokens", tokens)
+    cells, side = check_clusters(op, tokens, clusters, window)
+    check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
+    # The kernels are for the types that models run in; float64 serves tests of gradients.
+    run = token_spread_ref if tokens.dtype == torch.float64 else _token_spread
+    return run(tokens, cells, side, neighbourhood)

@@ -1,0 +1,107 @@
+"""Optimizers and learning-rate schedules from Detectron2's and Mask2Former's SOLVER keys."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from expedite_d2.d2 import CfgNode
+
+# Tables and embeddings that Mask2Former and Swin never decay.
+_NO_DECAY = ("relative_position_bias_table", "absolute_pos_embed")
+
+
+def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """Optimizers by name: ``{"optimizer": AdamW}``, or Muon for the weight matrices beside it.
+
+    Parameter groups follow Mask2Former: the backbone learns at ``BACKBONE_MULTIPLIER``,
+    normalisation layers, embeddings and position tables have their own weight decay.
+    ``SOLVER.OPTIMIZER "MUON"`` gives the weights of linear layers to ``torch.optim.Muon``, its
+    steps scaled so that one learning rate serves both optimizers.
+
+    Raises:
+        ValueError: an optimizer of another name, or Muon where torch does not have it.
+    """
+    name = cfg.SOLVER.OPTIMIZER
+    if name not in ("ADAMW", "MUON"):
+        raise ValueError(f"SOLVER.OPTIMIZER must be ADAMW or MUON, got {name!r}")
+    if name == "MUON" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"SOLVER.OPTIMIZER MUON needs torch >= 2.9, this is {torch.__version__}")
+    matrices: list[dict] = []
+    others: list[dict] = []
+    for path, module, leaf, parameter in _named_parameters(model):
+        group = {
+            "params": [parameter],
+            "lr": cfg.SOLVER.BASE_LR
+            * (cfg.SOLVER.BACKBONE_MULTIPLIER if path.startswith("backbone.") else 1.0),
+            "weight_decay": _weight_decay(cfg, module, leaf),
+        }
+        is_matrix = isinstance(module, nn.Linear) and parameter.ndim == 2
+        (matrices if name == "MUON" and is_matrix else others).append(group)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "optimizer": torch.optim.AdamW(others, lr=cfg.SOLVER.BASE_LR)
+    }
+    if matrices:
+        optimizers["matrix_optimizer"] = torch.optim.Muon(
+            matrices, lr=cfg.SOLVER.BASE_LR, adjust_lr_fn="match_rms_adamw"
+        )
+    return optimizers
+
+
+def _named_parameters(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(path, owner, name in the owner, parameter) of each trainable parameter, once."""
+    seen: set[nn.Parameter] = set()
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                yield f"{prefix}.{leaf}", module, leaf, parameter
+
+
+def _weight_decay(cfg: CfgNode, module: nn.Module, leaf: str) -> float:
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    if leaf in _NO_DECAY:
+        return 0.0
+    if isinstance(module, norms):
+        return cfg.SOLVER.WEIGHT_DECAY_NORM
+    if isinstance(module, nn.Embedding):
+        return cfg.SOLVER.WEIGHT_DECAY_EMBED
+    return cfg.SOLVER.WEIGHT_DECAY
+
+
+def build_lr_scheduler(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up, then ``SOLVER.LR_SCHEDULER_NAME``: multi-step, cosine or polynomial.
+
+    Raises:
+        ValueError: a schedule of another name.
+    """
+    solver = cfg.SOLVER
+    name = solver.LR_SCHEDULER_NAME
+
+    def decay(step: int) -> float:
+        progress = min(step / solver.MAX_ITER, 1.0)
+        if name == "WarmupMultiStepLR":
+            return solver.GAMMA ** bisect_right(sorted(solver.STEPS), step)
+        if name == "WarmupCosineLR":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        floor = solver.POLY_LR_CONSTANT_ENDING
+        return max((1.0 - progress) ** solver.POLY_LR_POWER, floor)
+
+    def factor(step: int) -> float:
+        if step >= solver.WARMUP_ITERS:
+            return decay(step)
+        ramp = step / solver.WARMUP_ITERS
+        return decay(step) * (solver.WARMUP_FACTOR * (1.0 - ramp) + ramp)
+
+    names = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR")
+    if name not in names:
+        raise ValueError(f"SOLVER.LR_SCHEDULER_NAME must be one of {names}, got {name!r}")
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

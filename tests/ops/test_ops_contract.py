@@ -1,0 +1,331 @@
+"""What holds for all operators: registration, argument errors, compile, export, autocast, bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from op_cases import CASES, Sample, assert_kernel, make_sample
+
+from expedite_d2 import _ext, ops
+from expedite_d2.ops import reference
+
+NAMES = ["token_spread", "token_cluster", "token_match", "token_reconstruct"]
+OPCHECK_CASES = ["windows", "ragged", "image", "one_token"]
+
+
+def op_args(name: str, sample: Sample) -> tuple:
+    return {
+        "token_spread": sample.spread_args,
+        "token_cluster": sample.cluster_args,
+        "token_match": sample.match_args,
+        "token_reconstruct": sample.reconstruct_args,
+    }[name]()
+
+
+def pipeline(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All public functions in the order of their use."""
+    window, clusters = (12, 12), (8, 8)
+    spread = ops.token_spread(tokens, clusters, window=window)
+    rest = {"window": window, "temperature": 8.0, "spread": spread}
+    centres = ops.token_cluster(tokens, clusters, **rest)
+    indices, weights = ops.token_match(tokens, centres, clusters, **rest)
+    refined = centres * 1.5
+    out = ops.token_reconstruct(refined, indices, weights, tokens=tokens, centres=centres)
+    return spread, centres, indices, weights, out
+
+
+class Pipeline(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return pipeline(tokens)
+
+
+def test_extension_is_loaded():
+    assert _ext.has_ext(), _ext.ext_error()
+    assert _ext.ext_error() is None
+    info = _ext.build_info()
+    assert set(info) == {"cuda", "archs", "compiler", "torch"} and info["compiler"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dispatcher_holds_the_kernel(name, device):
+    assert_kernel(name, device)
+
+
+def test_without_extension_the_twins_run():
+    code = (
+        "import torch; from expedite_d2 import _ext, ops\n"
+        "assert not _ext.has_ext() and 'EXPEDITE_D2_NO_EXT' in _ext.ext_error()\n"
+        "assert _ext.build_info()['cuda'] is None\n"
+        "print(ops.token_cluster(torch.tensor([0., 1, 4, 6]).view(1, 1, 4, 1), (1, 2),"
+        " temperature=1.0, neighbourhood=1).flatten().tolist())"
+    )
+    env = {**os.environ, "EXPEDITE_D2_NO_EXT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[0.5, 5.0]"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", OPCHECK_CASES)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_opcheck(name, case, requires_grad, device):
+    args = op_args(name, make_sample(CASES[case], device))
+    if requires_grad:
+        args = tuple(
+            a.clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a
+            for a in args
+        )
+    torch.library.opcheck(getattr(torch.ops.expedite_d2, name).default, args)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_equals_kernel(name, device):
+    for case in CASES.values():
+        args = op_args(name, make_sample(case, device, torch.bfloat16))
+        op = getattr(torch.ops.expedite_d2, name)
+        real = op(*args)
+        meta = op(*(a.to("meta") if torch.is_tensor(a) else a for a in args))
+        for r, m in zip(*((x,) if torch.is_tensor(x) else x for x in (real, meta)), strict=True):
+            assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_input_same_bits(name, device):
+    for case in ("wide", "ragged", "image"):
+        args = op_args(name, make_sample(CASES[case], device))
+        op = getattr(torch.ops.expedite_d2, name)
+        threads = torch.get_num_threads()
+        try:
+            outs = []
+            for count in (1, 2, 3, 1):  # nor may the number of CPU threads matter
+                torch.set_num_threads(count)
+                out = op(*args)
+                outs.append((out,) if torch.is_tensor(out) else out)
+        finally:
+            torch.set_num_threads(threads)
+        for out in outs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(out, outs[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_output_types(dtype, device):
+    tokens = make_sample(CASES["windows"], device).tokens.to(dtype)
+    spread, centres, indices, weights, out = pipeline(tokens)
+    assert (spread.dtype, weights.dtype, indices.dtype) == (torch.float32,) * 2 + (torch.int32,)
+    assert (centres.dtype, out.dtype) == (dtype, dtype)
+
+
+def test_autocast_changes_nothing(device):
+    tokens = make_sample(CASES["windows"], device).tokens
+    plain = pipeline(tokens)
+    sample = make_sample(CASES["windows"], device)
+    twin = reference.token_cluster_ref(*sample.cluster_args())
+    with torch.autocast(device, torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(plain, pipeline(tokens), strict=True))
+        assert torch.equal(reference.token_cluster_ref(*sample.cluster_args()), twin)
+
+
+def test_compile_fullgraph(device):
+    tokens = make_sample(CASES["windows"], device).tokens
+    compiled = torch.compile(pipeline, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for a, b in zip(compiled(tokens), pipeline(tokens), strict=True):
+            assert torch.equal(a, b)
+    trained = [tokens.clone().requires_grad_() for _ in range(2)]
+    compiled(trained[0])[-1].sum().backward()
+    pipeline(trained[1])[-1].sum().backward()
+    torch.testing.assert_close(trained[0].grad, trained[1].grad)
+
+
+@pytest.mark.slow
+def test_compile_inductor(device):
+    tokens = make_sample(CASES["windows"], device).tokens
+    with torch.no_grad():
+        compiled = torch.compile(pipeline, fullgraph=True)
+        for a, b in zip(compiled(tokens), pipeline(tokens), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_export(device):
+    tokens = make_sample(CASES["windows"], device).tokens
+    exported = torch.export.export(Pipeline(), (tokens,))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert {f"expedite_d2.{name}.default" for name in NAMES} <= targets
+    for a, b in zip(exported.module()(tokens), pipeline(tokens), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+def test_side_stream():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    tokens = make_sample(CASES["windows"], "cuda").tokens
+    expected = pipeline(tokens)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        out = pipeline(tokens)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.cuda
+def test_cuda_graph():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    tokens = make_sample(CASES["windows"], "cuda").tokens
+    pipeline(tokens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = pipeline(tokens)
+    tokens.mul_(0.5).add_(1.0)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(out, pipeline(tokens), strict=True))
+
+
+@pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX-512")
+def test_narrow_registers_agree():
+    """Runs the kernels' other instruction set, which this machine would not choose."""
+    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in NAMES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command += ["-k", "cpu and float32 and kernel_equals_twin and not strided"]
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def on(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _bad_inputs() -> list:
+    """(operator, argument that must be named, what replaces it, error)."""
+
+    def maps(op: str, name: str) -> list:
+        return [
+            (op, name, lambda d: on(d, 2, 6, 3), ValueError),
+            (op, name, lambda d: on(d, 2, 0, 6, 3), ValueError),
+            (op, name, lambda d: on(d, 2, 6, 6, 0), ValueError),
+            (op, name, lambda d: on(d, 2, 6, 6, 3, dtype=torch.int64), TypeError),
+            (op, name, lambda d: [[1.0]], TypeError),
+        ]
+
+    rows = []
+    for op in NAMES[:3]:
+        rows += maps(op, "tokens")
+        for value in ((2,), (2, 2, 2), (0, 2), (2.0, 2), 4, "22"):
+            rows.append((op, "clusters", value, ValueError))
+        for value in ((3,), (0, 3), (3, -1), (1.5, 3), 3):
+            rows.append((op, "window", value, ValueError))
+        rows.append((op, "clusters", (2**16, 2**31), ValueError))
+    for op in ("token_spread", "token_cluster"):
+        for value in (4, 0, -1, 2.5):
+            rows.append((op, "neighbourhood", value, ValueError))
+    for op in ("token_cluster", "token_match"):
+        for value in (0.0, -1.0, float("nan"), float("inf")):
+            rows.append((op, "temperature", value, ValueError))
+        rows.append((op, "temperature", "hot", TypeError))
+        rows.append((op, "spread", lambda d: on(d, 3), ValueError))
+        rows.append((op, "spread", lambda d: on(d, 2, 1), ValueError))
+        rows.append((op, "spread", lambda d: on(d, 2, dtype=torch.float16), TypeError))
+        rows.append((op, "spread", 1.0, TypeError))
+    rows += [
+        ("token_cluster", "iterations", -1, ValueError),
+        ("token_cluster", "iterations", 1.5, ValueError),
+        ("token_match", "topk", 0, ValueError),
+        ("token_match", "centres", lambda d: on(d, 2, 4, 5, 3), ValueError),
+        ("token_match", "centres", lambda d: on(d, 2, 4, 4, 2), ValueError),
+        ("token_match", "centres", lambda d: on(d, 2, 4, 4, 3, dtype=torch.float16), TypeError),
+        ("token_match", "centres", None, TypeError),
+        *maps("token_reconstruct", "refined"),
+        ("token_reconstruct", "indices", lambda d: on(d, 2, 6, 6, 2), TypeError),
+        ("token_reconstruct", "indices", lambda d: on(d, 1, 6, 6, 2).int(), ValueError),
+        ("token_reconstruct", "indices", lambda d: on(d, 2, 36, 2).int(), ValueError),
+        ("token_reconstruct", "weights", lambda d: on(d, 2, 6, 6, 3), ValueError),
+        ("token_reconstruct", "weights", lambda d: on(d, 2, 6, 6, 2).half(), TypeError),
+        ("token_reconstruct", "tokens", lambda d: on(d, 2, 6, 5, 3), ValueError),
+        ("token_reconstruct", "tokens", lambda d: on(d, 2, 6, 6, 3).half(), TypeError),
+        ("token_reconstruct", "tokens", None, ValueError),
+        ("token_reconstruct", "centres", lambda d: on(d, 2, 4, 5, 3), ValueError),
+        ("token_reconstruct", "centres", None, ValueError),
+    ]
+    return rows
+
+
+def good_arguments(op: str, device: str) -> dict:
+    """Windows of 3 x 3 tokens with 2 x 2 cells: a map of 4 x 4."""
+    arguments = {
+        "tokens": on(device, 2, 6, 6, 3),
+        "clusters": (2, 2),
+        "window": (3, 3),
+        "neighbourhood": 5,
+        "iterations": 1,
+        "temperature": 1.0,
+        "spread": on(device, 2) + 1,
+        "centres": on(device, 2, 4, 4, 3),
+        "topk": 2,
+        "refined": on(device, 2, 4, 4, 3),
+        "indices": on(device, 2, 6, 6, 2).int(),
+        "weights": on(device, 2, 6, 6, 2),
+    }
+    names = {
+        "token_spread": "tokens clusters window neighbourhood",
+        "token_cluster": "tokens clusters window neighbourhood iterations temperature spread",
+        "token_match": "tokens centres clusters window topk temperature spread",
+        "token_reconstruct": "refined indices weights tokens centres",
+    }[op]
+    return {name: arguments[name] for name in names.split()}
+
+
+@pytest.fixture(params=["cpu", "meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+def any_device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return request.param
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_good_arguments(op, any_device):
+    getattr(ops, op)(**good_arguments(op, any_device))
+
+
+@pytest.mark.parametrize("op, name, value, error", _bad_inputs())
+def test_bad_arguments_are_named(op, name, value, error, any_device):
+    arguments = good_arguments(op, any_device)
+    arguments[name] = value(any_device) if callable(value) else value
+    with pytest.raises(error, match=f"^{op}: expected .*{name}.* got ") as caught:
+        getattr(ops, op)(**arguments)
+    assert re.fullmatch(r"[^\n]+", str(caught.value))
+
+
+@pytest.mark.parametrize("op, name", [("token_cluster", "spread"), ("token_match", "centres"),
+                                      ("token_reconstruct", "weights")])  # fmt: skip
+def test_arguments_on_two_devices_are_named(op, name):
+    arguments = good_arguments(op, "cpu")
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=f"{op}: expected {name} on the device of .* got meta"):
+        getattr(ops, op)(**arguments)
+
+
+@pytest.mark.parametrize("op, name", [
+    ("token_spread", "tokens"), ("token_cluster", "tokens"), ("token_match", "centres"),
+    ("token_reconstruct", "weights"),
+])  # fmt: skip
+def test_kernels_check_shapes_themselves(op, name, device):
+    """Whoever calls torch.ops directly gets an error, too, and no read out of bounds."""
+    assert_kernel(op, device)
+    arguments = good_arguments(op, device)
+    arguments[name] = arguments[name][:1, :1].flatten(0, 1)
+    order = {
+        "token_spread": "tokens clusters window neighbourhood",
+        "token_cluster": "tokens clusters window iterations neighbourhood temperature spread",
+        "token_match": "tokens centres clusters window topk temperature spread",
+        "token_reconstruct": "refined indices weights tokens centres",
+    }[op]
+    with pytest.raises(ValueError, match=f"{op}: expected {name} of shape"):
+        getattr(torch.ops.expedite_d2, op)(*(arguments[key] for key in order.split()))

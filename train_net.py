@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""Train, evaluate or compare a model from a config, with Detectron2's command line.
+
+python train_net.py --config-file configs/... [--num-gpus N] [--resume] [KEY VALUE ...]
+python train_net.py --eval-only --config-file configs/... MODEL.WEIGHTS FILE
+python train_net.py --eval-only --compare --config-file configs/..._expedited.yaml MODEL.WEIGHTS FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from expedite_d2.config import cli
+from expedite_d2.d2 import build_model, default_argument_parser, launch
+from expedite_d2.engine import build_trained_model, do_test, do_train, setup
+from expedite_d2.evaluation.compare import compare
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = setup(args)
+    if args.compare:
+        compare(cfg)
+    elif args.eval_only:
+        do_test(cfg, build_trained_model(cfg))
+    else:
+        model = build_model(cfg)
+        do_train(cfg, model, resume=args.resume)
+        do_test(cfg, model)
+
+
+@cli
+def invoke_main() -> None:
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="with --eval-only: evaluate baseline and expedited side by side on the same images",
+    )
+    args = parser.parse_args()
+    if args.compare and not args.eval_only:
+        parser.error("--compare evaluates only: add --eval-only")
+    if not args.config_file:
+        parser.error("--config-file is required")
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    invoke_main()
