@@ -91,12 +91,16 @@ def gencode_flags(nvcc: str) -> list[str]:
     return flags
 
 
-def library_dirs(nvcc: str) -> list[str]:
-    """Returns the toolkit's library folders; torch's CUDA_HOME misses them if nvcc is a wrapper."""
+def toolkit_dirs(nvcc: str) -> tuple[list[str], list[str]]:
+    """Returns the toolkit's folders of headers and libraries, as nvcc itself uses them.
+
+    torch derives them from where nvcc lies, and misses them if that is a wrapper of the real one.
+    """
     plan = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
-    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", plan, re.MULTILINE)
-    found = shlex.split(libraries.group(1)) if libraries else []
-    return [os.path.realpath(path[2:]) for path in found if path.startswith("-L")]
+    flags = shlex.split(" ".join(re.findall(r"^#\$ (?:INCLUDES|LIBRARIES)=(.*)$", plan, re.M)))
+    headers = [os.path.realpath(flag[2:]) for flag in flags if flag.startswith("-I")]
+    libraries = [os.path.realpath(flag[2:]) for flag in flags if flag.startswith("-L")]
+    return headers, libraries
 
 
 def make_extension() -> CppExtension | CUDAExtension:
@@ -124,10 +128,14 @@ def make_extension() -> CppExtension | CUDAExtension:
         cxx += ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
 
     archs: list[str] = []
+    headers: list[str] = []
+    libraries: list[str] = []
     compile_args = {"cxx": cxx}
     macros = []
     if with_cuda and nvcc:
-        sources += sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+        for pattern in ("*.cpp", "*.cu"):
+            sources += sorted(str(p) for p in Path("csrc/cuda").glob(pattern))
+        headers, libraries = toolkit_dirs(nvcc[0])
         macros.append(("EXPEDITE_D2_WITH_CUDA", None))
         # -lineinfo maps profiles to source lines at no cost in speed. Uncompressed device code
         # lets tests/test_build.py read each kernel's use of registers and memory.
@@ -159,8 +167,8 @@ def make_extension() -> CppExtension | CUDAExtension:
         "expedite_d2._C",
         sources,
         # Absolute, because ninja compiles from the build directory.
-        include_dirs=[str(ROOT / "csrc")],
-        library_dirs=library_dirs(nvcc[0]) if with_cuda and nvcc else [],
+        include_dirs=[str(ROOT / "csrc"), *headers],
+        library_dirs=libraries,
         define_macros=macros,
         extra_compile_args=compile_args,
     )

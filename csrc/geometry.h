@@ -61,8 +61,8 @@ struct WindowAxis {
     return i < limit ? i : limit;
   }
 
-  // The reverse: tokens of which cell `i` is a candidate are reach_begin ... reach_end - 1; possibly
-  // none, where there are more cells than tokens.
+  // The reverse: tokens of which cell `i` is a candidate are reach_begin ... reach_end - 1;
+  // possibly none, where there are more cells than tokens.
   EXPEDITE_HOST_DEVICE int32_t reach_begin(int32_t i, int32_t radius) const {
     return i > radius ? ((i - radius) * window + clusters - 1) / clusters : 0;
   }
@@ -86,12 +86,13 @@ EXPEDITE_HOST_DEVICE float effective_temperature(float temperature, float spread
 }
 
 // exp(x) counts as 0 below this: exp(-87) is about the smallest normal float, what lies below is
-// flushed to zero on some hardware and not on other, and whether a centre keeps its value depends on
-// whether its responsibilities are exactly zero. (For float64, too: the twin is the oracle.)
+// flushed to zero on some hardware and not on other, and whether a centre keeps its value depends
+// on whether its responsibilities are exactly zero. (For float64, too: the twin is the oracle.)
 constexpr float kLeastExponent = -87.0f;
 
 // token_spread never falls below this share of the mean squared distance to the image's mean token
-// (plus the smallest normal float), so that images of few distinct tokens keep a finite temperature.
+// (plus the smallest normal float), so that images of few distinct tokens keep a finite
+// temperature.
 constexpr float kSpreadFloor = 1e-6f;
 
 }  // namespace expedite_d2

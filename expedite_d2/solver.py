@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from expedite_d2.d2 import CfgNode
+from expedite_d2.muon import Muon
 
 # Tables and embeddings that Mask2Former and Swin never decay.
 _NO_DECAY = ("relative_position_bias_table", "absolute_pos_embed")
@@ -20,17 +21,15 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Op
 
     Parameter groups follow Mask2Former: the backbone learns at ``BACKBONE_MULTIPLIER``,
     normalisation layers, embeddings and position tables have their own weight decay.
-    ``SOLVER.OPTIMIZER "MUON"`` gives the weights of linear layers to ``torch.optim.Muon``, its
-    steps scaled so that one learning rate serves both optimizers.
+    ``SOLVER.OPTIMIZER "MUON"`` gives the weights of linear layers to Muon, its steps scaled so that
+    one learning rate serves both optimizers.
 
     Raises:
-        ValueError: an optimizer of another name, or Muon where torch does not have it.
+        ValueError: an optimizer of another name.
     """
     name = cfg.SOLVER.OPTIMIZER
     if name not in ("ADAMW", "MUON"):
         raise ValueError(f"SOLVER.OPTIMIZER must be ADAMW or MUON, got {name!r}")
-    if name == "MUON" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"SOLVER.OPTIMIZER MUON needs torch >= 2.9, this is {torch.__version__}")
     matrices: list[dict] = []
     others: list[dict] = []
     for path, module, leaf, parameter in _named_parameters(model):
@@ -46,9 +45,7 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Op
         "optimizer": torch.optim.AdamW(others, lr=cfg.SOLVER.BASE_LR)
     }
     if matrices:
-        optimizers["matrix_optimizer"] = torch.optim.Muon(
-            matrices, lr=cfg.SOLVER.BASE_LR, adjust_lr_fn="match_rms_adamw"
-        )
+        optimizers["matrix_optimizer"] = Muon(matrices, lr=cfg.SOLVER.BASE_LR)
     return optimizers
 
 

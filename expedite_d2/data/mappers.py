@@ -2,43 +2,68 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from expedite_d2.d2 import CfgNode, Instances
 
-PAD_VALUE = 128  # grey that fills a training crop beyond its image, as Detectron2 does
+Task = Literal["panoptic", "instance", "semantic"]
 
-_TASKS: dict[str, Literal["panoptic", "instance", "semantic"]] = {
+#: Grey that fills a training crop beyond its image, as Detectron2 does.
+PAD_VALUE = 128
+
+_TASKS: dict[str, Task] = {
     "coco_panoptic_lsj": "panoptic",
     "mask_former_panoptic": "panoptic",
     "coco_instance_lsj": "instance",
     "mask_former_instance": "instance",
     "mask_former_semantic": "semantic",
 }
+#: What an entry must have to be trained on.
+_ANNOTATION: dict[Task, str] = {
+    "panoptic": "pan_seg_file_name",
+    "instance": "annotations",
+    "semantic": "sem_seg_file_name",
+}
 
 
-def read_image(path: str, image_format: str = "RGB") -> NDArray[np.uint8]:
-    """Read an image file upright, as (H, W, 3) uint8 in the channel order "RGB" or "BGR".
+def read_image(path: str | Path, image_format: str = "RGB") -> NDArray[np.uint8]:
+    """Reads an image file upright, as (H, W, 3) uint8 in the channel order "RGB" or "BGR".
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a file that is not an image, or a truncated one.
     """
+    pixels = _decode(path, _upright_rgb)
+    return pixels[:, :, ::-1] if image_format == "BGR" else pixels
+
+
+def _read_labels(path: str | Path) -> NDArray[Any]:
+    """Reads a label or segment PNG as it is, (H, W) or (H, W, 3)."""
+    return _decode(path, lambda image: image)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _decode(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> NDArray[Any]:
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.asarray(convert(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path} not found") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    # A broken PNG is a SyntaxError, an absurd size a DecompressionBombError.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
-    return pixels[:, :, ::-1] if image_format == "BGR" else pixels
 
 
 def shortest_edge_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
@@ -59,13 +84,19 @@ def to_tensor(image: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
+def _image_format(cfg: CfgNode) -> str:
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', got {cfg.INPUT.FORMAT!r}")
+    return cfg.INPUT.FORMAT
+
+
 class TestMapper:
-    """Read an image and resize it by ``INPUT.MIN_SIZE_TEST`` and ``INPUT.MAX_SIZE_TEST``."""
+    """Reads an image and resizes it by ``INPUT.MIN_SIZE_TEST`` and ``INPUT.MAX_SIZE_TEST``."""
 
     __test__ = False  # not a test, whatever its name tells pytest
 
     def __init__(self, cfg: CfgNode) -> None:
-        self.image_format = cfg.INPUT.FORMAT
+        self.image_format = _image_format(cfg)
         self.shortest = cfg.INPUT.MIN_SIZE_TEST
         self.longest = cfg.INPUT.MAX_SIZE_TEST
 
@@ -74,21 +105,20 @@ class TestMapper:
         image = read_image(entry["file_name"], self.image_format)
         height, width = image.shape[:2]
         if self.shortest > 0:
-            rows, columns = shortest_edge_size(height, width, self.shortest, self.longest)
-            if (rows, columns) != (height, width):
-                resized = Image.fromarray(np.ascontiguousarray(image)).resize(
-                    (columns, rows), Image.Resampling.BILINEAR
-                )
-                image = np.asarray(resized)
+            size = shortest_edge_size(height, width, self.shortest, self.longest)
+            if size != (height, width):
+                source = Image.fromarray(np.ascontiguousarray(image))
+                image = np.asarray(source.resize(size[::-1], Image.Resampling.BILINEAR))
         return {**entry, "image": to_tensor(image), "height": height, "width": width}
 
 
 class TrainMapper:
-    """Jitter the scale, crop, flip, change colours, and make the targets of Mask2Former.
+    """Jitters the scale, crops, flips, changes colours, and makes the targets of Mask2Former.
 
     ``INPUT.DATASET_MAPPER_NAME`` has Mask2Former's values: it tells the task, and whether the scale
-    is jittered in ``INPUT.MIN_SCALE`` .. ``MAX_SCALE`` of ``INPUT.IMAGE_SIZE`` (names with "lsj") or
-    the shorter side is drawn from ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.CROP.SIZE`` is cut out.
+    is jittered in ``INPUT.MIN_SCALE`` .. ``MAX_SCALE`` of ``INPUT.IMAGE_SIZE`` (names with "lsj"),
+    or the shorter side is drawn from ``INPUT.MIN_SIZE_TRAIN``, ``INPUT.CROP`` is cut out, and the
+    result is padded to ``INPUT.SIZE_DIVISIBILITY``.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -100,7 +130,24 @@ class TrainMapper:
         self.task = _TASKS[name]
         self.large_scale_jitter = name.endswith("_lsj")
         self.input = cfg.INPUT
+        self.image_format = _image_format(cfg)
         self.ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+
+    def usable(self, name: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The entries that can be trained on: for instances, those that have any.
+
+        Raises:
+            ValueError: the data set has no annotations of this task.
+        """
+        field = _ANNOTATION[self.task]
+        if field not in entries[0]:
+            raise ValueError(
+                f"INPUT.DATASET_MAPPER_NAME is for {self.task} segmentation, which needs "
+                f"{field!r} in the data set; {name!r} has none"
+            )
+        if self.task != "instance":
+            return entries
+        return [e for e in entries if any(not a.get("iscrowd", 0) for a in e["annotations"])]
 
     def __call__(self, entry: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """One training sample.
@@ -110,62 +157,67 @@ class TrainMapper:
             rng: the source of every random choice.
 
         Returns:
-            The entry with "image" (3, h, w) uint8, "instances" with ``gt_classes`` (N,) and
-            ``gt_masks`` (N, h, w) bool, and "sem_seg" (h, w) int64 where the data set has it.
+            The entry with "image" (3, h, w) uint8, "instances" with ``gt_classes`` (N,) int64 and
+            ``gt_masks`` (N, h, w) bool, and, but for instances, "sem_seg" (h, w) int64.
         """
-        entry = copy.copy(entry)
-        image = read_image(entry["file_name"], self.input.FORMAT)
-        labels, classes = self._segments(entry, *image.shape[:2])
-        semantic = None
-        if "sem_seg_file_name" in entry:
-            semantic = np.asarray(Image.open(entry["sem_seg_file_name"]))
+        image = read_image(entry["file_name"], self.image_format)
+        height, width = image.shape[:2]
+        crop = self._draw_crop(height, width, rng)
+        if self.task == "semantic":
+            labels = crop.labels(_read_labels(entry["sem_seg_file_name"]), self.ignore)
+            for _ in range(9):
+                if self._varied(labels):
+                    break
+                crop = self._draw_crop(height, width, rng)
+                labels = crop.labels(_read_labels(entry["sem_seg_file_name"]), self.ignore)
+            classes = np.setdiff1d(labels, [self.ignore]).astype(np.int64)
+            masks = labels[None] == classes[:, None, None]
+        elif self.task == "panoptic":
+            labels, masks, classes = self._panoptic(entry, crop)
+        else:
+            masks, classes = _instance_masks(entry, (height, width), crop)
 
-        crop = self._draw_crop(*image.shape[:2], rng)
-        flip = self.input.RANDOM_FLIP == "horizontal" and rng.random() < 0.5
         if self.input.COLOR_AUG_SSD:
             image = _jitter_colours(image, rng)
-        image = crop.cut(image, Image.Resampling.BILINEAR, PAD_VALUE)
-        masks = crop.cut_masks(labels, len(classes))
-        if semantic is not None:
-            semantic = crop.cut(semantic, Image.Resampling.NEAREST, self.ignore)
+        image = crop.image(image)
+        flip = self.input.RANDOM_FLIP == "horizontal" and rng.random() < 0.5
         if flip:
             image, masks = image[:, ::-1], masks[:, :, ::-1]
-            semantic = None if semantic is None else semantic[:, ::-1]
-
-        if self.task == "semantic" and semantic is not None:
-            classes = np.setdiff1d(np.unique(semantic), [self.ignore]).astype(np.int64)
-            masks = semantic[None] == classes[:, None, None]
         visible = masks.reshape(len(masks), -1).any(axis=1)
         instances = Instances(image.shape[:2])
         instances.gt_classes = torch.from_numpy(classes[visible])
         instances.gt_masks = torch.from_numpy(np.ascontiguousarray(masks[visible]))
-        entry["image"] = to_tensor(image)
-        entry["instances"] = instances
-        if semantic is not None:
-            entry["sem_seg"] = torch.from_numpy(semantic.astype(np.int64))
-        for field in ("annotations", "segments_info"):
-            entry.pop(field, None)
-        return entry
+        dropped = ("annotations", "segments_info")
+        sample = {field: value for field, value in entry.items() if field not in dropped}
+        sample |= {"image": to_tensor(image), "instances": instances}
+        if self.task != "instance":
+            sem_seg = (labels[:, ::-1] if flip else labels).astype(np.int64)
+            sample["sem_seg"] = torch.from_numpy(sem_seg)
+        return sample
 
-    def _segments(
-        self, entry: dict[str, Any], height: int, width: int
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """A map of segment numbers from 1, or (N, H, W) masks if they may overlap; classes (N,)."""
-        if self.task == "panoptic":
-            png = np.asarray(Image.open(entry["pan_seg_file_name"]), dtype=np.uint32)
-            ids = png[..., 0] + 256 * png[..., 1] + 65536 * png[..., 2]
-            kept = [s for s in entry["segments_info"] if not s.get("iscrowd", 0)]
-            labels = np.zeros(ids.shape, np.int32)
-            for number, segment in enumerate(kept, 1):
-                labels[ids == segment["id"]] = number
-            return labels, np.array([s["category_id"] for s in kept], np.int64)
-        kept = []
-        if self.task == "instance":
-            kept = [a for a in entry["annotations"] if not a.get("iscrowd", 0)]
-        masks = np.zeros((len(kept), height, width), np.uint8)
-        for mask, annotation in zip(masks, kept, strict=True):
-            mask[:] = decode_segmentation(annotation["segmentation"], height, width)
-        return masks, np.array([a["category_id"] for a in kept], np.int64)
+    def _panoptic(
+        self, entry: dict[str, Any], crop: _Crop
+    ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.int64]]:
+        """Class labels (h, w); masks (N, h, w) and classes (N,) of the segments, without crowds."""
+        colours = crop.labels(_read_labels(entry["pan_seg_file_name"]), 0).astype(np.int32)
+        ids = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
+        labels = np.full(ids.shape, self.ignore, np.int64)
+        masks, classes = [np.zeros((0, *ids.shape), bool)], []
+        for segment in entry["segments_info"]:
+            mask = ids == segment["id"]
+            labels[mask] = segment["category_id"]
+            if not segment.get("iscrowd", 0):
+                masks.append(mask[None])
+                classes.append(segment["category_id"])
+        return labels, np.concatenate(masks), np.array(classes, np.int64)
+
+    def _varied(self, labels: NDArray[Any]) -> bool:
+        """Whether no class fills more than ``SINGLE_CATEGORY_MAX_AREA`` of the labelled pixels."""
+        crop = self.input.CROP
+        if not crop.ENABLED or crop.SINGLE_CATEGORY_MAX_AREA >= 1.0:
+            return True
+        _, counts = np.unique(labels[labels != self.ignore], return_counts=True)
+        return len(counts) > 1 and counts.max() < crop.SINGLE_CATEGORY_MAX_AREA * counts.sum()
 
     def _draw_crop(self, height: int, width: int, rng: np.random.Generator) -> _Crop:
         if self.large_scale_jitter:
@@ -173,17 +225,41 @@ class TrainMapper:
             factor = rng.uniform(self.input.MIN_SCALE, self.input.MAX_SCALE)
             scale = min(side * factor / height, side * factor / width)
             scaled = (max(1, round(height * scale)), max(1, round(width * scale)))
-            out = (side, side)
+            window = out = (side, side)
         else:
-            shortest = int(rng.choice(self.input.MIN_SIZE_TRAIN))
+            sides = self.input.MIN_SIZE_TRAIN
+            if self.input.MIN_SIZE_TRAIN_SAMPLING == "range":
+                shortest = int(rng.integers(min(sides), max(sides) + 1))
+            else:
+                shortest = int(rng.choice(sides))
             scaled = shortest_edge_size(height, width, shortest, self.input.MAX_SIZE_TRAIN)
-            out = scaled
-            if self.input.CROP.ENABLED:
-                rows, columns = self.input.CROP.SIZE
-                out = (int(rows), int(columns))
-        top = rng.integers(max(scaled[0] - out[0], 0) + 1)
-        left = rng.integers(max(scaled[1] - out[1], 0) + 1)
-        return _Crop((height, width), scaled, (int(top), int(left)), out)
+            window = _crop_size(self.input.CROP, scaled, rng) if self.input.CROP.ENABLED else scaled
+            least = max(self.input.SIZE_DIVISIBILITY, 1)
+            out = (max(window[0], least), max(window[1], least))
+        top = rng.integers(max(scaled[0] - window[0], 0) + 1)
+        left = rng.integers(max(scaled[1] - window[1], 0) + 1)
+        return _Crop((height, width), scaled, (int(top), int(left)), window, out)
+
+
+def _crop_size(crop: CfgNode, scaled: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+    """Detectron2's crop types: pixels or a share of the image, fixed or drawn from a range."""
+    first, second = crop.SIZE
+    if crop.TYPE == "absolute":
+        size = (first, second)
+    elif crop.TYPE == "absolute_range":
+        drawn = [rng.integers(min(side, first), min(side, second) + 1) for side in scaled]
+        size = (drawn[0], drawn[1])
+    elif crop.TYPE == "relative":
+        size = (scaled[0] * first + 0.5, scaled[1] * second + 0.5)
+    elif crop.TYPE == "relative_range":
+        shares = rng.uniform([first, second], 1.0)
+        size = (scaled[0] * shares[0] + 0.5, scaled[1] * shares[1] + 0.5)
+    else:
+        raise ValueError(
+            "INPUT.CROP.TYPE must be absolute, absolute_range, relative or relative_range, "
+            f"got {crop.TYPE!r}"
+        )
+    return min(int(size[0]), scaled[0]), min(int(size[1]), scaled[1])
 
 
 class _Crop:
@@ -193,6 +269,7 @@ class _Crop:
         source: (H, W) of the original.
         scaled: (H, W) of the whole image after scaling.
         origin: (top, left) of the window in the scaled image.
+        window: (h, w) of the window, which may reach beyond the scaled image.
         out: (h, w) of the result.
     """
 
@@ -201,32 +278,47 @@ class _Crop:
         source: tuple[int, int],
         scaled: tuple[int, int],
         origin: tuple[int, int],
+        window: tuple[int, int],
         out: tuple[int, int],
     ) -> None:
-        self.out = out
-        self.size = (min(out[0], scaled[0]), min(out[1], scaled[1]))
+        self._out = out
+        self._size = (min(window[0], scaled[0]), min(window[1], scaled[1]))
         y, x = source[0] / scaled[0], source[1] / scaled[1]
-        bottom, right = origin[0] + self.size[0], origin[1] + self.size[1]
+        bottom, right = origin[0] + self._size[0], origin[1] + self._size[1]
         # Only the window is resampled, from fractional coordinates of the original.
-        self.box = (origin[1] * x, origin[0] * y, right * x, bottom * y)
+        self._box = (
+            origin[1] * x,
+            origin[0] * y,
+            min(right * x, source[1]),
+            min(bottom * y, source[0]),
+        )
 
-    def cut(self, array: NDArray[Any], resampling: Image.Resampling, pad: int) -> NDArray[Any]:
-        """(H, W) or (H, W, 3) -> (h, w) or (h, w, 3)."""
+    def image(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """(H, W, 3) -> (h, w, 3), bilinear."""
+        return self._cut(pixels, Image.Resampling.BILINEAR, PAD_VALUE)
+
+    def labels(self, labels: NDArray[Any], pad: int) -> NDArray[Any]:
+        """(H, W) -> (h, w), or (H, W, 3) -> (h, w, 3), nearest."""
+        return self._cut(labels, Image.Resampling.NEAREST, pad)
+
+    def _cut(self, array: NDArray[Any], resampling: Image.Resampling, pad: int) -> NDArray[Any]:
         image = Image.fromarray(np.ascontiguousarray(array))
-        cut = np.asarray(image.resize(self.size[::-1], resampling, box=self.box))
-        if self.size == self.out:
+        cut = np.asarray(image.resize(self._size[::-1], resampling, box=self._box))
+        if self._size == self._out:
             return cut
-        padded = np.full((*self.out, *cut.shape[2:]), pad, cut.dtype)
-        padded[: self.size[0], : self.size[1]] = cut
+        padded = np.full((*self._out, *cut.shape[2:]), pad, cut.dtype)
+        padded[: self._size[0], : self._size[1]] = cut
         return padded
 
-    def cut_masks(self, labels: NDArray[Any], count: int) -> NDArray[np.bool_]:
-        """A map of segment numbers (H, W), or masks (N, H, W) -> (N, h, w)."""
-        if labels.ndim == 3:
-            cuts = [self.cut(mask, Image.Resampling.NEAREST, 0) for mask in labels]
-            return np.stack(cuts).astype(bool) if cuts else np.zeros((0, *self.out), bool)
-        cut = self.cut(labels, Image.Resampling.NEAREST, 0)
-        return cut[None] == np.arange(1, count + 1, dtype=cut.dtype)[:, None, None]
+
+def _instance_masks(
+    entry: dict[str, Any], size: tuple[int, int], crop: _Crop
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Masks (N, h, w), which may overlap, and classes (N,) of the objects, without crowds."""
+    kept = [a for a in entry["annotations"] if not a.get("iscrowd", 0)]
+    masks = [crop.labels(decode_segmentation(a["segmentation"], *size), 0) for a in kept]
+    classes = np.array([a["category_id"] for a in kept], np.int64)
+    return np.stack(masks).astype(bool), classes
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
@@ -241,13 +333,32 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[n
 
 
 def _jitter_colours(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Brightness, contrast and saturation, each with probability 1/2, as SSD's augmentation."""
+    """Brightness, contrast, saturation and hue, each with probability 1/2, as SSD's augmentation.
+
+    Contrast comes before or after saturation and hue, again with probability 1/2.
+    """
     pixels = image.astype(np.float32)
+    contrast = np.float32(rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else np.float32(1.0)
+    early = rng.random() < 0.5
     if rng.random() < 0.5:
-        pixels += rng.uniform(-32, 32)
-    if rng.random() < 0.5:
-        pixels *= rng.uniform(0.5, 1.5)
+        pixels += np.float32(rng.uniform(-32, 32))
+    if early:
+        pixels *= contrast
     if rng.random() < 0.5:
         grey = pixels.mean(axis=2, keepdims=True)
-        pixels = grey + (pixels - grey) * rng.uniform(0.5, 1.5)
+        pixels = grey + (pixels - grey) * np.float32(rng.uniform(0.5, 1.5))
+    if rng.random() < 0.5:
+        # A turn about the grey axis by up to a tenth of the circle.
+        turn = rng.uniform(-np.pi / 10, np.pi / 10)
+        pixels = pixels @ _hue_rotation(turn)
+    if not early:
+        pixels *= contrast
     return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def _hue_rotation(turn: float) -> NDArray[np.float32]:
+    """Matrix (3, 3) that rotates colours by `turn` radians about the grey axis (Rodrigues)."""
+    axis = np.full((3, 3), 1 / 3)
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    rotation = np.cos(turn) * (np.eye(3) - axis) + axis + np.sin(turn) * cross
+    return rotation.astype(np.float32)

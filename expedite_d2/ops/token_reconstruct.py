@@ -32,14 +32,13 @@ def _fake(
 
 def _setup_context(ctx, inputs, output) -> None:
     refined, indices, weights, _, _ = inputs
-    needs_refined, _, _, _, needs_centres = ctx.needs_input_grad
-    if needs_refined or needs_centres:
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
         ctx.save_for_backward(indices, weights)
         ctx.cells = tuple(refined.shape[1:3])
 
 
 def _backward(ctx, grad: Tensor):
-    needs_refined, _, _, needs_tokens, needs_centres = ctx.needs_input_grad
+    needs_refined, needs_tokens, needs_centres = (ctx.needs_input_grad[i] for i in (0, 3, 4))
     grad_refined = grad_centres = None
     if needs_refined or needs_centres:
         indices, weights = ctx.saved_tensors

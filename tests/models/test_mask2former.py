@@ -353,6 +353,11 @@ def test_swin_large_configs_build(config):
         model = build_model(cfg)
     assert (model.backbone.reduction is not None) == config.endswith("_expedited.yaml")
     assert 215e6 < sum(p.numel() for p in model.parameters()) < 216e6
+    with torch.no_grad():
+        classes, masks = model.eval().logits(torch.empty(1, 3, 128, 160, device="meta"))
+    queries = cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES
+    assert classes.shape == (1, queries, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES + 1)
+    assert masks.shape == (1, queries, 32, 40)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def cluster_window(z: Tensor, window: int, grid: tuple[int, int], tau: float) ->
     }
     spread = [min((z[p] - cells[c]).square().sum() for c in near[p]) for p in home]
     for _ in range(5):
-        mass = dict.fromkeys(cells, torch.tensor(0.0))
+        mass = dict.fromkeys(cells, z.new_zeros(()))
         total = {c: torch.zeros_like(z[0, 0]) for c in cells}
         for p, candidates in near.items():
             distance = torch.stack([(z[p] - cells[c]).square().sum() for c in candidates])
@@ -213,7 +213,7 @@ def slow_block(block: Any, x: Tensor, window: int, m: tuple[int, int]) -> Tensor
     """One block on a map (h, w, C) of clusters: every pair of positions, allowed or not."""
     h, w, channels = x.shape
     hp, wp = -(-h // m[0]) * m[0], -(-w // m[1]) * m[1]
-    y = torch.zeros(hp, wp, channels)
+    y = x.new_zeros(hp, wp, channels)
     y[:h, :w] = block.norm1(x)
     sy, sx = (m[0] // 2, m[1] // 2) if block.shifted else (0, 0)
     attn = block.attn
@@ -222,7 +222,7 @@ def slow_block(block: Any, x: Tensor, window: int, m: tuple[int, int]) -> Tensor
     query, key, value = qkv.permute(1, 2, 0, 3)
     logits = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
     place = [((r - sy) % hp, (c - sx) % wp, r < sy, c < sx) for r in range(hp) for c in range(wp)]
-    bias = torch.full((heads, hp * wp, hp * wp), -torch.inf)
+    bias = x.new_full((heads, hp * wp, hp * wp), -torch.inf)
     for p, (pr, pc, *p_wrapped) in enumerate(place):
         for q, (qr, qc, *q_wrapped) in enumerate(place):
             same = (pr // m[0], pc // m[1]) == (qr // m[0], qc // m[1])
@@ -249,7 +249,7 @@ def slow_stage(stage: Any, first: int, z: Tensor, reduction: Reduction, window: 
     if tau == 0:
         spreads = [s for y, x in corners for s in cluster_window(part(y, x), window, m, 1.0)[1]]
         tau = 32 / float(torch.stack(spreads).mean())
-    low = torch.zeros(-(-height * m[0] // window), -(-width * m[1] // window), channels)
+    low = z.new_zeros(-(-height * m[0] // window), -(-width * m[1] // window), channels)
     cells = {(y, x): cluster_window(part(y, x), window, m, tau)[0] for y, x in corners}
     for (y, x), window_cells in cells.items():
         for (i, j), centre in window_cells.items():
@@ -289,19 +289,22 @@ def slow_stage(stage: Any, first: int, z: Tensor, reduction: Reduction, window: 
 )
 def test_swin_expedited_equals_slow_loops(size: tuple[int, int], reduction: Reduction) -> None:
     model = tiny(reduction)
-    x = images(*size, batch=2)
+    x = images(*size, batch=1)
+    exact = copy.deepcopy(model).double()
+    stage = exact.layers[2]
     with torch.no_grad():
-        got = model(x)
-        tokens = model.tokens_to_cluster(x)
-        stage = model.layers[2]
-        rows = [slow_stage(stage, reduction.alpha - 2, z, reduction) for z in tokens]
-        expected = torch.stack(rows)
-        res4 = model.norm2(expected).permute(0, 3, 1, 2)
-        last = stage.downsample(expected)
-        last = model.layers[3].blocks[0](last, model.layers[3].token_windows(last))
-        res5 = model.norm3(last).permute(0, 3, 1, 2)
-    torch.testing.assert_close(got["res4"], res4, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got["res5"], res5, rtol=1e-4, atol=1e-4)
+        tokens = exact.tokens_to_cluster(x.double())[0]
+        res4 = slow_stage(stage, reduction.alpha - 2, tokens, reduction)[None]
+        res5 = stage.downsample(res4)
+        res5 = exact.layers[3].blocks[0](res5, exact.layers[3].token_windows(res5))
+        expected = {"res4": exact.norm2(res4), "res5": exact.norm3(res5)}
+        in_double, in_float = exact(x.double()), model(x)
+    for name, value in expected.items():
+        value = value.permute(0, 3, 1, 2)
+        # The fractions of the resampling matrix are float32. A sharp softmax over distances makes
+        # much of float32's rounding.
+        torch.testing.assert_close(in_double[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(in_float[name].double(), value, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 2, 5, 7, 8])

@@ -188,6 +188,7 @@ def test_cuda_graph():
     assert all(torch.equal(a, b) for a, b in zip(out, pipeline(tokens), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX-512")
 def test_narrow_registers_agree():
     """Runs the kernels' other instruction set, which this machine would not choose."""

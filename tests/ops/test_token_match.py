@@ -21,7 +21,7 @@ from expedite_d2.ops.reference import token_match_ref
 
 
 def row(*values: float) -> torch.Tensor:
-    return torch.tensor(values).view(1, 1, -1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
 
 
 LN2 = math.log(2)

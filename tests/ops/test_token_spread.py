@@ -20,7 +20,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def row(*values: float) -> torch.Tensor:
-    return torch.tensor(values).view(1, 1, -1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
 
 
 LITERALS = [

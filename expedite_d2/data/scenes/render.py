@@ -83,7 +83,7 @@ class _Canvas:
         if rows.size == 0:
             return
         area = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        pixels = self.image[:, *area]
+        pixels = self.image[(slice(None), *area)]
         y = np.arange(rows[0], rows[-1] + 1, dtype=np.float32)[:, None] + 0.5 - self.horizon
         x = np.arange(columns[0], columns[-1] + 1, dtype=np.float32)[None] + 0.5 - SIZE / 2
         # Features shrink to a sixth at the horizon, not to nothing: they stay recognisable.
@@ -192,7 +192,9 @@ def _lay_wall(canvas: _Canvas, full: bool) -> None:
         if rng.random() < 0.4:
             end = float(int(SIZE * rng.uniform(0.35, 0.7)) - SIZE // 2)
             side = rng.choice([-1.0, 1.0])
-            ragged = np.repeat(rng.uniform(-9, 9, SIZE // 12), 12)[:, None] * (y < canvas.horizon - 9)
+            # Ragged in the air alone: on the ground, a column is either wall or open.
+            ragged = np.repeat(rng.uniform(-9, 9, SIZE // 12), 12)[:, None]
+            ragged = ragged * (y < canvas.horizon - 9)
             alpha = alpha * np.clip((x - end - ragged) * side + 0.5, 0, 1)
             open_side = (x[0] - end) * side < 0
             base = np.where(open_side[None], canvas.horizon, base)
@@ -237,8 +239,11 @@ def _lay_stuff(canvas: _Canvas) -> None:
         names = [str(rng.choice(["water", "water", "sand"])), "wood floor"]
     else:
         _lay_wall(canvas, full=kind == "room")
-        floor = ["wood floor", "sand", "grass"] if kind == "room" else ["grass", "sand", "wood floor"]
-        names = list(rng.choice(floor, size=int(rng.integers(1, 3)), replace=False, p=[0.6, 0.2, 0.2]))
+        floor = ["wood floor", "sand", "grass"]
+        if kind == "yard":
+            floor = ["grass", "sand", "wood floor"]
+        count = int(rng.integers(1, 3))
+        names = list(rng.choice(floor, size=count, replace=False, p=[0.6, 0.2, 0.2]))
         if kind == "yard" and rng.random() < 0.25:
             names.append("water")
     _lay_ground(canvas, [str(name) for name in names])
@@ -286,9 +291,10 @@ def _place(canvas: _Canvas) -> list[_Placed]:
         left, top = max(0.0, x - width / 2), max(0.0, base - lift - height)
         right, low = min(float(SIZE), x + width / 2), min(float(SIZE), base - lift)
         area = max(0.0, right - left) * max(0.0, low - top)
-        if area < 0.4 * width * height or any(_hides(one, (left, top, right, low)) for one in boxes):
+        box = (left, top, right, low)
+        if area < 0.4 * width * height or any(_hides(one, box) for one in boxes):
             continue
-        boxes.append((left, top, right, low))
+        boxes.append(box)
         depth = canvas.focal * canvas.camera / below
         placed.append(_Placed(name, x, base, height, depth, lift))
     return sorted(placed, key=lambda one: -one.depth)
@@ -323,7 +329,7 @@ def _cast_shadow(canvas: _Canvas, one: _Placed, width: float) -> None:
         np.arange(y0, y1)[:, None] > canvas.wall_base[None, x0:x1]
     )
     strength = 0.5 if one.lift == 0 else 0.25
-    canvas.image[:, y0:y1, x0:x1] *= (1.0 - np.float32(strength) * fade * on_ground)
+    canvas.image[:, y0:y1, x0:x1] *= 1.0 - np.float32(strength) * fade * on_ground
 
 
 def _draw(canvas: _Canvas, one: _Placed, number: int) -> None:
@@ -338,8 +344,9 @@ def _draw(canvas: _Canvas, one: _Placed, number: int) -> None:
     detail = _rgb(hue + rng.uniform(0.3, 0.7), rng.uniform(0.05, 0.5), rng.uniform(0.8, 1.0))
     dark = _rgb(rng.random(), 0.35, rng.uniform(0.25, 0.45))
     pen = Pen(rng, 1.0 / one.height, canvas.light, _rgb(hue, saturation, value), detail, dark)
-    x = (np.arange(x0, x1, dtype=np.float32)[None] + 0.5 - np.float32(one.x)) / np.float32(one.height)
-    y = (np.float32(base) - np.arange(y0, y1, dtype=np.float32)[:, None] - 0.5) / np.float32(one.height)
+    height = np.float32(one.height)
+    x = (np.arange(x0, x1, dtype=np.float32)[None] + 0.5 - np.float32(one.x)) / height
+    y = (np.float32(base) - np.arange(y0, y1, dtype=np.float32)[:, None] - 0.5) / height
     sprite = thing.draw(x, y, pen)
     area = np.s_[y0:y1, x0:x1]
     fog = np.float32(np.clip((one.depth - 12.0) / 160.0, 0.0, 0.4))

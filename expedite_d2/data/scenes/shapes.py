@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+#: float32 throughout; numpy's stubs lose that in mixed arithmetic.
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def barrel(x: Array, y: Array, pen: Pen) -> Sprite:
     colour = _fill(alpha.shape, pen.body)
     turn = np.arcsin(np.clip(across, -1, 1)) * np.float32(9 / np.pi) + pen.rng.random()
     stave = np.abs(turn - np.round(turn))
-    colour *= (1.0 - 0.35 * np.clip((0.09 - stave) * 14, 0, 1))
+    colour *= 1.0 - 0.35 * np.clip((0.09 - stave) * 14, 0, 1)
     for centre in (0.3, 0.72):
         _mix(colour, pen.detail, pen.cover(np.abs(y + arc - lid / 2 - centre) - 0.045))
     colour *= _round_shade(pen, across)
@@ -235,7 +237,7 @@ def mushroom(x: Array, y: Array, pen: Pen) -> Sprite:
     colour = _fill(alpha.shape, pen.detail * 0.95)
     colour *= _round_shade(pen, x / 0.25)
     below = np.clip((y - base + 0.16) * 8, 0, 1) * np.float32(0.4)
-    colour *= (1 - below * (1 - cap_cover))
+    colour *= 1 - below * (1 - cap_cover)
     top = _fill(alpha.shape, pen.body)
     for _ in range(int(pen.rng.integers(4, 8))):
         cx, cy = pen.rng.uniform(-0.85, 0.85) * half, base + pen.rng.uniform(0.1, 0.85) * (1 - base)
@@ -323,15 +325,16 @@ def cactus(x: Array, y: Array, pen: Pen) -> Sprite:
         reach, thin = 0.3, thick * 0.72
         bend = _segment(x, y, 0.0, low, arm * reach, low) - thin
         up = _segment(x, y, arm * reach, low, arm * reach, high) - thin
-        colour_axis = np.where(up < np.minimum(distance, bend), (x - arm * reach) / thin, colour_axis)
+        aside = x - arm * reach
+        colour_axis = np.where(up < np.minimum(distance, bend), aside / thin, colour_axis)
         colour_axis = np.where(bend < np.minimum(distance, up), (low - y) / thin, colour_axis)
         distance = np.minimum(distance, np.minimum(bend, up))
-        axis = np.minimum(axis, np.abs(x - arm * reach))
+        axis = np.minimum(axis, np.abs(aside))
     alpha = pen.cover(np.maximum(distance, -y))
     across = np.clip(colour_axis, -1, 1)
     rib = np.cos(np.arcsin(across) * 5.0)
     colour = _fill(alpha.shape, pen.body)
-    colour *= (_round_shade(pen, across) * (0.9 + 0.16 * rib))
+    colour *= _round_shade(pen, across) * (0.9 + 0.16 * rib)
     if pen.rng.random() < 0.6:
         _mix(colour, pen.detail, pen.cover(np.hypot(x, y - 1.0 + thick * 0.5) - thick * 0.6))
     return Sprite(alpha, colour, thick * np.sqrt(1 - across * across))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+#: float32 throughout; numpy's stubs lose that in mixed arithmetic.
+Array = NDArray[Any]
 
 #: Side of the noise table, a power of two so that indices wrap with a mask.
 TABLE = 1024
@@ -152,10 +154,11 @@ def sand(frame: Frame, paint: Paint) -> Array:
     (i, fa), (j, fb) = _cell(frame.u * cells), _cell(frame.v * cells * 1.3)
     dx = fa - 0.3 - 0.4 * _hash(i, j, paint.shift)
     dy = fb - 0.3 - 0.4 * _hash(j, i, paint.shift + 17)
-    size = np.float32(0.26) * (_hash(i + 5, j, paint.shift) > 0.45) * (0.5 + _hash(i, j + 9, paint.shift))
+    there = _hash(i + 5, j, paint.shift) > 0.45
+    size = np.float32(0.26) * there * (0.5 + _hash(i, j + 9, paint.shift))
     reach = np.hypot(dx, dy * 1.3) - size
     soft = np.maximum(cells / frame.scale, 0.04)
-    return _blend(colour, paint.dark * 0.8, np.clip(0.4 - reach / soft, 0, 1) * (size > 0))
+    return _blend(colour, paint.dark * 0.8, np.clip(0.4 - reach / soft, 0, 1) * there)
 
 
 def brick(frame: Frame, paint: Paint) -> Array:
@@ -169,8 +172,8 @@ def brick(frame: Frame, paint: Paint) -> Array:
     edge = np.minimum(np.minimum(fa, 1 - fa) * 2.2, np.minimum(fb, 1 - fb)) * high * scale
     tone = 0.78 + 0.44 * _hash(i, j + 0 * i, paint.shift)
     colour = paint.base * tone
-    colour *= (1.07 - 0.2 * fb)
-    colour *= (1.0 + 0.05 * noise(frame.x / 9.0, frame.y / 9.0, paint.shift))
+    colour *= 1.07 - 0.2 * fb
+    colour *= 1.0 + 0.05 * noise(frame.x / 9.0, frame.y / 9.0, paint.shift)
     joint = np.clip(0.5 + (0.075 * high * scale - edge), 0.0, 1.0)
     return _blend(colour, paint.light, joint)
 

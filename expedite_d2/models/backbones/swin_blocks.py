@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-# What official Swin adds to the logits of pairs that a shifted window holds but the image does not
-# hold side by side; exp(-100) vanishes beside any real weight.
-MASKED = -100.0
+# Added to the logits of pairs that a shifted window holds but the image does not hold side by side.
+# Official Swin adds -100, whose exponential is a denormal number: zero for the result, but a product
+# with it takes a CPU many times as long.
+MASKED = float("-inf")
 
 
 class Windows(NamedTuple):

@@ -139,7 +139,8 @@ class ExpediteMask2Former(nn.Module):
         Returns:
             class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4), float32.
         """
-        with self._evaluation_autocast():
+        half = not self.training and self.eval_dtype != torch.float32
+        with self._autocast(self.eval_dtype) if half else contextlib.nullcontext():
             hidden, masks, _ = self._decode(images)
             classes = self.class_predictor(hidden[-1].transpose(0, 1))
         return classes.float(), masks[-1].float()
@@ -151,20 +152,24 @@ class ExpediteMask2Former(nn.Module):
         ]
         return ImageList.from_tensors(images, self.size_divisibility)
 
-    def _evaluation_autocast(self) -> contextlib.AbstractContextManager:
-        if self.training or self.eval_dtype == torch.float32:
+    def _autocast(self, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+        """Arithmetic in ``dtype``; float32 also ends an autocast that is under way."""
+        if self.device.type == "meta":  # counting operations: there is no arithmetic
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.eval_dtype)
+        return torch.autocast(
+            self.device.type,
+            dtype=None if dtype == torch.float32 else dtype,
+            enabled=dtype != torch.float32,
+        )
 
     def _decode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-        """Each decoder layer's queries (Q, B, C) and mask logits; mask features (B, C, H/4, W/4)."""
+        """Each layer's queries (Q, B, C) and mask logits; mask features (B, C, H/4, W/4)."""
         with nvtx_range("backbone", images.device):
             features = self.backbone(images)
         maps = [features[name].float() for name in self.in_features]
         # Always in float32, as Mask2Former's own: sampling points have the type of the features,
         # and half types cannot tell neighbouring pixels of a large map apart.
-        no_autocast = torch.autocast(images.device.type, enabled=False)
-        with nvtx_range("pixel_decoder", images.device), no_autocast:
+        with nvtx_range("pixel_decoder", images.device), self._autocast(torch.float32):
             pixels = self.pixel_decoder(maps)
         with nvtx_range("transformer_decoder", images.device):
             decoded = self.transformer_module(
@@ -185,7 +190,7 @@ class ExpediteMask2Former(nn.Module):
             hidden, masks = hidden[-1:], masks[-1:]
         classes = [self.class_predictor(layer.transpose(0, 1)).float() for layer in hidden]
         targets, labels = prepare_targets(batched_inputs, size, images.device)
-        with torch.autocast(images.device.type, enabled=False):
+        with self._autocast(torch.float32):
             losses = self.criterion([mask.float() for mask in masks], classes, targets, labels)
             if self.sem_aux_weight > 0:
                 pixel_logits = self.sem_aux(mask_features.float())

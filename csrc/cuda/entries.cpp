@@ -1,0 +1,222 @@
+// The CUDA kernels as operators: checks, memory, the choice of a path, registration. In one file,
+// because torch's headers take longer to compile than all that stands here.
+//
+// Only the c10/cuda headers are included: ATen/cuda/CUDAContext.h needs those of cuBLAS and
+// cuSPARSE, which a bare CUDA toolkit lacks. Nothing here waits for the device or copies from it.
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "cuda/launch.h"
+
+namespace expedite_d2::cuda {
+namespace {
+
+Type kernel_type(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Type::kFloat;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    default:
+      return Type::kHalf;  // check_tokens admits no other
+  }
+}
+
+// The kernels count channels in 32 bits, with room to step over the end.
+int checked_channels(const char* op, const at::Tensor& map) {
+  TORCH_CHECK_VALUE(map.size(3) <= (1 << 30), op, ": expected at most 2**30 channels, got ",
+                    map.size(3));
+  return static_cast<int>(map.size(3));
+}
+
+std::optional<at::Tensor> dense(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? std::make_optional(tensor->contiguous()) : std::nullopt;
+}
+
+const void* data_or_null(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+Temperature make_temperature(double value, const std::optional<at::Tensor>& spread) {
+  return {static_cast<float>(value), static_cast<const float*>(data_or_null(spread))};
+}
+
+// Dense `tokens` on the current device and stream.
+Tokens make_tokens(const char* op, const at::Tensor& tokens, const Grid& grid) {
+  return {tokens.const_data_ptr(),
+          kernel_type(tokens),
+          grid,
+          tokens.size(0),
+          checked_channels(op, tokens),
+          c10::cuda::getCurrentCUDAStream().stream()};
+}
+
+at::Tensor empty_map(const at::Tensor& tokens, const Grid& grid, at::ScalarType type) {
+  return at::empty({tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)},
+                   tokens.options().dtype(type));
+}
+
+// Bytes of shared memory that one block may have on the current device: 99 KiB on some cards, 227
+// on others.
+size_t shared_memory_limit() {
+  int bytes = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                        c10::cuda::current_device()));
+  return static_cast<size_t>(bytes);
+}
+
+at::Tensor token_spread_cuda(const at::Tensor& tokens,        // (B, H, W, C)
+                             at::IntArrayRef clusters,        // (h, w)
+                             at::OptionalIntArrayRef window,  // (M_h, M_w)
+                             int64_t neighbourhood) {
+  constexpr const char* op = "token_spread";
+  check_tokens(op, "tokens", tokens);
+  check_neighbourhood(op, neighbourhood);
+  const Grid grid = make_grid(op, tokens, clusters, window);
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const auto options = tokens.options().dtype(at::kFloat);
+  if (tokens.numel() == 0) {
+    return at::zeros({tokens.size(0)}, options);
+  }
+  const at::Tensor tokens_ = tokens.contiguous();
+  const at::Tensor spread = at::empty({tokens.size(0)}, options);
+  const at::Tensor mean = at::empty({tokens.size(0), tokens.size(3)}, options);
+  const at::Tensor centres = empty_map(tokens, grid, at::kFloat);
+  const at::Tensor nearest = at::empty(tokens.sizes().slice(0, 3), options);
+  const at::Tensor deviation = at::empty(tokens.sizes().slice(0, 3), options);
+  C10_CUDA_CHECK(
+      launch_token_spread(make_tokens(op, tokens_, grid), static_cast<int>(neighbourhood / 2),
+                          spread.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>(),
+                          centres.mutable_data_ptr<float>(), nearest.mutable_data_ptr<float>(),
+                          deviation.mutable_data_ptr<float>()));
+  return spread;
+}
+
+at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
+                              at::IntArrayRef clusters,        // (h, w)
+                              at::OptionalIntArrayRef window,  // (M_h, M_w)
+                              int64_t iterations, int64_t neighbourhood, double temperature,
+                              const std::optional<at::Tensor>& spread) {  // (B,)
+  constexpr const char* op = "token_cluster";
+  check_tokens(op, "tokens", tokens);
+  check_neighbourhood(op, neighbourhood);
+  check_spread(op, spread, tokens);
+  TORCH_CHECK_VALUE(iterations >= 0, op, ": expected iterations of at least 0, got ", iterations);
+  const Grid grid = make_grid(op, tokens, clusters, window);
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const at::Tensor centres = empty_map(tokens, grid, tokens.scalar_type());
+  if (centres.numel() == 0) {
+    return centres;
+  }
+  const at::Tensor tokens_ = tokens.contiguous();
+  const std::optional<at::Tensor> spread_ = dense(spread);
+  const int radius = static_cast<int>(neighbourhood / 2);
+  const Tokens input = make_tokens(op, tokens_, grid);
+  const Temperature tau = make_temperature(temperature, spread_);
+  if (iterations > 0 && gram_shared_memory(grid) <= shared_memory_limit()) {
+    C10_CUDA_CHECK(
+        launch_token_cluster_gram(input, iterations, radius, tau, centres.mutable_data_ptr()));
+    return centres;
+  }
+  at::Tensor scratch, responsibilities;
+  if (iterations > 0) {
+    const Slots slots = candidate_slots(grid, radius);
+    scratch = input.type == Type::kFloat ? centres : empty_map(tokens, grid, at::kFloat);
+    responsibilities =
+        at::empty({tokens.size(0), tokens.size(1), tokens.size(2), slots.rows, slots.columns},
+                  scratch.options());
+  }
+  C10_CUDA_CHECK(
+      launch_token_cluster(input, iterations, radius, tau, centres.mutable_data_ptr(),
+                           iterations > 0 ? scratch.mutable_data_ptr<float>() : nullptr,
+                           iterations > 0 ? responsibilities.mutable_data_ptr<float>() : nullptr));
+  return centres;
+}
+
+std::tuple<at::Tensor, at::Tensor> token_match_cuda(
+    const at::Tensor& tokens,        // (B, H, W, C)
+    const at::Tensor& centres,       // (B, h', w', C)
+    at::IntArrayRef clusters,        // (h, w)
+    at::OptionalIntArrayRef window,  // (M_h, M_w)
+    int64_t topk, double temperature,
+    const std::optional<at::Tensor>& spread) {  // (B,)
+  constexpr const char* op = "token_match";
+  check_tokens(op, "tokens", tokens);
+  check_tokens(op, "centres", centres);
+  check_same_device(op, "centres", centres, "tokens", tokens);
+  check_same_type(op, "centres", centres, "tokens", tokens);
+  check_spread(op, spread, tokens);
+  TORCH_CHECK_VALUE(topk >= 1 && topk <= std::numeric_limits<int32_t>::max() / 2, op,
+                    ": expected topk of at least 1 and less than 2**30, got ", topk);
+  const Grid grid = make_grid(op, tokens, clusters, window);
+  check_shape(op, "centres", centres,
+              {tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)});
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const auto options = tokens.options();
+  const at::Tensor indices =
+      at::empty({tokens.size(0), tokens.size(1), tokens.size(2), topk}, options.dtype(at::kInt));
+  const at::Tensor weights = at::empty(indices.sizes(), options.dtype(at::kFloat));
+  if (indices.numel() == 0) {
+    return {indices, weights};
+  }
+  const at::Tensor tokens_ = tokens.contiguous();
+  const at::Tensor centres_ = centres.contiguous();
+  const std::optional<at::Tensor> spread_ = dense(spread);
+  C10_CUDA_CHECK(launch_token_match(make_tokens(op, tokens_, grid), static_cast<int>(topk),
+                                    make_temperature(temperature, spread_), shared_memory_limit(),
+                                    centres_.const_data_ptr(), indices.mutable_data_ptr<int32_t>(),
+                                    weights.mutable_data_ptr<float>()));
+  return {indices, weights};
+}
+
+at::Tensor token_reconstruct_cuda(const at::Tensor& refined,                   // (B, h', w', C)
+                                  const at::Tensor& indices,                   // (B, H, W, topk)
+                                  const at::Tensor& weights,                   // (B, H, W, topk)
+                                  const std::optional<at::Tensor>& tokens,     // (B, H, W, C)
+                                  const std::optional<at::Tensor>& centres) {  // (B, h', w', C)
+  constexpr const char* op = "token_reconstruct";
+  check_reconstruct(op, refined, indices, weights, tokens, centres);
+  const c10::cuda::CUDAGuard guard(refined.device());
+  const at::Tensor out = at::empty(
+      {indices.size(0), indices.size(1), indices.size(2), refined.size(3)}, refined.options());
+  if (out.numel() == 0) {
+    return out;
+  }
+  const at::Tensor refined_ = refined.contiguous();
+  const at::Tensor indices_ = indices.contiguous();
+  const at::Tensor weights_ = weights.contiguous();
+  const std::optional<at::Tensor> tokens_ = dense(tokens);
+  const std::optional<at::Tensor> centres_ = dense(centres);
+  const Reconstruction sizes{kernel_type(refined),
+                             indices.size(0),
+                             indices.size(1) * indices.size(2),
+                             refined.size(1) * refined.size(2),
+                             indices.size(3),
+                             checked_channels(op, refined),
+                             c10::cuda::getCurrentCUDAStream().stream()};
+  C10_CUDA_CHECK(launch_token_reconstruct(sizes, refined_.const_data_ptr(),
+                                          indices_.const_data_ptr<int32_t>(),
+                                          weights_.const_data_ptr<float>(), data_or_null(tokens_),
+                                          data_or_null(centres_), out.mutable_data_ptr()));
+  return out;
+}
+
+}  // namespace
+}  // namespace expedite_d2::cuda
+
+TORCH_LIBRARY_IMPL(expedite_d2, CUDA, m) {
+  m.impl("token_spread", &expedite_d2::cuda::token_spread_cuda);
+  m.impl("token_cluster", &expedite_d2::cuda::token_cluster_cuda);
+  m.impl("token_match", &expedite_d2::cuda::token_match_cuda);
+  m.impl("token_reconstruct", &expedite_d2::cuda::token_reconstruct_cuda);
+}

@@ -1,0 +1,85 @@
+// What the kernels' files offer to entries.cpp: plain pointers to dense data on the current device,
+// a stream, and the error of the first launch that failed. No torch, no device code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+#include "grid.h"
+
+namespace expedite_d2::cuda {
+
+enum class Type { kFloat, kBFloat16, kHalf };
+
+// The tokens of one call and what all operators on them need.
+struct Tokens {
+  const void* data;  // (B, H, W, C)
+  Type type;
+  Grid grid;
+  int64_t batch;
+  int channels;
+  cudaStream_t stream;
+};
+
+// The factor of squared distances.
+struct Temperature {
+  float value;
+  const float* spread;  // (B,) or null
+};
+
+cudaError_t launch_token_spread(const Tokens& tokens, int radius,
+                                float* spread,      // (B,)
+                                float* mean,        // scratch (B, C)
+                                float* centres,     // scratch (B, h', w', C)
+                                float* nearest,     // scratch (B, H, W)
+                                float* deviation);  // scratch (B, H, W)
+
+// Candidates that a token may have along rows and columns of cells: the shape of its
+// responsibilities.
+struct Slots {
+  int32_t rows;
+  int32_t columns;
+};
+Slots candidate_slots(const Grid& grid, int radius);
+
+// Any size. `iterations` 0 needs no scratch; float32 tokens need no `scratch_centres`.
+cudaError_t launch_token_cluster(const Tokens& tokens, int64_t iterations, int radius,
+                                 Temperature temperature,
+                                 void* centres,             // (B, h', w', C)
+                                 float* scratch_centres,    // scratch (B, h', w', C)
+                                 float* responsibilities);  // scratch (B, H, W, slots)
+
+// Bytes of shared memory that launch_token_cluster_gram needs for each block, and what it may have.
+size_t gram_shared_memory(const Grid& grid);
+cudaError_t launch_token_cluster_gram(const Tokens& tokens, int64_t iterations, int radius,
+                                      Temperature temperature,
+                                      void* centres);  // (B, h', w', C)
+
+// `shared_memory`: bytes that a block may have.
+cudaError_t launch_token_match(const Tokens& tokens, int topk, Temperature temperature,
+                               size_t shared_memory,
+                               const void* centres,  // (B, h', w', C)
+                               int32_t* indices,     // (B, H, W, topk)
+                               float* weights);      // (B, H, W, topk)
+
+// Sizes for all of token_reconstruct's tensors; N tokens and K centres an image.
+struct Reconstruction {
+  Type type;
+  int64_t batch;
+  int64_t tokens;
+  int64_t cells;
+  int64_t topk;
+  int channels;
+  cudaStream_t stream;
+};
+cudaError_t launch_token_reconstruct(const Reconstruction& sizes,
+                                     const void* refined,     // (B, K, C)
+                                     const int32_t* indices,  // (B, N, topk)
+                                     const float* weights,    // (B, N, topk)
+                                     const void* tokens,      // (B, N, C) or null
+                                     const void* centres,     // (B, K, C) or null
+                                     void* out);              // (B, N, C)
+
+}  // namespace expedite_d2::cuda

@@ -1,0 +1,87 @@
+// Where tokens and cells lie in their windows, and the initial centres, for token_spread and
+// token_cluster. Geometry along one axis stands in geometry.h.
+#pragma once
+
+#include "cuda/utils.cuh"
+
+namespace expedite_d2::cuda {
+
+// A token or a cell along one axis: its window, and its place in that window.
+struct Spot {
+  int32_t window;
+  int32_t local;
+};
+
+EXPEDITE_HOST_DEVICE Spot token_spot(const WindowAxis& axis, int32_t at) {
+  return {at / axis.window, at % axis.window};
+}
+
+EXPEDITE_HOST_DEVICE Spot cell_spot(const WindowAxis& axis, int32_t at) {
+  return {at / axis.clusters, at % axis.clusters};
+}
+
+// A token or a cell of all images: image, row and column.
+struct Position {
+  int64_t image;
+  int32_t row;
+  int32_t column;
+};
+
+EXPEDITE_HOST_DEVICE Position position(int64_t linear, int32_t height, int32_t width) {
+  const int64_t row = linear / width;
+  return {row / height, static_cast<int32_t>(row % height), static_cast<int32_t>(linear % width)};
+}
+
+// Initial centres: the average of each cell's real tokens. A warp for 32 V channels of a cell.
+template <typename T, typename Out, int V>
+__global__ void __launch_bounds__(kThreads, 1)
+    pool_kernel(const T* __restrict__ tokens,  // (B, H, W, C)
+                Out* __restrict__ centres,     // (B, h', w', C)
+                Grid grid, int channels, int64_t cells) {
+  const int parts = ceil_div(channels, kWarp * V);
+  const int64_t warp = global_warp();
+  const int64_t cell = warp / parts;
+  const int c =
+      (static_cast<int>(warp % parts) * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V;
+  if (cell >= cells || c >= channels) {
+    return;
+  }
+  const Position at = position(cell, grid.rows.cells(), grid.columns.cells());
+  const Spot row = cell_spot(grid.rows, at.row);
+  const Spot column = cell_spot(grid.columns, at.column);
+  const int32_t top = grid.rows.begin(row.local);
+  const int32_t bottom = grid.rows.end(row.local, row.window);
+  const int32_t left = grid.columns.begin(column.local);
+  const int32_t right = grid.columns.end(column.local, column.window);
+
+  float sum[V] = {};
+  for (int32_t y = top; y < bottom; ++y) {
+    const int64_t line =
+        (at.image * grid.rows.size + row.window * grid.rows.window + y) * grid.columns.size +
+        column.window * grid.columns.window;
+    for (int32_t x = left; x < right; ++x) {
+      float z[V];
+      load<V>(tokens + (line + x) * channels + c, z);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sum[v] += z[v];
+      }
+    }
+  }
+  // An existing cell holds a token, so this is no division by zero.
+  const float count = static_cast<float>((bottom - top) * (right - left));
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    sum[v] /= count;
+  }
+  store<V>(centres + cell * channels + c, sum);
+}
+
+template <typename T, int V, typename Out>
+void launch_pool(Launcher& launch, const Tokens& tokens, Out* centres) {
+  const int64_t cells = cell_count(tokens.grid, tokens.batch);
+  launch.warps(pool_kernel<T, Out, V>, cells * ceil_div(tokens.channels, kWarp * V),
+               static_cast<const T*>(tokens.data), centres, tokens.grid, tokens.channels, cells);
+}
+
+}  // namespace expedite_d2::cuda

@@ -1,0 +1,213 @@
+"""Reads data sets in COCO's formats into Detectron2's dataset dicts, and registers them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from expedite_d2.d2 import DatasetCatalog, MetadataCatalog
+from expedite_d2.data.categories import Category, class_colours
+
+Entry = dict[str, Any]
+
+#: Detectron2's BoxMode.XYWH_ABS.
+XYWH_ABS = 1
+#: Label of pixels that do not count.
+IGNORE_LABEL = 255
+
+
+def datasets_root() -> Path:
+    """Folder of all downloaded data sets: DETECTRON2_DATASETS, or ./datasets."""
+    return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
+
+
+def require(path: Path, name: str) -> Path:
+    """Returns `path` if it exists.
+
+    Raises:
+        FileNotFoundError: naming the data set, the path and the environment variable.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data set {name!r}: {path} not found; set DETECTRON2_DATASETS to the folder that "
+            f"holds the data sets (now {os.environ.get('DETECTRON2_DATASETS', 'not set')!r}, "
+            f"so {datasets_root().resolve()} was searched)"
+        )
+    return path
+
+
+def register(name: str, load: Callable[[], list[Entry]], **metadata: Any) -> None:
+    """Registers a data set and its metadata unless the name is taken (by Detectron2 itself)."""
+    if name in DatasetCatalog.list():
+        return
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**metadata)
+
+
+def panoptic_metadata(categories: Sequence[Category]) -> dict[str, Any]:
+    """Classes, colours and ids of a panoptic data set, in Mask2Former's convention.
+
+    A class's contiguous id is its place in `categories`; ``stuff_classes``, ``stuff_colors`` and
+    ``stuff_dataset_id_to_contiguous_id`` hold all classes, so that they describe sem_seg, too.
+    """
+    colours = class_colours(len(categories))
+    things = [number for number, category in enumerate(categories) if category.isthing]
+    return {
+        "thing_classes": [categories[number].name for number in things],
+        "thing_colors": [colours[number] for number in things],
+        "stuff_classes": [category.name for category in categories],
+        "stuff_colors": colours,
+        "thing_dataset_id_to_contiguous_id": {categories[n].id: n for n in things},
+        "stuff_dataset_id_to_contiguous_id": {c.id: n for n, c in enumerate(categories)},
+        "ignore_label": IGNORE_LABEL,
+        "label_divisor": 1000,
+    }
+
+
+def instance_metadata(categories: Sequence[Category]) -> dict[str, Any]:
+    """Classes, colours and ids of an instance data set: the things, numbered without gaps."""
+    things = [category for category in categories if category.isthing]
+    return {
+        "thing_classes": [category.name for category in things],
+        "thing_colors": class_colours(len(things)),
+        "thing_dataset_id_to_contiguous_id": {c.id: n for n, c in enumerate(things)},
+    }
+
+
+def load_panoptic(
+    name: str,
+    panoptic_json: Path,
+    panoptic_root: Path,
+    image_root: Path,
+    metadata: Mapping[str, Any],
+    sem_seg_root: Path | None = None,
+    instances_json: Path | None = None,
+    depth_root: Path | None = None,
+) -> list[Entry]:
+    """Loads COCO panoptic annotations.
+
+    Args:
+        name: Name of the data set, for messages.
+        panoptic_json: Annotation file.
+        panoptic_root: Folder of the segment PNGs.
+        image_root: Folder of the images.
+        metadata: The two ``*_dataset_id_to_contiguous_id`` maps.
+        sem_seg_root: Folder of the label PNGs (contiguous classes), if there are any.
+        instances_json: COCO instance annotations of the same images, if they shall be added.
+        depth_root: Folder of the 16-bit depth PNGs, if there are any.
+
+    Returns:
+        One dataset dict an image.
+
+    Raises:
+        FileNotFoundError: if a file or a folder is missing.
+        ValueError: if the annotation file cannot be read or names an unknown category.
+    """
+    content = _read_json(name, panoptic_json)
+    for folder in (panoptic_root, image_root, sem_seg_root, depth_root):
+        if folder is not None:
+            require(folder, name)
+    images = {image["id"]: image for image in content.get("images", [])}
+    things = metadata["thing_dataset_id_to_contiguous_id"]
+    stuff = metadata["stuff_dataset_id_to_contiguous_id"]
+    instances = {}
+    if instances_json is not None:
+        instances = _instances_by_image(name, _read_json(name, instances_json), things)
+    entries = []
+    for annotation in content["annotations"]:
+        image = images.get(annotation["image_id"], {})
+        label = Path(annotation["file_name"])
+        segments = []
+        for segment in annotation["segments_info"]:
+            category = segment["category_id"]
+            isthing = category in things
+            number = _contiguous(name, category, things if isthing else stuff)
+            segments.append({**segment, "category_id": number, "isthing": isthing})
+        entry: Entry = {
+            "file_name": str(image_root / image.get("file_name", label.with_suffix(".jpg"))),
+            "image_id": annotation["image_id"],
+            "pan_seg_file_name": str(panoptic_root / label),
+            "segments_info": segments,
+        }
+        entry |= {side: image[side] for side in ("height", "width") if side in image}
+        if sem_seg_root is not None:
+            entry["sem_seg_file_name"] = str(sem_seg_root / label)
+        if depth_root is not None:
+            entry["depth_file_name"] = str(depth_root / label)
+        if instances_json is not None:
+            entry["annotations"] = instances.get(annotation["image_id"], [])
+        entries.append(entry)
+    return entries
+
+
+def load_instances(
+    name: str, json_file: Path, image_root: Path, contiguous_ids: Mapping[int, int]
+) -> list[Entry]:
+    """Loads COCO instance annotations, also of images that have none.
+
+    Args:
+        name: Name of the data set, for messages.
+        json_file: Annotation file.
+        image_root: Folder of the images.
+        contiguous_ids: Category id in the file -> contiguous id.
+
+    Returns:
+        One dataset dict an image, in the order of the image ids.
+
+    Raises:
+        FileNotFoundError: if a file or a folder is missing.
+        ValueError: if the annotation file cannot be read or names an unknown category.
+    """
+    content = _read_json(name, json_file)
+    require(image_root, name)
+    instances = _instances_by_image(name, content, contiguous_ids)
+    return [
+        {
+            "file_name": str(image_root / image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": instances.get(image["id"], []),
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]
+
+
+def _instances_by_image(
+    name: str, content: dict[str, Any], contiguous_ids: Mapping[int, int]
+) -> dict[int, list[Entry]]:
+    grouped: dict[int, list[Entry]] = defaultdict(list)
+    for annotation in content.get("annotations", []):
+        grouped[annotation["image_id"]].append(
+            {
+                "bbox": annotation["bbox"],
+                "bbox_mode": XYWH_ABS,
+                "category_id": _contiguous(name, annotation["category_id"], contiguous_ids),
+                "iscrowd": annotation.get("iscrowd", 0),
+                "segmentation": annotation["segmentation"],
+            }
+        )
+    return grouped
+
+
+def _contiguous(name: str, category: int, ids: Mapping[int, int]) -> int:
+    if category not in ids:
+        raise ValueError(
+            f"data set {name!r}: expected the category ids {min(ids)} to {max(ids)} that its "
+            f"metadata lists, got {category}"
+        )
+    return ids[category]
+
+
+def _read_json(name: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(require(path, name).read_text())
+    except ValueError as error:
+        raise ValueError(f"data set {name!r}: {path} is not a JSON file: {error}") from error
+    if not isinstance(content, dict) or "annotations" not in content:
+        raise ValueError(f"data set {name!r}: {path} is not a COCO file: it has no 'annotations'")
+    return content
