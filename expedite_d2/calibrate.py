@@ -18,13 +18,16 @@ from expedite_d2.hourglass import calibrate
 IMAGES = 8
 
 
-def measure(cfg: CfgNode, images: int = IMAGES) -> tuple[float, str]:
-    """The temperature of a config's trained model, and the data set that it was measured on.
+def measure(cfg: CfgNode, images: int = IMAGES) -> tuple[float, int, str]:
+    """Calibrate a config's trained model.
 
     Args:
         cfg: names the model, its weights and its data sets; the first training set is read, through
             the test loader and so without augmentation, or else the first test set.
-        images: how many of its images are read.
+        images: how many images to read, fewer where the data set has fewer.
+
+    Returns:
+        The temperature, the images that it was measured on, and the name of their data set.
     """
     if not cfg.MODEL.EXPEDITE.ENABLED:
         raise ValueError(
@@ -36,8 +39,8 @@ def measure(cfg: CfgNode, images: int = IMAGES) -> tuple[float, str]:
     datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if not datasets:
         raise ValueError("calibrate needs a data set in DATASETS.TRAIN or DATASETS.TEST, got none")
-    model = build_trained_model(cfg)
-    return calibrate(model, islice(build_test_loader(cfg, datasets[0]), images)), datasets[0]
+    inputs = list(islice(build_test_loader(cfg, datasets[0]), images))
+    return calibrate(build_trained_model(cfg), inputs), len(inputs), datasets[0]
 
 
 @cli
@@ -47,8 +50,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES, help=f"how many (default {IMAGES})")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args()
-    temperature, dataset = measure(load_config(args.config_file, args.opts), args.images)
-    print(f"temperature {temperature:.6g}, measured on {args.images} images of {dataset}")
+    cfg = load_config(args.config_file, args.opts)
+    temperature, images, dataset = measure(cfg, args.images)
+    print(f"temperature {temperature:.6g}, measured on {images} images of {dataset}")
     print(f"to store it: MODEL.EXPEDITE.TEMPERATURE {temperature:.6g}")
 
 

@@ -126,7 +126,7 @@ def reduce(
                 stacklevel=2,
             )
         return tokens, Clustering(None, None, None, None)
-    with _profiler_range("expedite_d2.reduce", tokens):
+    with profiler_range("expedite_d2.reduce", tokens):
         temperature, spread = reduction.temperature, None
         if temperature == 0:
             temperature = _sharpness(window)
@@ -168,7 +168,7 @@ def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
     """
     if clustering.indices is None or clustering.weights is None:
         return low
-    with _profiler_range("expedite_d2.reconstruct", low):
+    with profiler_range("expedite_d2.reconstruct", low):
         return token_reconstruct(
             low,
             clustering.indices,
@@ -241,7 +241,7 @@ def _sharpness(window: tuple[int, int] | None) -> float:
     return SHARPNESS_ON_IMAGES if window is None else SHARPNESS_IN_WINDOWS
 
 
-def _profiler_range(name: str, tensor: Tensor) -> AbstractContextManager[None]:
+def profiler_range(name: str, tensor: Tensor) -> AbstractContextManager[None]:
     """An NVTX range for work that is queued on a GPU now."""
     if tensor.is_cuda and not torch.compiler.is_compiling():
         return torch.cuda.nvtx.range(name)

@@ -273,18 +273,17 @@ def _boundaries(ids: np.ndarray, thickness: int, *, inner: bool = False) -> np.n
     return ndimage.binary_dilation(edges, iterations=thickness - 1) if thickness > 1 else edges
 
 
-def _entry(metadata: Any, names: Sequence[str], index: int) -> Any:
-    """The first of the metadata's lists that reaches this index; None when none does."""
-    for name in names:
-        values = getattr(metadata, name, None)
-        if values is not None and 0 <= index < len(values):
-            return values[index]
-    return None
+def _known(metadata: Any, segment: Segment, suffix: str) -> Any:
+    """What the metadata's lists say of a segment's class ("classes" or "colors"); None if nothing.
 
-
-def _lists(isthing: bool, suffix: str) -> tuple[str, str]:
-    kinds = ("thing", "stuff") if isthing else ("stuff", "thing")
-    return f"{kinds[0]}_{suffix}", f"{kinds[1]}_{suffix}"
+    As in Detectron2, ``stuff_*`` may list every class, and then in the order of the class indices,
+    while ``thing_*`` may leave out the stuff that stands between the things.
+    """
+    things, stuff = (
+        getattr(metadata, f"{kind}_{suffix}", None) or () for kind in ("thing", "stuff")
+    )
+    values = things if segment.isthing and len(things) > len(stuff) else stuff or things
+    return values[segment.category_id] if segment.category_id < len(values) else None
 
 
 def _segment_colours(segments: Sequence[Segment], metadata: Any) -> dict[int, np.ndarray]:
@@ -292,7 +291,7 @@ def _segment_colours(segments: Sequence[Segment], metadata: Any) -> dict[int, np
     colours: dict[int, np.ndarray] = {}
     seen: dict[tuple[int, bool], int] = {}
     for segment in segments:
-        colour = _entry(metadata, _lists(segment.isthing, "colors"), segment.category_id)
+        colour = _known(metadata, segment, "colors")
         if colour is None:
             hue = (0.13 + segment.category_id * _GOLDEN_RATIO) % 1.0
             colour = [255 * v for v in colorsys.hsv_to_rgb(hue, 0.65, 0.9)]
@@ -333,7 +332,7 @@ def _write_labels(
     placed: list[tuple[float, float, float, float]] = []
     shown = [s for s in segmentation.segments if s.id < len(areas) and areas[s.id]]
     for segment in sorted(shown, key=lambda s: (-areas[s.id], s.id)):
-        name = _entry(metadata, _lists(segment.isthing, "classes"), segment.category_id)
+        name = _known(metadata, segment, "classes")
         text = f"class {segment.category_id}" if name is None else str(name)
         if segment.score is not None:
             text += f" {segment.score:.0%}"

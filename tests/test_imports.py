@@ -24,13 +24,13 @@ ORDER = [
     {"engine"},
     {"predict", "calibrate"},
 ]
-# Everything from the models on may use these; they use nothing of ours but themselves, and config
-# and solver the configuration nodes of d2.
+# Everything from the models on may use these; they use nothing of ours but what stands here.
 LEAVES: dict[str, set[str]] = {
     "d2": set(),
     "config": {"d2"},
     "visualize": set(),
-    "solver": {"d2"},
+    "muon": set(),
+    "solver": {"d2", "muon"},
 }
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 

@@ -19,8 +19,8 @@ from expedite_d2.visualize import (
 METADATA = SimpleNamespace(
     thing_classes=["cat", "dog"],
     thing_colors=[(200, 0, 0), (0, 200, 0)],
-    stuff_classes=["cat", "dog", "sky"],
-    stuff_colors=[(1, 1, 1), (2, 2, 2), (0, 0, 200)],
+    stuff_classes=["cat", "sea", "sky", "dog"],
+    stuff_colors=[(200, 0, 0), (0, 90, 90), (0, 0, 200), (0, 200, 0)],
 )
 
 
@@ -114,6 +114,33 @@ def test_draw_segmentation_uses_the_metadata_colours() -> None:
     drawn = draw_segmentation(grey, two_halves(), METADATA, opacity=1.0, labels=False)
     assert drawn[30, 10].tolist() == [200, 0, 0]
     assert drawn[30, 70].tolist() == [0, 0, 200]
+
+
+@pytest.mark.parametrize(
+    "metadata, segment, colour",
+    [
+        # stuff_* lists every class: a thing's index is its place there, not among the things.
+        (METADATA, Segment(1, 3, True), [0, 200, 0]),
+        (SimpleNamespace(thing_colors=[(9, 9, 9), (8, 8, 8)]), Segment(1, 1, True), [8, 8, 8]),
+        # Things and stuff are numbered apart.
+        (
+            SimpleNamespace(thing_colors=[(9, 9, 9), (8, 8, 8)], stuff_colors=[(7, 7, 7)]),
+            Segment(1, 1, True),
+            [8, 8, 8],
+        ),
+        (
+            SimpleNamespace(thing_colors=[(9, 9, 9), (8, 8, 8)], stuff_colors=[(7, 7, 7)]),
+            Segment(1, 0, False),
+            [7, 7, 7],
+        ),
+    ],
+)
+def test_draw_segmentation_finds_the_class_in_any_metadata(
+    metadata: SimpleNamespace, segment: Segment, colour: list[int]
+) -> None:
+    whole = Segmentation(np.ones((9, 9), dtype=np.int32), (segment,))
+    drawn = draw_segmentation(photo(9, 9), whole, metadata, opacity=1.0, labels=False)
+    assert drawn[4, 4].tolist() == colour
 
 
 def test_draw_segmentation_tells_objects_of_a_class_apart() -> None:

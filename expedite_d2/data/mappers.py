@@ -180,9 +180,6 @@ class TrainMapper:
         if self.input.COLOR_AUG_SSD:
             image = _jitter_colours(image, rng)
         image = crop.image(image)
-        flip = self.input.RANDOM_FLIP == "horizontal" and rng.random() < 0.5
-        if flip:
-            image, masks = image[:, ::-1], masks[:, :, ::-1]
         visible = masks.reshape(len(masks), -1).any(axis=1)
         instances = Instances(image.shape[:2])
         instances.gt_classes = torch.from_numpy(classes[visible])
@@ -191,8 +188,7 @@ class TrainMapper:
         sample = {field: value for field, value in entry.items() if field not in dropped}
         sample |= {"image": to_tensor(image), "instances": instances}
         if self.task != "instance":
-            sem_seg = (labels[:, ::-1] if flip else labels).astype(np.int64)
-            sample["sem_seg"] = torch.from_numpy(sem_seg)
+            sample["sem_seg"] = torch.from_numpy(labels.astype(np.int64))
         return sample
 
     def _panoptic(
@@ -238,7 +234,8 @@ class TrainMapper:
             out = (max(window[0], least), max(window[1], least))
         top = rng.integers(max(scaled[0] - window[0], 0) + 1)
         left = rng.integers(max(scaled[1] - window[1], 0) + 1)
-        return _Crop((height, width), scaled, (int(top), int(left)), window, out)
+        flip = self.input.RANDOM_FLIP == "horizontal" and rng.random() < 0.5
+        return _Crop((height, width), scaled, (int(top), int(left)), window, out, flip)
 
 
 def _crop_size(crop: CfgNode, scaled: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
@@ -263,7 +260,7 @@ def _crop_size(crop: CfgNode, scaled: tuple[int, int], rng: np.random.Generator)
 
 
 class _Crop:
-    """A window of a scaled image, padded at the right and the bottom to a fixed size.
+    """A window of a scaled image, flipped or not, padded at the right and the bottom.
 
     Args:
         source: (H, W) of the original.
@@ -271,6 +268,7 @@ class _Crop:
         origin: (top, left) of the window in the scaled image.
         window: (h, w) of the window, which may reach beyond the scaled image.
         out: (h, w) of the result.
+        flip: whether the window is mirrored; the padding stays at the right.
     """
 
     def __init__(
@@ -280,8 +278,10 @@ class _Crop:
         origin: tuple[int, int],
         window: tuple[int, int],
         out: tuple[int, int],
+        flip: bool,
     ) -> None:
         self._out = out
+        self._flip = flip
         self._size = (min(window[0], scaled[0]), min(window[1], scaled[1]))
         y, x = source[0] / scaled[0], source[1] / scaled[1]
         bottom, right = origin[0] + self._size[0], origin[1] + self._size[1]
@@ -304,6 +304,8 @@ class _Crop:
     def _cut(self, array: NDArray[Any], resampling: Image.Resampling, pad: int) -> NDArray[Any]:
         image = Image.fromarray(np.ascontiguousarray(array))
         cut = np.asarray(image.resize(self._size[::-1], resampling, box=self._box))
+        if self._flip:
+            cut = cut[:, ::-1]
         if self._size == self._out:
             return cut
         padded = np.full((*self._out, *cut.shape[2:]), pad, cut.dtype)

@@ -231,7 +231,7 @@ def _draw_accuracy(axes: Axes, comparison: Mapping[str, Any], task: str, name: s
     # A tenth of the value around the points: a loss of a few per cent is seen, and not blown up.
     room = max(0.10 * max(y0, y1), 0.6 * abs(y1 - y0), 0.5)
     axes.set_ylim(min(y0, y1) - room, max(y0, y1) + room)
-    side_room = max(0.6 * abs(x1 - x0), 0.16 * max(x0, x1))
+    side_room = max(0.8 * abs(x1 - x0), 0.06 * max(x0, x1))
     axes.set_xlim(min(x0, x1) - side_room, max(x0, x1) + side_room)
     axes.set_title(_METRIC_TITLES[task], loc="left", size=11, weight="bold", color=_INK)
     axes.set_xlabel("model latency, ms an image (median)", size=9.5, color=_FAINT)

@@ -257,7 +257,9 @@ def token_cluster_backward_ref(
         windows = (grid.rows.windows, grid.columns.windows)
         unfolded = _unfold(_precise(grad), *windows, (clusters[0], clusters[1]))
         side = (grid.rows.real.shape[1], grid.columns.real.shape[1])
-        out = _fold(rows.transpose(2, 3) @ unfolded, *windows, side, tuple(tokens.shape[1:3]))
+        out = _fold(
+            rows.transpose(2, 3) @ unfolded, *windows, side, (tokens.shape[1], tokens.shape[2])
+        )
         return out.to(tokens.dtype).contiguous()
 
 
@@ -333,9 +335,9 @@ def token_reconstruct_ref(
 def token_reconstruct_backward_ref(
     grad: Tensor, indices: Tensor, weights: Tensor, cells: Sequence[int]
 ) -> Tensor:
-    """Gradient of ``refined`` (B, *cells, C), float32 or better, for ``grad`` of the output."""
+    """Gradient of ``refined`` (B, *cells, C) for ``grad`` of the output (B, H, W, C)."""
     with _no_autocast(grad):
-        grad = _precise(grad)
+        dtype, grad = grad.dtype, _precise(grad)
         batch, channels = grad.shape[0], grad.shape[3]
         total = cells[0] * cells[1]
         first = torch.arange(batch, device=grad.device) * total
@@ -345,4 +347,4 @@ def token_reconstruct_backward_ref(
             part = (grad * weights[..., k, None].to(grad.dtype)).reshape(-1, channels)
             # index_put, not index_add: with accumulate it adds in a fixed order on CUDA, too.
             out = out.index_put((at[..., k].reshape(-1),), part, accumulate=True)
-        return out.view(batch, cells[0], cells[1], channels)
+        return out.view(batch, cells[0], cells[1], channels).to(dtype)

@@ -18,13 +18,19 @@ from expedite_d2.ops._checks import (
 from expedite_d2.ops.reference import token_cluster_backward_ref, token_cluster_ref
 
 _NAME = "expedite_d2::token_cluster"
-
-torch.library.define(
-    _NAME,
-    "(Tensor tokens, int[] clusters, int[]? window, int iterations, int neighbourhood, "
-    "float temperature, Tensor? spread) -> Tensor",
+_BACKWARD = "expedite_d2::_token_cluster_backward"
+_SETTINGS = (
+    "Tensor tokens, int[] clusters, int[]? window, int iterations, int neighbourhood, "
+    "float temperature, Tensor? spread"
 )
+
+torch.library.define(_NAME, f"({_SETTINGS}) -> Tensor")
 torch.library.impl(_NAME, "default", token_cluster_ref)
+
+# An operator of its own, so that compilers do not trace through all iterations. No kernel: models
+# are expedited for evaluation, training through it need not be fast.
+torch.library.define(_BACKWARD, f"(Tensor grad, {_SETTINGS}) -> Tensor")
+torch.library.impl(_BACKWARD, "default", token_cluster_backward_ref)
 
 
 @torch.library.register_fake(_NAME)
@@ -41,6 +47,11 @@ def _fake(
     return tokens.new_empty((batch, *map_size(tokens, clusters, window), channels))
 
 
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(grad: Tensor, tokens: Tensor, *settings: object) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     tokens, *settings, spread = inputs
     if ctx.needs_input_grad[0]:
@@ -52,12 +63,13 @@ def _backward(ctx, grad: Tensor):
     grad_tokens = None
     if ctx.needs_input_grad[0]:
         tokens, spread = ctx.saved_tensors
-        grad_tokens = token_cluster_backward_ref(grad, tokens, *ctx.settings, spread)
+        grad_tokens = _token_cluster_backward(grad, tokens, *ctx.settings, spread)
     return grad_tokens, None, None, None, None, None, None
 
 
 torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
 
+_token_cluster_backward = torch.ops.expedite_d2._token_cluster_backward.default
 _token_cluster = torch.ops.expedite_d2.token_cluster.default
 
 

@@ -11,12 +11,20 @@ from expedite_d2.ops._checks import check_device, check_like, check_map
 from expedite_d2.ops.reference import token_reconstruct_backward_ref, token_reconstruct_ref
 
 _NAME = "expedite_d2::token_reconstruct"
+_BACKWARD = "expedite_d2::_token_reconstruct_backward"
 
 torch.library.define(
     _NAME,
     "(Tensor refined, Tensor indices, Tensor weights, Tensor? tokens, Tensor? centres) -> Tensor",
 )
 torch.library.impl(_NAME, "default", token_reconstruct_ref)
+
+# An operator of its own, so that compilers do not trace through it. No kernel: models are expedited
+# for evaluation, training through it need not be fast.
+torch.library.define(
+    _BACKWARD, "(Tensor grad, Tensor indices, Tensor weights, int[] cells) -> Tensor"
+)
+torch.library.impl(_BACKWARD, "default", token_reconstruct_backward_ref)
 
 
 @torch.library.register_fake(_NAME)
@@ -30,11 +38,16 @@ def _fake(
     return refined.new_empty((*indices.shape[:3], refined.shape[3]))
 
 
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(grad: Tensor, indices: Tensor, weights: Tensor, cells: Sequence[int]) -> Tensor:
+    return grad.new_empty((grad.shape[0], *cells, grad.shape[3]))
+
+
 def _setup_context(ctx, inputs, output) -> None:
     refined, indices, weights, _, _ = inputs
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
         ctx.save_for_backward(indices, weights)
-        ctx.cells = tuple(refined.shape[1:3])
+        ctx.cells = list(refined.shape[1:3])
 
 
 def _backward(ctx, grad: Tensor):
@@ -42,15 +55,15 @@ def _backward(ctx, grad: Tensor):
     grad_refined = grad_centres = None
     if needs_refined or needs_centres:
         indices, weights = ctx.saved_tensors
-        spread_back = token_reconstruct_backward_ref(grad, indices, weights, ctx.cells)
-        spread_back = spread_back.to(grad.dtype)
-        grad_refined = spread_back if needs_refined else None
-        grad_centres = -spread_back if needs_centres else None
+        grad_cells = _token_reconstruct_backward(grad, indices, weights, ctx.cells)
+        grad_refined = grad_cells if needs_refined else None
+        grad_centres = -grad_cells if needs_centres else None
     return grad_refined, None, None, grad if needs_tokens else None, grad_centres
 
 
 torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
 
+_token_reconstruct_backward = torch.ops.expedite_d2._token_reconstruct_backward.default
 _token_reconstruct = torch.ops.expedite_d2.token_reconstruct.default
 
 

@@ -151,15 +151,19 @@ def assert_centres_close(out: Tensor, expected: Tensor) -> None:
     such an exponent by 1e-4, and each iteration may amplify what that moves: 5e-4 was seen in one
     centre of 768.
     """
-    close = torch.isclose(out, expected, **tolerance(out.dtype, scale=4.0)).all(-1)
+    close = torch.isclose(out.double(), expected, **tolerance(out.dtype)).all(-1)
     assert close.float().mean() > 0.98
-    torch.testing.assert_close(out, expected, rtol=4 * tolerance(out.dtype)["rtol"], atol=5e-3)
+    rtol = tolerance(out.dtype)["rtol"]
+    torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=5e-3)
 
 
-def tolerance(dtype: torch.dtype, scale: float = 1.0) -> dict[str, float]:
-    """Half a unit in the last place of the output type; float32 sums in another order: 2e-5."""
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """For an output against the exact value, not rounded to its type.
+
+    Half a unit in the last place of the type; float32 sums in another order. Values are up to 6.
+    """
     relative = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    return {"rtol": relative, "atol": 2e-5 * scale}
+    return {"rtol": relative, "atol": 8e-5}
 
 
 def squared_distance(tokens: Tensor, centres: Tensor, indices: Tensor) -> Tensor:

@@ -70,6 +70,20 @@ def test_without_extension_the_twins_run():
     assert done.stdout.strip() == "[0.5, 5.0]"
 
 
+def test_opcheck_of_backward(device):
+    sample = make_sample(CASES["ragged"], device)
+    library = torch.ops.expedite_d2
+    args = (torch.ones_like(sample.centres), *sample.cluster_args())
+    torch.library.opcheck(library._token_cluster_backward.default, args)
+    args = (
+        torch.ones_like(sample.tokens),
+        sample.indices,
+        sample.weights,
+        CASES["ragged"].map_size,
+    )
+    torch.library.opcheck(library._token_reconstruct_backward.default, args)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", OPCHECK_CASES)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])

@@ -63,6 +63,7 @@ class _Canvas:
     thing: NDArray[np.uint8] = field(init=False)
     ground: Array = field(init=False)
     wall_base: Array = field(init=False)
+    wall_foot: Array = field(init=False)
     haze: Array = field(init=False)
     slant: float = 0.0
 
@@ -74,7 +75,9 @@ class _Canvas:
         below = np.maximum(np.arange(SIZE, dtype=np.float32) + 0.5 - self.horizon, 1e-3)
         far = np.minimum(self.focal * self.camera / below, FARTHEST)
         self.ground = np.broadcast_to(far[:, None], (SIZE, SIZE)).astype(np.float32)
+        # Row where the ground begins in each column: on a plan, and as it is drawn (uneven).
         self.wall_base = np.full(SIZE, self.horizon, np.float32)
+        self.wall_foot = self.wall_base
         self.haze = _rgb(float(self.rng.choice([0.55, 0.6, 0.1, 0.9])), 0.15, 0.9)
 
     def paint(self, name: str, alpha: Array, depth: Array | float) -> None:
@@ -82,8 +85,9 @@ class _Canvas:
         rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
         if rows.size == 0:
             return
-        area = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        pixels = self.image[(slice(None), *area)]
+        down, across = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        area = (down, across)
+        pixels = self.image[:, down, across]
         y = np.arange(rows[0], rows[-1] + 1, dtype=np.float32)[:, None] + 0.5 - self.horizon
         x = np.arange(columns[0], columns[-1] + 1, dtype=np.float32)[None] + 0.5 - SIZE / 2
         # Features shrink to a sixth at the horizon, not to nothing: they stay recognisable.
@@ -138,7 +142,7 @@ def _lay_ground(canvas: _Canvas, names: list[str]) -> None:
     rng = canvas.rng
     y = np.arange(SIZE, dtype=np.float32)[:, None] + 0.5
     x = np.arange(SIZE, dtype=np.float32)[None] + 0.5
-    below = np.clip(y - canvas.wall_base[None] + 0.5, 0.0, 1.0)
+    below = np.clip(y - canvas.wall_foot[None] + 0.5, 0.0, 1.0)
     canvas.paint(names[0], below, canvas.ground)
     span = SIZE - canvas.horizon
     if len(names) == 3:
@@ -181,7 +185,8 @@ def _lay_wall(canvas: _Canvas, full: bool) -> None:
     closeness = np.maximum(1.0 + canvas.slant * x, 0.2) / distance
     base = canvas.horizon + canvas.focal * canvas.camera * closeness
     foot = base + _curve(rng, (x + SIZE / 2) / SIZE * 4, 2.0)
-    alpha = np.clip(foot - y + 0.5, 0.0, 1.0)
+    # The ground is painted over it from `foot` down; a pixel more leaves no gap at the border.
+    alpha = np.clip(foot + 1.0 - y + 0.5, 0.0, 1.0)
     if not full:
         tall = rng.uniform(1.4, 2.5) * canvas.camera
         # The top is stepped like broken courses.
@@ -197,10 +202,12 @@ def _lay_wall(canvas: _Canvas, full: bool) -> None:
             ragged = ragged * (y < canvas.horizon - 9)
             alpha = alpha * np.clip((x - end - ragged) * side + 0.5, 0, 1)
             open_side = (x[0] - end) * side < 0
-            base = np.where(open_side[None], canvas.horizon, base)
+            base, foot = (np.where(open_side[None], canvas.horizon, line) for line in (base, foot))
     covered = alpha.astype(np.float32)
     canvas.paint("brick wall", covered, np.broadcast_to(1.0 / closeness, (SIZE, SIZE)))
-    canvas.wall_base = np.where(covered.max(0) > 0, base[0], canvas.horizon).astype(np.float32)
+    walled = covered.max(0) > 0
+    canvas.wall_base = np.where(walled, base[0], canvas.horizon).astype(np.float32)
+    canvas.wall_foot = np.where(walled, foot[0], canvas.horizon).astype(np.float32)
     if full and rng.random() < 0.6:
         _open_window(canvas)
 

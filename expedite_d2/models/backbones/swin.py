@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
-from expedite_d2.hourglass import Reduction, reconstruct, reduce
+from expedite_d2.hourglass import Reduction, profiler_range, reconstruct, reduce
 from expedite_d2.models.backbones.swin_blocks import (
     PatchEmbed,
     PatchMerging,
@@ -244,16 +244,17 @@ class ExpeditedSwinTransformer(Backbone):
             if reduction is not None:
                 full = min(max(reduction.alpha - first, 0), full)
             first += len(blocks)
-            if full:
-                x = self._run(blocks[:full], x, stage.token_windows(x))
-            if reduction is not None and full < len(blocks):
-                clusters = reduction.grid(*self.cluster_window)
-                low, clustering = reduce(x, reduction, self.cluster_window)
-                windows = stage.cluster_windows(
-                    low, clusters, self.cluster_positions, self.cluster_resample
-                )
-                x = reconstruct(self._run(blocks[full:], low, windows), clustering)
-                reduction = None
+            with profiler_range(f"expedite_d2.swin.stage{i + 1}", x):
+                if full:
+                    x = self._run(blocks[:full], x, stage.token_windows(x))
+                if reduction is not None and full < len(blocks):
+                    clusters = reduction.grid(*self.cluster_window)
+                    low, clustering = reduce(x, reduction, self.cluster_window)
+                    windows = stage.cluster_windows(
+                        low, clusters, self.cluster_positions, self.cluster_resample
+                    )
+                    x = reconstruct(self._run(blocks[full:], low, windows), clustering)
+                    reduction = None
             name = f"res{i + 2}"
             if name in self._out_features:
                 norm = getattr(self, f"norm{i}")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 # Added to the logits of pairs that a shifted window holds but the image does not hold side by side.
-# Official Swin adds -100, whose exponential is a denormal number: zero for the result, but a product
-# with it takes a CPU many times as long.
+# Official Swin adds -100, whose exponential is a denormal number: zero for the result, but a
+# product with it takes a CPU many times as long.
 MASKED = float("-inf")
 
 
