@@ -80,8 +80,8 @@ def do_test(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, dict[str, flo
 def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
     """Train ``model`` from ``MODEL.WEIGHTS``, or from the last checkpoint with ``resume``.
 
-    Checkpoints hold the model, the optimizers, the schedules and the iteration, so that a resumed
-    run sees the images and learning rates that it would have had.
+    Checkpoints hold the model, the optimizers, the schedules and the iteration, and with a ``SEED``
+    every random choice depends on the iteration, so that a resumed run is the run it would have been.
     """
     device = torch.device(cfg.MODEL.DEVICE)
     optimizers = build_optimizers(cfg, model)
@@ -112,6 +112,9 @@ def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
     loader = build_train_loader(cfg, start_iteration=start)
     for iteration, batch in zip(range(start, cfg.SOLVER.MAX_ITER), loader, strict=False):
         progress.data_ready()
+        if cfg.SEED >= 0:
+            # Dropout and sampled points depend on the iteration alone, so resuming changes nothing.
+            torch.manual_seed(cfg.SEED + iteration * comm.get_world_size() + comm.get_rank())
         losses = _train_step(cfg, train_model, batch, optimizers, scaler, iteration)
         progress.step(iteration, losses, optimizers["optimizer"].param_groups[0]["lr"])
         for scheduler in schedulers.values():

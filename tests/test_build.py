@@ -94,6 +94,8 @@ class Cubin:
 
     def frames(self) -> Iterator[tuple[str, int]]:
         """Bytes of stack that each function has: what was spilled, and arrays in local memory."""
+        if ".nv.info" not in self.sections:  # a file without kernels
+            return
         symbols, strings = self.sections[".symtab"][0], self.sections[".strtab"][0]
         at, size, _ = self.sections[".nv.info"]
         end = at + size

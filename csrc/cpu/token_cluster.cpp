@@ -1,10 +1,10 @@
 // Soft k-means of tokens around the cells of a grid; the twin is token_cluster_ref.
 //
-// Two forms of the same arithmetic. In windows, centres are convex combinations of tokens, S = A Z, so
-// all distances follow from the Gram matrix G = Z Z^T:  |z_p - s_i|^2 = G_pp - 2 (A G)_ip + (A G A^T)_ii.
-// Z is read once for G and once for S; the iterations touch n x n numbers, whatever the number of
-// channels. Where G would cost more than the distances themselves (large windows, whole images), these
-// are computed directly, only those to the candidates of each token.
+// Two forms of the same arithmetic. In windows, centres are convex combinations of tokens, S = A Z,
+// so all distances follow from the Gram matrix G = Z Z^T:  |z_p - s_i|^2 = G_pp - 2 (A G)_ip + (A G
+// A^T)_ii. Z is read once for G and once for S; the iterations touch n x n numbers, whatever the
+// number of channels. Where G would cost more than the distances themselves (large windows, whole
+// images), these are computed directly, only those to the candidates of each token.
 #include <limits>
 #include <memory>
 
@@ -53,7 +53,8 @@ struct GramMemory {
       : tokens(n * channels),
         centres(k * channels),
         mean(channels),
-        // One register beyond the end: sums over a range of columns are rounded up to full registers.
+        // One register beyond the end: sums over a range of columns are rounded up to full
+        // registers.
         gram(n * padded(n) + kLanes),
         rows(k * padded(n)),
         distances(k * padded(n)),
@@ -101,8 +102,8 @@ int64_t listed(const Patch& hull, int32_t width, const float* row, int32_t* indi
   return count;
 }
 
-// Distances of the tokens in reach of one cell, infinity for others in the same token rows. The cell's
-// weights are listed in `memory`.
+// Distances of the tokens in reach of one cell, infinity for others in the same token rows. The
+// cell's weights are listed in `memory`.
 void gram_distances(const Patch& hull, const Patch& reached, int32_t width, int64_t count,
                     const GramMemory& memory, int64_t n, float* distances) {
   const int64_t ld = padded(n);
@@ -192,8 +193,7 @@ void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Wi
   }
 
   const auto list = [&](int64_t cell) {
-    return listed(hull[cell], width, rows + cell * ld, memory.indices.get(),
-                  memory.weights.get());
+    return listed(hull[cell], width, rows + cell * ld, memory.indices.get(), memory.weights.get());
   };
   for (int64_t iteration = 0; iteration < settings.iterations; ++iteration) {
     for (int64_t cell = 0; cell < k; ++cell) {
@@ -285,10 +285,12 @@ void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const W
       std::vector<int32_t> rows(n);
       Buffer weights(n);
       for (int64_t cell = begin; cell < end; ++cell) {
-        const auto i = static_cast<int32_t>(cell / columns), j = static_cast<int32_t>(cell % columns);
+        const auto i = static_cast<int32_t>(cell / columns),
+                   j = static_cast<int32_t>(cell % columns);
         int64_t count = 0;
         if (first) {
-          count = pool(pooled_patch(settings.grid, window, i, j), width, rows.data(), weights.get());
+          count =
+              pool(pooled_patch(settings.grid, window, i, j), width, rows.data(), weights.get());
         } else {
           const Patch patch = reached_patch(settings.grid, window, i, j, settings.radius);
           float mass = 0.0f;
@@ -296,7 +298,8 @@ void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const W
             for (int32_t x = patch.left; x < patch.right; ++x) {
               const int32_t p = y * width + x;
               const Candidates cells = candidates(settings, window, p);
-              const float weight = q.get()[p * slots + (i - cells.top) * cells.width + j - cells.left];
+              const float weight =
+                  q.get()[p * slots + (i - cells.top) * cells.width + j - cells.left];
               mass += weight;
               if (weight != 0.0f) {
                 rows[count] = p;
@@ -336,9 +339,9 @@ bool gram_is_cheaper(const Settings& settings, bool has_window) {
   const int64_t side = 2 * static_cast<int64_t>(settings.radius) + 1;
   const int64_t slots = std::min<int64_t>(side, settings.grid.rows.clusters) *
                         std::min<int64_t>(side, settings.grid.columns.clusters);
-  // Multiply-adds a token and channel: half a row of G, against a subtraction, a multiply-add and the
-  // weighted sum for every candidate and iteration. Above 1024 tokens, G leaves the cache. A whole
-  // image is best shared among the threads, which the Gram form does not do.
+  // Multiply-adds a token and channel: half a row of G, against a subtraction, a multiply-add and
+  // the weighted sum for every candidate and iteration. Above 1024 tokens, G leaves the cache. A
+  // whole image is best shared among the threads, which the Gram form does not do.
   return has_window && n <= 1024 && n / 2 < 3 * settings.iterations * slots;
 }
 
@@ -349,9 +352,8 @@ void cluster(const at::Tensor& tokens, const at::Tensor& centres, const Settings
   const auto to = write_map<T>(centres);
   const Grid& grid = settings.grid;
   if (!gram_is_cheaper(settings, has_window)) {
-    for_each_window(grid, tokens.size(0), [&](const Window& window) {
-      cluster_directly(from, to, window, settings);
-    });
+    for_each_window(grid, tokens.size(0),
+                    [&](const Window& window) { cluster_directly(from, to, window, settings); });
     return;
   }
   const int64_t n = static_cast<int64_t>(std::min(grid.rows.window, grid.rows.size)) *

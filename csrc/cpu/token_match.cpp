@@ -1,7 +1,7 @@
 // The nearest centres of every token, and its weights for them; the twin is token_match_ref.
 //
-// Distances come from products of tokens with centres, tile by tile; each tile is at once reduced to
-// the best few of every token, so that the matrix of all distances never exists.
+// Distances come from products of tokens with centres, tile by tile; each tile is at once reduced
+// to the best few of every token, so that the matrix of all distances never exists.
 #include <cfloat>
 #include <limits>
 
@@ -16,15 +16,15 @@ namespace {
 using namespace cpu;
 
 constexpr const char* kName = "token_match";
-// 48 tokens of 1024 channels take 192 KiB, which leaves room in the second-level cache; so many tokens
-// then share one pass over the centres.
+// 48 tokens of 1024 channels take 192 KiB, which leaves room in the second-level cache; so many
+// tokens then share one pass over the centres.
 constexpr int64_t kTokens = 48;
 constexpr int64_t kCentres = 48;
 
 struct Match {
-  float order;     // the distance, the largest float for NaN and infinity
+  float order;  // the distance, the largest float for NaN and infinity
   float distance;
-  int32_t cell;    // in its window
+  int32_t cell;  // in its window
 };
 
 // Inserts into a list sorted by distance. Cells come in ascending order, and equals stay before the
@@ -126,10 +126,8 @@ std::tuple<at::Tensor, at::Tensor> token_match_cpu(const at::Tensor& tokens,
   TORCH_CHECK_VALUE(topk >= 1, kName, ": expected topk to be at least 1, got ", topk);
   check_spread(kName, spread, tokens);
   const int64_t batch = tokens.size(0), height = tokens.size(1), width = tokens.size(2);
-  at::Tensor indices =
-      at::empty({batch, height, width, topk}, tokens.options().dtype(at::kInt));
-  at::Tensor weights =
-      at::empty({batch, height, width, topk}, tokens.options().dtype(at::kFloat));
+  at::Tensor indices = at::empty({batch, height, width, topk}, tokens.options().dtype(at::kInt));
+  at::Tensor weights = at::empty({batch, height, width, topk}, tokens.options().dtype(at::kFloat));
   if (indices.numel() == 0) {
     return {indices, weights};
   }

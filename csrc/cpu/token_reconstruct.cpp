@@ -1,7 +1,7 @@
 // The high-resolution map from refined centres; the twin is token_reconstruct_ref.
 //
-// What is added to the tokens, y - s (or y), is first written as a table of padded float rows, smaller
-// than the tokens by the ratio of the grids; every token then sums topk rows of it.
+// What is added to the tokens, y - s (or y), is first written as a table of padded float rows,
+// smaller than the tokens by the ratio of the grids; every token then sums topk rows of it.
 #include <vector>
 
 #include <ATen/ops/empty.h>
@@ -83,8 +83,8 @@ at::Tensor token_reconstruct_cpu(const at::Tensor& refined, const at::Tensor& in
   TORCH_CHECK_VALUE(indices.dim() == 4 && indices.size(0) == refined.size(0), kName,
                     ": expected indices of shape (B, H, W, topk) with B = ", refined.size(0),
                     ", got ", indices.sizes());
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kInt, kName,
-                   ": expected indices of int32, got ", indices.scalar_type());
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kInt, kName, ": expected indices of int32, got ",
+                   indices.scalar_type());
   check_same_device(kName, "indices", indices, "refined", refined);
   TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, kName,
                    ": expected weights of float32, got ", weights.scalar_type());

@@ -1,7 +1,8 @@
-// The mean squared distance of tokens to their nearest initial centre; the twin is token_spread_ref.
+// The mean squared distance of tokens to their nearest initial centre; the twin is
+// token_spread_ref.
 //
-// Only the candidates of each token are measured, by differences: nothing cancels, whatever offset the
-// tokens share. Partial sums have fixed places and are added in a fixed order.
+// Only the candidates of each token are measured, by differences: nothing cancels, whatever offset
+// the tokens share. Partial sums have fixed places and are added in a fixed order.
 #include <cfloat>
 #include <limits>
 
@@ -77,7 +78,8 @@ void measure(const Map<const T>& tokens, const Grid& grid, const Window& window,
     for (int64_t p = begin; p < end; ++p) {
       const float* token = z.get() + p * stride;
       squared_distances(token, out.mean, 1, stride, scatter.get() + p);
-      nearest.get()[p] = nearest_distance(grid, window, p, radius, token, s.get(), stride, distances);
+      nearest.get()[p] =
+          nearest_distance(grid, window, p, radius, token, s.get(), stride, distances);
     }
   });
   out.scatter = out.nearest = 0.0;

@@ -1,6 +1,6 @@
 // The three inner loops that take the time, in two widths: the one that the whole extension is
-// compiled for, and AVX-512, chosen when torch itself uses AVX-512 (ATEN_CPU_CAPABILITY overrides it).
-// Sums run in a fixed order, so that the same input gives the same bits on the same machine.
+// compiled for, and AVX-512, chosen when torch itself uses AVX-512 (ATEN_CPU_CAPABILITY overrides
+// it). Sums run in a fixed order, so that the same input gives the same bits on the same machine.
 #include "cpu/vector.h"
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 namespace expedite_d2::cpu {
 namespace {
 
-// The compilers' own vectors: any alignment, any machine. They are passed by reference: by value, the
-// widest would depend on how the caller is compiled.
+// The compilers' own vectors: any alignment, any machine. They are passed by reference: by value,
+// the widest would depend on how the caller is compiled.
 template <int Bytes>
 struct Vector {
   typedef float type __attribute__((vector_size(Bytes), aligned(4), may_alias));

@@ -17,9 +17,12 @@ namespace expedite_d2::cpu {
 // no kernel needs a remainder loop over channels.
 constexpr int64_t kLanes = 16;
 
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+inline int64_t padded(int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
 
-// Uninitialised floats, aligned to a cache line: whether a load crosses one must not depend on chance.
+// Uninitialised floats, aligned to a cache line: whether a load crosses one must not depend on
+// chance.
 class Buffer {
  public:
   explicit Buffer(int64_t size)
@@ -38,16 +41,16 @@ class Buffer {
 void dots(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld, float* out,
           int64_t ldo);
 
-// out[c] = sum_r weights[r] * base[rows[r] * ld + c] for c < columns, in the order of r. `columns` is
-// padded; `base` needs to be readable up to there.
+// out[c] = sum_r weights[r] * base[rows[r] * ld + c] for c < columns, in the order of r. `columns`
+// is padded; `base` needs to be readable up to there.
 void weighted_rows(const int32_t* rows, const float* weights, int64_t count, const float* base,
                    int64_t ld, int64_t columns, float* out);
 
 // out[r] = sum_c (a[c] - b[r * ld + c])^2 for r < count. `ld` is padded.
 void squared_distances(const float* a, const float* b, int64_t count, int64_t ld, float* out);
 
-// exp(x) for x <= 0 to about 1e-7 relative, 0 below kLeastExponent, NaN for NaN. Free of branches and
-// calls, so that loops over it become vector code.
+// exp(x) for x <= 0 to about 1e-7 relative, 0 below kLeastExponent, NaN for NaN. Free of branches
+// and calls, so that loops over it become vector code.
 inline float exp_nonpositive(float x) {
   constexpr float kLog2e = 1.44269504f;
   constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;  // their sum is ln 2

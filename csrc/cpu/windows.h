@@ -48,9 +48,9 @@ inline Window window_at(const Grid& grid, int64_t index) {
           grid.columns.existing(column)};
 }
 
-// Calls f(window) for every window of the batch. Many windows are shared out among the threads; of few
-// windows each is left to all threads, which `f` uses by at::parallel_for (within a parallel region
-// that runs serially). Results must not depend on which of the two it is.
+// Calls f(window) for every window of the batch. Many windows are shared out among the threads; of
+// few windows each is left to all threads, which `f` uses by at::parallel_for (within a parallel
+// region that runs serially). Results must not depend on which of the two it is.
 template <typename F>
 void for_each_window(const Grid& grid, int64_t batch, const F& f) {
   const int64_t count = batch * windows_of_image(grid);
@@ -147,9 +147,9 @@ inline void subtract_row(float* rows, int64_t count, int64_t stride, const float
   }
 }
 
-// Subtracts the rows' mean, the origin that keeps expanded squared distances accurate when all tokens
-// share a large offset, and leaves it in `mean`. A component that is not finite is not subtracted: one
-// bad token must not spoil distances that do not involve it.
+// Subtracts the rows' mean, the origin that keeps expanded squared distances accurate when all
+// tokens share a large offset, and leaves it in `mean`. A component that is not finite is not
+// subtracted: one bad token must not spoil distances that do not involve it.
 inline void centre_rows(float* rows, int64_t count, int64_t stride, float* mean) {
   sum_rows(rows, count, stride, mean);
   for (int64_t c = 0; c < stride; ++c) {
@@ -163,9 +163,7 @@ struct Patch {
   int32_t top, bottom, left, right;
 
   bool empty() const { return top >= bottom || left >= right; }
-  int64_t size() const {
-    return empty() ? 0 : static_cast<int64_t>(bottom - top) * (right - left);
-  }
+  int64_t size() const { return empty() ? 0 : static_cast<int64_t>(bottom - top) * (right - left); }
 };
 
 inline Patch pooled_patch(const Grid& grid, const Window& window, int32_t i, int32_t j) {

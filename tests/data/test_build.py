@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog
+from expedite_d2.d2 import CfgNode, MetadataCatalog, comm
 from expedite_d2.data import build_test_loader, build_train_loader
 from expedite_d2.data.scenes.dataset import load_scenes
 
 
 @pytest.fixture
-def train_cfg(cfg: CfgNode, scenes_cache: Path, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
+def train_cfg(cfg: CfgNode, scenes_cache: Path, register: Callable[..., None]) -> CfgNode:
     """Six scenes, batches of four."""
     metadata = MetadataCatalog.get("scenes_train").as_dict()
-    monkeypatch.setitem(
-        DatasetCatalog, "tiny", lambda: load_scenes("train", scenes_cache, metadata)
-    )
+    register("tiny", lambda: load_scenes("train", scenes_cache, metadata))
     cfg.DATASETS.TRAIN = ("tiny",)
     cfg.INPUT.DATASET_MAPPER_NAME = "coco_panoptic_lsj"
     cfg.INPUT.IMAGE_SIZE, cfg.INPUT.MIN_SCALE = 96, 0.5
@@ -52,8 +51,6 @@ def test_train_loader_resumes_where_it_stopped(train_cfg: CfgNode, workers: int)
 
 
 def test_ranks_share_the_stream(train_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    from expedite_d2.d2 import comm
-
     alone = _fingerprints(list(islice(build_train_loader(train_cfg), 3)))
     parts = []
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
@@ -88,12 +85,12 @@ def test_a_broken_image_is_one_sentence(cfg: CfgNode, coco: Path, workers: int) 
         list(build_test_loader(cfg, "coco_2017_val_panoptic"))
 
 
-def test_unknown_and_empty_data_sets(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_empty_data_sets(cfg: CfgNode, register: Callable[..., None]) -> None:
     with pytest.raises(
         ValueError, match="'no_such' is not registered; registered are .*scenes_val"
     ):
         build_test_loader(cfg, "no_such")
-    monkeypatch.setitem(DatasetCatalog, "empty", lambda: [])
+    register("empty", lambda: [])
     with pytest.raises(ValueError, match="'empty' is empty"):
         build_test_loader(cfg, "empty")
     cfg.DATASETS.TRAIN = ("empty",)
@@ -122,8 +119,6 @@ def test_images_without_objects_are_left_out_for_instances(cfg: CfgNode, coco: P
 def test_a_batch_that_ranks_cannot_share_is_refused(
     train_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expedite_d2.d2 import comm
-
     monkeypatch.setattr(comm, "get_world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"multiple of the number of processes \(3\), got 4"):
         build_train_loader(train_cfg)

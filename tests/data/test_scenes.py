@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -16,7 +14,15 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from expedite_d2.d2 import MetadataCatalog
-from expedite_d2.data.scenes import STUFF_CLASSES, THING_CLASSES, ensure_split, render_scene, writer
+from expedite_d2.data.scenes import (
+    STUFF_CLASSES,
+    THING_CLASSES,
+    ensure_split,
+    render,
+    render_scene,
+    writer,
+)
+from expedite_d2.data.scenes.__main__ import main
 from expedite_d2.data.scenes.dataset import load_scenes
 from expedite_d2.data.scenes.render import FARTHEST, LEAST_AREA
 
@@ -57,6 +63,15 @@ def test_render_scene_is_consistent(index: int) -> None:
             assert (depth == 0).all()
         else:
             assert depth.min() > 0.2 and depth.max() <= FARTHEST
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_every_pixel_is_painted(index: int) -> None:
+    """What no surface covered would be black, and labelled as the first class."""
+    rng = np.random.default_rng(index)
+    canvas = render._Canvas(rng, horizon=140.3, focal=400.0, camera=1.5, light=0.5)
+    render._lay_stuff(canvas)
+    assert canvas.image.any(0).all()
 
 
 def test_render_scene_draws_every_class_at_every_scale() -> None:
@@ -192,13 +207,24 @@ def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert writer.cache_root() == Path.home() / ".cache/expedite_d2"
 
 
-def test_command_line_reports_a_root_that_cannot_be_written(tmp_path: Path) -> None:
+def test_command_line_makes_a_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(writer.SPLITS, "val", writer.Split(1, 1))
+    monkeypatch.setattr(sys, "argv", ["scenes", "--split", "val", "--root", str(tmp_path)])
+    main()
+    folder = tmp_path / f"scenes-{writer.VERSION}/val"
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert (folder / "images/000000.jpg").is_file()
+
+
+def test_command_line_reports_a_root_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    done = subprocess.run(
-        [sys.executable, "-m", "expedite_d2.data.scenes", "--split", "val"],
-        env={**os.environ, "EXPEDITE_D2_CACHE": str(tmp_path / "file")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["scenes", "--root", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and len(message.strip().splitlines()) == 1

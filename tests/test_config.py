@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from expedite_d2 import config as config_module
+from expedite_d2.config import cli, find_config, find_weights, load_config
+
+SCENES = "scenes/panoptic/mask2former_swin_mini.yaml"
+
+
+def test_load_config_merges_base_file_and_overrides() -> None:
+    cfg = load_config(
+        "configs/scenes/panoptic/mask2former_swin_mini_expedited.yaml",
+        ["MODEL.EXPEDITE.CLUSTERS", "[0.5, 0.75]", "SEED", "7"],
+    )
+    assert cfg.MODEL.EXPEDITE.ENABLED
+    assert cfg.MODEL.EXPEDITE.CLUSTERS == [0.5, 0.75]
+    assert cfg.SEED == 7
+    assert cfg.MODEL.SWIN.EMBED_DIM == 48  # from _BASE_
+
+
+@pytest.mark.parametrize(
+    ("opts", "error", "named"),
+    [
+        (["MODEL.EXPEDITE.ALFA", "3"], KeyError, "ALFA"),
+        (["MODEL.EXPEDITE.ALPHA", "many"], ValueError, "ALPHA"),
+        (["MODEL.EXPEDITE.ALPHA"], ValueError, "KEY VALUE"),
+        (["TEST.DTYPE", "float8"], ValueError, "TEST.DTYPE"),
+        (["MODEL.EXPEDITE.CLUSTERS", "[8]"], ValueError, "MODEL.EXPEDITE.CLUSTERS"),
+    ],
+)
+def test_load_config_names_a_bad_override(
+    opts: list[str], error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error, match=named):
+        load_config(SCENES, opts)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "named"),
+    [
+        ("MODEL:\n  EXPEDITE:\n    ALFA: 3\n", KeyError, "ALFA"),
+        ("MODEL: [", ValueError, "not a valid config"),
+        ("MODEL:\n  EXPEDITE:\n    ALPHA: many\n", ValueError, "ALPHA"),
+    ],
+)
+def test_load_config_names_a_bad_file(
+    tmp_path: Path, text: str, error: type[Exception], named: str
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(error, match=named) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_find_config_looks_in_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for spelling in (SCENES, f"configs/{SCENES}"):
+        assert find_config(spelling).name == "mask2former_swin_mini.yaml"
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        find_config("configs/nowhere.yaml")
+
+
+def test_find_weights_resolves_what_the_package_ships() -> None:
+    assert find_weights("expedite_d2://x.pth") == str(config_module.PACKAGE / "weights" / "x.pth")
+    assert find_weights("some/x.pth") == "some/x.pth"
+
+
+def test_load_config_translates_official_names(tmp_path: Path) -> None:
+    path = tmp_path / "official.yaml"
+    path.write_text(
+        "MODEL:\n  META_ARCHITECTURE: MaskFormer\n  BACKBONE:\n    NAME: D2SwinTransformer\n"
+    )
+    cfg = load_config(path)
+    # With the real Mask2Former imported its own classes would serve these names.
+    assert cfg.MODEL.META_ARCHITECTURE == "ExpediteMask2Former"
+    assert cfg.MODEL.BACKBONE.NAME == "ExpeditedSwinTransformer"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("alpha is wrong"), 2, "error: alpha is wrong\n"),
+        (FileNotFoundError("no such checkpoint"), 2, "error: no such checkpoint\n"),
+        (KeyError("no key X"), 2, "error: no key X\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_cli_turns_a_users_error_into_one_line(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @cli
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == code
+    assert capsys.readouterr().err == message
+
+
+def test_cli_lets_our_own_errors_through() -> None:
+    @cli
+    def main() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()
