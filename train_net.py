@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 """Train, evaluate or compare a model from a config, with Detectron2's command line.
 
-python train_net.py --config-file configs/... [--num-gpus N] [--resume] [KEY VALUE ...]
-python train_net.py --eval-only --config-file configs/... MODEL.WEIGHTS FILE
-python train_net.py --eval-only --compare --config-file configs/..._expedited.yaml MODEL.WEIGHTS FILE
+python train_net.py --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
+python train_net.py --config-file FILE --eval-only [--compare] [KEY VALUE ...]
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     python benchmarks/operators.py                     # what this machine has: GPU, else CPU
     python benchmarks/operators.py --device cpu --dtype float32 --cases small_windows small_image
 
-Compared are the kernel, its PyTorch twin, the twin under torch.compile, and the dense formulation of
-the method's released code (benchmarks/released.py). Results are compared first: a case where they
-differ is an error, not a row. `floor` is the time that the bytes or the multiply-adds of the operator
-alone would take at the bandwidth and the rate that this run measured with a copy and a matrix product.
+Compared are the kernel, its PyTorch twin, the twin under torch.compile, and the dense formulation
+of the method's released code (benchmarks/released.py). Results are compared first: a case where
+they differ is an error, not a row. `floor` is the time that the bytes or the multiply-adds of the
+operator alone would take at the bandwidth and the rate that this run measured with a copy and a
+matrix product.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def work(x: Inputs) -> dict[str, Work]:
 
 
 def variants(x: Inputs, compiled: bool) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Operator -> variant -> call. The kernel stands first: it is what the others are compared to."""
+    """Operator -> variant -> call. The kernel stands first: the others are compared to it."""
     case = x.case
     grid = (list(case.clusters), list(case.window) if case.window else None)
     arguments: dict[str, tuple[Any, ...]] = {

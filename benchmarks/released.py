@@ -1,8 +1,8 @@
 """The formulation of the method's released code, written plainly: dense and masked.
 
-Distances of all N tokens to all K centres, of which a mask then leaves the neighbourhood; weights of
-all K centres, of which a threshold leaves the topk; a product of that N x K matrix with the centres.
-The weights are normalised as our operators do it, so that results can be compared.
+Distances of all N tokens to all K centres, of which a mask then leaves the neighbourhood; weights
+of all K centres, of which a threshold leaves the topk; a product of that N x K matrix with the
+centres. The weights are normalised as our operators do it, so that results can be compared.
 """
 
 from __future__ import annotations

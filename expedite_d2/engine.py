@@ -80,8 +80,8 @@ def do_test(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, dict[str, flo
 def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
     """Train ``model`` from ``MODEL.WEIGHTS``, or from the last checkpoint with ``resume``.
 
-    Checkpoints hold the model, the optimizers, the schedules and the iteration, and with a ``SEED``
-    every random choice depends on the iteration, so that a resumed run is the run it would have been.
+    Checkpoints hold the model, the optimizers, the schedules and the iteration; with a ``SEED``
+    every random choice depends on the iteration, so a resumed run is the run it would have been.
     """
     device = torch.device(cfg.MODEL.DEVICE)
     optimizers = build_optimizers(cfg, model)
@@ -224,4 +224,3 @@ class _Progress:
         self.sums.clear()
         self.seconds.clear()
         self.count = 0
-

@@ -29,9 +29,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
     """
 
-    def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.05
-    ) -> None:
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.05) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -56,9 +56,7 @@ def test_load_config_names_a_bad_file(
     assert str(path) in str(caught.value)
 
 
-def test_find_config_looks_in_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_config_looks_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for spelling in (SCENES, f"configs/{SCENES}"):
         assert find_config(spelling).name == "mask2former_swin_mini.yaml"

@@ -18,13 +18,15 @@ from expedite_d2.engine import do_test, do_train
 
 CONFIG = "scenes/panoptic/mask2former_swin_mini_expedited.yaml"
 TINY = [
-    "MODEL.WEIGHTS", "", "MODEL.SWIN.EMBED_DIM", "16", "MODEL.SWIN.DEPTHS", "[1, 1, 2, 1]",
-    "MODEL.SWIN.NUM_HEADS", "[1, 1, 2, 2]", "MODEL.SWIN.WINDOW_SIZE", "4", "MODEL.EXPEDITE.ALPHA", "2",
-    "MODEL.EXPEDITE.CLUSTERS", "[3, 3]", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "5",
-    "MODEL.MASK_FORMER.DEC_LAYERS", "2", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1",
-    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", "32", "INPUT.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TEST", "64",
-    "DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "4",
-    "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.WARMUP_ITERS", "1", "MODEL.DEVICE", "cpu",
+    "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "",
+    "MODEL.SWIN.EMBED_DIM", "16", "MODEL.SWIN.DEPTHS", "[1, 1, 2, 1]",
+    "MODEL.SWIN.NUM_HEADS", "[1, 1, 2, 2]", "MODEL.SWIN.WINDOW_SIZE", "4",
+    "MODEL.EXPEDITE.ALPHA", "2", "MODEL.EXPEDITE.CLUSTERS", "[3, 3]",
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "5", "MODEL.MASK_FORMER.DEC_LAYERS", "2",
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", "32", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1",
+    "INPUT.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0",
+    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1",
+    "SOLVER.CHECKPOINT_PERIOD", "2",
 ]  # fmt: skip
 
 
@@ -116,14 +118,14 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--config-file", "nowhere.yaml"], "error: config file nowhere.yaml not found"),
-        (["--config-file", CONFIG, "MODEL.EXPEDITE.ALFA", "1"], "ALFA"),
-        (["--config-file", CONFIG, "MODEL.WEIGHTS", "no.pth"], "error: checkpoint no.pth not found"),
-        (["--config-file", CONFIG, "MODEL.EXPEDITE.ALPHA", "99"], "alpha must be less than"),
-        (["--config-file", CONFIG, "MODEL.EXPEDITE.CLUSTERS", "[12, 12]"], "clusters must be smaller"),
-        (["--config-file", CONFIG, "MODEL.EXPEDITE.NEIGHBOURHOOD", "4"], "neighbourhood must be odd"),
-        (["--config-file", CONFIG, "DATASETS.TEST", "('moon',)"], "'moon' is not registered"),
+        (["MODEL.EXPEDITE.ALFA", "1"], "ALFA"),
+        (["MODEL.WEIGHTS", "no.pth"], "error: checkpoint no.pth not found"),
+        (["MODEL.EXPEDITE.ALPHA", "99"], "alpha must be less than"),
+        (["MODEL.EXPEDITE.CLUSTERS", "[12, 12]"], "clusters must be smaller"),
+        (["MODEL.EXPEDITE.NEIGHBOURHOOD", "4"], "neighbourhood must be odd"),
+        (["DATASETS.TEST", "('moon',)"], "'moon' is not registered"),
     ],
-)  # fmt: skip
+)
 def test_command_line_errors_are_one_sentence(
     arguments: list[str],
     message: str,
@@ -131,6 +133,8 @@ def test_command_line_errors_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if "--config-file" not in arguments:
+        arguments = ["--config-file", CONFIG, *arguments]
     if "MODEL.WEIGHTS" not in arguments:
         arguments = [*arguments, "MODEL.WEIGHTS", ""]
     command = ["train_net.py", "--eval-only", *arguments, "OUTPUT_DIR", str(tmp_path)]

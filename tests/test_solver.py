@@ -37,9 +37,7 @@ def test_muon_agrees_with_torch() -> None:
     results = []
     for make in (
         lambda p: Muon([p], lr=0.1, weight_decay=0.05),
-        lambda p: torch.optim.Muon(
-            [p], lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        ),
+        lambda p: torch.optim.Muon([p], lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
     ):
         parameter = nn.Parameter(start.clone())
         optimizer = make(parameter)

@@ -76,7 +76,7 @@ def shortest_edge_size(height: int, width: int, shortest: int, longest: int) -> 
     if max(scaled) > longest:
         shrink = longest / max(scaled)
         scaled = (scaled[0] * shrink, scaled[1] * shrink)
-    return int(scaled[0] + 0.5), int(scaled[1] + 0.5)
+    return max(1, int(scaled[0] + 0.5)), max(1, int(scaled[1] + 0.5))
 
 
 def to_tensor(image: NDArray[np.uint8]) -> torch.Tensor:
