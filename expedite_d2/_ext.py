@@ -7,10 +7,11 @@ does not load, the operators run their PyTorch twins, and the reason is kept for
 from __future__ import annotations
 
 import os
+import platform
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (the binary links against libraries that importing torch loads)
+import torch  # before the binary, which links against libraries that importing torch loads
 
 _NO_EXT = "EXPEDITE_D2_NO_EXT"
 
@@ -19,6 +20,9 @@ _error: str | None = None
 
 if os.environ.get(_NO_EXT, "0") not in ("", "0"):
     _error = f"the extension is switched off by {_NO_EXT}={os.environ[_NO_EXT]}"
+elif platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx2_supported():
+    # setup.py compiles for AVX2; elsewhere the first kernel would end the process.
+    _error = "the extension needs a CPU with AVX2"
 else:
     try:
         from expedite_d2 import _C as _module  # type: ignore[attr-defined,no-redef]
