@@ -30,7 +30,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy expedite_d2 train_net.py
+	$(PYTHON) -m mypy
 	git ls-files 'csrc/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(ENVIRONMENT)/bin/clang-format --dry-run --Werror
 
 # The environment and the build are one stamp: whatever the build reads makes it stale.

@@ -103,7 +103,7 @@ def toolkit_dirs(nvcc: str) -> tuple[list[str], list[str]]:
     return headers, libraries
 
 
-def make_extension() -> CppExtension | CUDAExtension:
+def make_extension() -> setuptools.Extension:
     """Describes ``expedite_d2._C`` for this machine, and prints what was found and decided."""
     nvcc = find_nvcc()
     reason = why_no_cuda(nvcc)

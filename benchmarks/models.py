@@ -3,27 +3,23 @@
     python benchmarks/models.py --part backbone --size 1152 1152 --dtype bfloat16
     python benchmarks/models.py --part model --batch 4 --output models.json
 
-Weights are random unless MODEL.WEIGHTS is among the overrides: they do not change the work. The model
-part ends at the logits. Baseline and expedited alternate, so that drifting clocks hit both alike.
+Weights are random unless MODEL.WEIGHTS is among the overrides: they do not change the work. The
+model part ends at the logits. Baseline and expedited alternate, so that drifting clocks hit both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import environment, write_json
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from expedite_d2 import _ext
 from expedite_d2.config import cli, load_config
 from expedite_d2.evaluation.compare import build_pair
 from expedite_d2.evaluation.cost import count_gflops
@@ -35,23 +31,6 @@ CONFIGS = [
     "configs/coco/instance/mask2former_swin_large_expedited.yaml",
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
-    root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    on_gpu = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "extension": _ext.build_info(),
-        "commit": commit or None,
-    }
 
 
 def forward(model: Any, part: str, images: Tensor, dtype: torch.dtype) -> Callable[[], object]:
@@ -127,10 +106,7 @@ def main() -> None:
     ]
     print(tabulate(rows, headers="keys", floatfmt=".4g"))
     if args.output:
-        partial = Path(f"{args.output}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
-        os.replace(partial, args.output)
+        write_json(args.output, {**facts, "results": results})
 
 
 if __name__ == "__main__":

@@ -14,23 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import released
+import torch
+from common import environment, write_json
 from tabulate import tabulate
+from torch import Tensor
 
 from expedite_d2 import _ext
 from expedite_d2.ops import reference
@@ -152,13 +147,13 @@ def variants(x: Inputs, compiled: bool) -> dict[str, dict[str, Callable[[], Any]
     for name, args in arguments.items():
         kernel, twin = getattr(KERNELS, name).default, getattr(reference, f"{name}_ref")
         calls[name] = {
-            "kernel": lambda kernel=kernel, args=args: kernel(*args),
-            "twin": lambda twin=twin, args=args: twin(*args),
+            "kernel": partial(kernel, *args),
+            "twin": partial(twin, *args),
         }
         if compiled:
             torch._dynamo.reset()
             fast = torch.compile(twin, dynamic=False)
-            calls[name]["compiled"] = lambda fast=fast, args=args: fast(*args)
+            calls[name]["compiled"] = partial(fast, *args)
     shape = (case.clusters, case.window)
     last = (case.topk, case.temperature, x.spread)
     calls["token_cluster"]["released"] = lambda: released.cluster(
@@ -238,21 +233,6 @@ def machine_rates(device: str) -> tuple[float, float]:
     return 2 * source.numel() * 4 / copied, side**3 / multiplied
 
 
-def environment(device: str) -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    name = platform.processor() or platform.machine()
-    return {
-        "device": name if device == "cpu" else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "extension": _ext.build_info(),
-        "commit": commit or None,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -314,10 +294,7 @@ def main() -> None:
                     )
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
     if args.output:
-        partial = Path(f"{args.output}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
-        os.replace(partial, args.output)
+        write_json(args.output, {**facts, "results": results})
 
 
 if __name__ == "__main__":

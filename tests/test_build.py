@@ -111,6 +111,7 @@ class Cubin:
 
 
 def cubins() -> list[Cubin]:
+    assert _ext._module is not None and _ext._module.__file__ is not None
     module = Path(_ext._module.__file__).read_bytes()
     starts = [m.start() for m in re.finditer(b"\x7fELF", module)]
     return [Cubin(module[i:]) for i in starts if struct.unpack_from("<H", module, i + 18)[0] == 190]
