@@ -29,6 +29,7 @@ from expedite_d2.d2 import (
 )
 from expedite_d2.data import build_test_loader, build_train_loader
 from expedite_d2.evaluation import build_evaluators, inference_on_dataset
+from expedite_d2.evaluation.report import replacing
 from expedite_d2.solver import build_lr_scheduler, build_optimizers
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,8 @@ def do_test(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, dict[str, flo
                 )
                 logger.info("%s %s: %s", name, task, line)
     if comm.is_main_process():
-        path = Path(cfg.OUTPUT_DIR) / "metrics.json"
-        partial = path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        partial.replace(path)
+        with replacing(Path(cfg.OUTPUT_DIR) / "metrics.json") as path:
+            path.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -85,7 +85,6 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     logger.info("command line: %s", args)
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-        logger.info("config:\n%s", cfg.dump())
         with open(path + ".tmp", "w") as file:
             file.write(cfg.dump())
         os.replace(path + ".tmp", path)
