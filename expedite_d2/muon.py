@@ -19,9 +19,10 @@ _ADAMW_RMS = 0.2
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised, for the weight matrices of hidden layers.
 
-    ``torch.optim.Muon`` does the same in bfloat16, which takes 3.5 times as long on a CPU without
-    bfloat16 arithmetic, and half of a small model's training step. Source: Jordan et al., "Muon: An
-    optimizer for hidden layers in neural networks", 2024; step size after arXiv 2502.16982.
+    ``torch.optim.Muon`` does the same in bfloat16. Its orthogonalisation took 3 to 5 times as long
+    on a CPU without bfloat16 arithmetic (matrices of 96x384 to 384x1536). Source: Jordan et al.,
+    "Muon: An optimizer for hidden layers in neural networks", 2024; step size after arXiv
+    2502.16982.
 
     Args:
         params: matrices, or groups of them.

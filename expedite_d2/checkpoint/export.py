@@ -6,7 +6,6 @@ python -m expedite_d2.checkpoint.export OUTPUT_DIR/model_final.pth weights.pth
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from expedite_d2.checkpoint.files import read_checkpoint
 from expedite_d2.checkpoint.loading import is_training_only
 from expedite_d2.config import cli
+from expedite_d2.evaluation.report import replacing
 
 
 def export(source: Path, destination: Path) -> None:
@@ -33,9 +33,8 @@ def export(source: Path, destination: Path) -> None:
         for name, tensor in read_checkpoint(source).items()
         if not is_training_only(name)
     }
-    partial = destination.with_name(destination.name + ".partial")
-    torch.save({"model": state}, partial)
-    os.replace(partial, destination)
+    with replacing(destination) as partial:
+        torch.save({"model": state}, partial)
 
 
 @cli
