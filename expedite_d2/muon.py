@@ -1,4 +1,4 @@
-"""The Muon optimizer in float32, for training small models on CPUs."""
+"""The Muon optimizer in float32, for training small models on CPUs, its work shared by processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from expedite_d2.d2 import comm
 
 # Coefficients of the quintic Newton-Schulz iteration and its momentum, from Muon's author.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -46,19 +48,48 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - _MOMENTUM)
-                update = orthogonalise(parameter.grad.lerp(momentum, _MOMENTUM))
-                step_size = group["lr"] * _ADAMW_RMS * max(parameter.shape) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-step_size)
+        pairs = [
+            (group, parameter)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        targets = []
+        for _, parameter in pairs:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - _MOMENTUM)
+            targets.append(parameter.grad.lerp(momentum, _MOMENTUM))
+        for (group, parameter), update in zip(pairs, _orthogonalise_all(targets), strict=True):
+            step_size = group["lr"] * _ADAMW_RMS * max(parameter.shape) ** 0.5
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-step_size)
         return loss
+
+
+def _orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+    """Each matrix orthogonalised; in a distributed run every process computes its share of them."""
+    rank, world = comm.get_rank(), comm.get_world_size()
+    if world == 1:
+        return [orthogonalise(matrix) for matrix in matrices]
+    # The largest first, each to the process with the least to do: Newton-Schulz of an (M, N) matrix
+    # multiplies min(M, N) * M * N numbers.
+    costs = [min(matrix.shape) * matrix.numel() for matrix in matrices]
+    owners, loads = [0] * len(matrices), [0] * world
+    for i in sorted(range(len(matrices)), key=costs.__getitem__, reverse=True):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+    flat = torch.cat([matrix.flatten() for matrix in matrices]).zero_()
+    results = [
+        part.view_as(matrix)
+        for part, matrix in zip(flat.split([m.numel() for m in matrices]), matrices, strict=True)
+    ]
+    for result, matrix, owner in zip(results, matrices, owners, strict=True):
+        if owner == rank:
+            result.copy_(orthogonalise(matrix))
+    torch.distributed.all_reduce(flat)  # a sum with zeros: the same bits everywhere
+    return results
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ LEAVES: dict[str, set[str]] = {
     "d2": set(),
     "config": {"d2"},
     "visualize": set(),
-    "muon": set(),
+    "muon": {"d2"},
     "solver": {"d2", "muon"},
 }
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from expedite_d2.config import load_config
-from expedite_d2.d2 import CfgNode
+from expedite_d2.d2 import CfgNode, comm, launch
 from expedite_d2.muon import Muon, orthogonalise
 from expedite_d2.solver import build_lr_scheduler, build_optimizers
 
@@ -52,6 +53,30 @@ def test_muon_agrees_with_torch() -> None:
 def test_muon_refuses_what_is_not_a_matrix() -> None:
     with pytest.raises(ValueError, match=r"expected matrices, got .* \[3\]"):
         Muon([nn.Parameter(torch.zeros(3))])
+
+
+def steps_of_muon() -> list[torch.Tensor]:
+    """Matrices after two steps; one of them has no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 12), (12, 8), (4, 30), (3, 3), (5, 7)]
+    matrices = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    optimizer = Muon(matrices, lr=0.1)
+    for _ in range(2):
+        for matrix in matrices[:-1]:
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+        optimizer.step()
+    return [matrix.detach() for matrix in matrices]
+
+
+def save_steps_of_muon(root: Path) -> None:
+    torch.save(steps_of_muon(), root / f"{comm.get_rank()}.pt")
+
+
+def test_muon_shared_by_processes_takes_the_same_steps(tmp_path: Path) -> None:
+    launch(save_steps_of_muon, 2, dist_url="auto", args=(tmp_path,))
+    alone = steps_of_muon()
+    for rank in range(2):
+        assert all(map(torch.equal, torch.load(tmp_path / f"{rank}.pt"), alone))
 
 
 def test_build_optimizers_groups_as_mask2former() -> None:
