@@ -29,7 +29,7 @@ from expedite_d2.d2 import (
 )
 from expedite_d2.data import build_test_loader, build_train_loader
 from expedite_d2.evaluation import build_evaluators, inference_on_dataset
-from expedite_d2.evaluation.report import replacing
+from expedite_d2.files import replacing
 from expedite_d2.solver import build_lr_scheduler, build_optimizers
 
 logger = logging.getLogger(__name__)

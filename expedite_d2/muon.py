@@ -1,4 +1,4 @@
-"""The Muon optimizer in float32, for training small models on CPUs, its work shared by processes."""
+"""The Muon optimizer in float32, for small models on CPUs, its work shared by processes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from expedite_d2.config import cli, load_config
 from expedite_d2.d2 import CfgNode, MetadataCatalog
 from expedite_d2.data.mappers import shortest_edge_size, to_tensor
 from expedite_d2.engine import build_trained_model
-from expedite_d2.evaluation.report import replacing
+from expedite_d2.files import replacing
 from expedite_d2.visualize import draw_segmentation, segmentation_of
 
 __all__ = ["find_images", "output_names", "predict_image", "read_image"]

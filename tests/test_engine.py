@@ -103,7 +103,7 @@ def test_evaluation_of_an_exported_checkpoint(tmp_path: Path) -> None:
     assert set(results["scenes_val"]) == {"panoptic_seg", "sem_seg", "segm"}
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert written.keys() == results.keys()
-    assert not list((tmp_path / "run").glob("*.partial"))
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(

@@ -79,29 +79,10 @@ void reconstruct(const at::Tensor& refined, const at::Tensor& indices, const at:
 at::Tensor token_reconstruct_cpu(const at::Tensor& refined, const at::Tensor& indices,
                                  const at::Tensor& weights, const std::optional<at::Tensor>& tokens,
                                  const std::optional<at::Tensor>& centres) {
-  check_tokens(kName, "refined", refined);
-  TORCH_CHECK_VALUE(indices.dim() == 4 && indices.size(0) == refined.size(0), kName,
-                    ": expected indices of shape (B, H, W, topk) with B = ", refined.size(0),
-                    ", got ", indices.sizes());
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kInt, kName, ": expected indices of int32, got ",
-                   indices.scalar_type());
-  check_same_device(kName, "indices", indices, "refined", refined);
-  TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, kName,
-                   ": expected weights of float32, got ", weights.scalar_type());
-  check_same_device(kName, "weights", weights, "refined", refined);
-  check_shape(kName, "weights", weights, indices.sizes());
-  TORCH_CHECK_VALUE(tokens.has_value() == centres.has_value(), kName,
-                    ": expected tokens and centres together, got no ",
-                    tokens.has_value() ? "centres" : "tokens");
+  check_reconstruct(kName, refined, indices, weights, tokens, centres);
   const int64_t shape[] = {indices.size(0), indices.size(1), indices.size(2), refined.size(3)};
   at::Tensor tokens_, centres_;
   if (tokens.has_value()) {
-    check_same_device(kName, "tokens", *tokens, "refined", refined);
-    check_same_type(kName, "tokens", *tokens, "refined", refined);
-    check_shape(kName, "tokens", *tokens, shape);
-    check_same_device(kName, "centres", *centres, "refined", refined);
-    check_same_type(kName, "centres", *centres, "refined", refined);
-    check_shape(kName, "centres", *centres, refined.sizes());
     tokens_ = with_dense_channels(*tokens);
     centres_ = with_dense_channels(*centres);
   }

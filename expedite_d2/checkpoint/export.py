@@ -14,7 +14,7 @@ import torch
 from expedite_d2.checkpoint.files import read_checkpoint
 from expedite_d2.checkpoint.loading import is_training_only
 from expedite_d2.config import cli
-from expedite_d2.evaluation.report import replacing
+from expedite_d2.files import replacing
 
 
 def export(source: Path, destination: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlparse
@@ -19,6 +18,7 @@ import torch.multiprocessing as mp
 from expedite_d2.d2 import provider
 from expedite_d2.d2.logger import setup_logger
 from expedite_d2.d2.provider import CfgNode, comm
+from expedite_d2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -180,15 +180,15 @@ class DetectionCheckpointer(provider.DetectionCheckpointer):
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("saving checkpoint %s", path)
-        with _replacing(path) as temporary:
-            torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
+        os.makedirs(self.save_dir, exist_ok=True)
+        with replacing(path) as partial:
+            torch.save({"model": self.model.state_dict(), **states, **kwargs}, partial)
         self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note which checkpoint is the newest."""
-        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
-            with open(temporary, "w") as file:
-                file.write(last_filename_basename)
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as partial:
+            partial.write_text(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; what was saved beside model and checkpointables is returned.
@@ -245,16 +245,3 @@ class DetectionCheckpointer(provider.DetectionCheckpointer):
             if file != last and os.path.basename(file).rpartition("_")[0] == prefix
         ]
         return [last, *sorted(others, key=os.path.getmtime, reverse=True)]
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[str]:
-    """A temporary name beside ``path`` that takes its place if the block succeeds."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)

@@ -36,9 +36,9 @@ from expedite_d2.evaluation.report import (
     build_comparison,
     comparison_table,
     markdown,
-    replacing,
     to_json,
 )
+from expedite_d2.files import replacing
 from expedite_d2.hourglass import reduce
 from expedite_d2.visualize import segmentation_of
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from expedite_d2.evaluation.evaluator import Results
@@ -22,7 +19,6 @@ __all__ = [
     "format_number",
     "headline_metrics",
     "markdown",
-    "replacing",
     "to_json",
 ]
 
@@ -190,25 +186,6 @@ warm-up; "kept" is expedited / baseline.
 def to_json(comparison: Mapping[str, Any]) -> str:
     """The text of ``comparison.json``; strict JSON."""
     return json.dumps(comparison, indent=2, allow_nan=False) + "\n"
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that becomes `path` when all went well.
-
-    Nobody ever sees a half-written file, and what was there before stays until then.
-
-    Args:
-        path: The file to write; its directory exists.
-    """
-    path = Path(path)
-    # Not tempfile's, whose files are private: results get the permissions of any other file.
-    partial = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _side(measured: Measurement) -> dict[str, Any]:

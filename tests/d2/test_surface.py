@@ -177,6 +177,7 @@ def test_checkpoint_missing_is_named(tmp_path):
 def test_checkpoint_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     _two_checkpoints(tmp_path)
     before = (tmp_path / "model_0000001.pth").read_bytes()
+    files = set(tmp_path.iterdir())
 
     def interrupted(state, path):
         Path(path).write_bytes(b"half")
@@ -186,7 +187,7 @@ def test_checkpoint_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         _checkpointer(tmp_path).save("model_0000001")
     assert (tmp_path / "model_0000001.pth").read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
+    assert set(tmp_path.iterdir()) == files
 
 
 def test_periodic_checkpointer_keeps_so_many_and_the_final(tmp_path):

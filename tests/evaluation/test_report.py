@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,6 @@ from expedite_d2.evaluation.report import (
     comparison_table,
     headline_metrics,
     markdown,
-    replacing,
     to_json,
 )
 from expedite_d2.visualize import Segment, Segmentation
@@ -148,26 +146,6 @@ def test_markdown_tells_settings_environment_and_command() -> None:
     ):  # fmt: skip
         assert part in text
     assert "weights: random" in markdown(comparison(), "", "x")
-
-
-def test_replacing_keeps_the_old_file_when_interrupted(tmp_path: Path) -> None:
-    target = tmp_path / "comparison.json"
-    target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(target) as partial:
-        partial.write_text("half")
-        raise KeyboardInterrupt
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["comparison.json"]
-
-
-def test_replacing_puts_the_new_file_in_place(tmp_path: Path) -> None:
-    target = tmp_path / "comparison.json"
-    target.write_text("old")
-    with replacing(target) as partial:
-        partial.write_text("new")
-        assert target.read_text() == "old"
-    assert target.read_text() == "new"
-    assert os.listdir(tmp_path) == ["comparison.json"]
 
 
 def example(height: int, width: int, clustered: bool = True) -> Example:
