@@ -42,9 +42,15 @@ _EXPEDITE_DEFAULTS: list[tuple[str, Any]] = [
     ("MODEL.EXPEDITE.RECONSTRUCTION", "residual"),
     # Arithmetic of the evaluation: "float32", or autocast to "bfloat16" or "float16".
     ("TEST.DTYPE", "float32"),
+    # Whether semantic scores are those of overlapping crops, averaged; their size and step, in
+    # pixels of the network's input.
+    ("TEST.SLIDING_WINDOW.ENABLED", False),
+    ("TEST.SLIDING_WINDOW.CROP", [512, 512]),
+    ("TEST.SLIDING_WINDOW.STRIDE", [512, 512]),
 ]
 
-# Mask2Former's keys, names and defaults, with those that it takes from DeepLab; the last is ours.
+# Mask2Former's keys, names and defaults, with those that it takes from DeepLab; the last three are
+# ours.
 _MASK2FORMER_DEFAULTS: list[tuple[str, Any]] = [
     ("INPUT.DATASET_MAPPER_NAME", "mask_former_semantic"),
     ("INPUT.COLOR_AUG_SSD", False),
@@ -119,28 +125,137 @@ _MASK2FORMER_DEFAULTS: list[tuple[str, Any]] = [
     ("MODEL.SWIN.PATCH_NORM", True),
     ("MODEL.SWIN.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
     ("MODEL.SWIN.USE_CHECKPOINT", False),
+    # Ours: 1 or 2, and for 2 the windows of pre-training, a stage each (0: WINDOW_SIZE).
+    ("MODEL.SWIN.VERSION", 1),
+    ("MODEL.SWIN.PRETRAINED_WINDOW_SIZES", [0, 0, 0, 0]),
     # Weight of a per-pixel cross-entropy on the mask features: quickens training from scratch.
     ("MODEL.MASK_FORMER.SEM_AUX_WEIGHT", 0.0),
 ]
 
+_VIT_DEFAULTS: list[tuple[str, Any]] = [
+    # The transformer's name in timm: a VisionTransformer, distilled, hybrid, or a Beit.
+    ("MODEL.VIT.NAME", "vit_base_patch16_224"),
+    # What differs from that name, 0 for nothing: side of the images that the position embedding
+    # was trained on, side of a patch, width, blocks, heads.
+    ("MODEL.VIT.IMG_SIZE", 0),
+    ("MODEL.VIT.PATCH_SIZE", 0),
+    ("MODEL.VIT.EMBED_DIM", 0),
+    ("MODEL.VIT.DEPTH", 0),
+    ("MODEL.VIT.NUM_HEADS", 0),
+    # Dropout after the attention and in the MLP, of attention weights, and stochastic depth of
+    # the last block.
+    ("MODEL.VIT.DROP_RATE", 0.0),
+    ("MODEL.VIT.ATTN_DROP_RATE", 0.0),
+    ("MODEL.VIT.DROP_PATH_RATE", 0.0),
+    # How the position embedding is resized to an image: "bicubic" (timm) or "bilinear" (DPT,
+    # Segmenter).
+    ("MODEL.VIT.POS_INTERPOLATION", "bicubic"),
+    # Blocks whose outputs are the features block0, block1 ..., and "last" for the normalised
+    # output of the last block. A hybrid's stem0 and stem1 are always there.
+    ("MODEL.VIT.OUT_BLOCKS", ["last"]),
+    # Whether to recompute activations in the backward pass.
+    ("MODEL.VIT.USE_CHECKPOINT", False),
+    # Detectron2's own ViT reads the sizes above (0 for its ViT-B), no NAME, and these: side of the
+    # windows, the blocks that attend in them, whether relative positions are learnt, and the side
+    # of the images that the position embedding was trained on.
+    ("MODEL.VIT.WINDOW_SIZE", 0),
+    ("MODEL.VIT.WINDOW_BLOCKS", []),
+    ("MODEL.VIT.USE_REL_POS", False),
+    ("MODEL.VIT.PRETRAIN_IMG_SIZE", 224),
+]
+
+_SEGMENTER_DEFAULTS: list[tuple[str, Any]] = [
+    # "mask" (a transformer over tokens and classes) or "linear".
+    ("MODEL.SEGMENTER.DECODER", "mask"),
+    # Where an expedited model returns to full resolution: "features" (before the decoder), or
+    # "paper" (the decoder runs on the clusters, and its class logits are reconstructed).
+    ("MODEL.SEGMENTER.PLACEMENT", "features"),
+    # Mask decoder: width (0: the encoder's), blocks, heads, hidden width in units of the width.
+    ("MODEL.SEGMENTER.DIM", 0),
+    ("MODEL.SEGMENTER.DEPTH", 2),
+    ("MODEL.SEGMENTER.NUM_HEADS", 16),
+    ("MODEL.SEGMENTER.MLP_RATIO", 4.0),
+    ("MODEL.SEGMENTER.DROPOUT", 0.1),
+    ("MODEL.SEGMENTER.DROP_PATH_RATE", 0.0),
+]
+
+_DPT_DEFAULTS: list[tuple[str, Any]] = [
+    # Of the four features that are fused (a hybrid's stem0 and stem1, then MODEL.VIT.OUT_BLOCKS):
+    # the channels after the reassembly, and by how much each is enlarged.
+    ("MODEL.DPT.NECK_CHANNELS", [256, 512, 1024, 1024]),
+    ("MODEL.DPT.REASSEMBLE_FACTORS", [4, 2, 1, 0.5]),
+    # Channels of the fusion; half of it in the head.
+    ("MODEL.DPT.FUSION_CHANNELS", 256),
+    # What becomes of the class token: "project", "add" or "ignore".
+    ("MODEL.DPT.READOUT", "project"),
+    # Depth in metres is 1 / (SCALE * x + SHIFT), or SCALE * x + SHIFT if INVERSE is False.
+    ("MODEL.DPT.INVERSE", True),
+    ("MODEL.DPT.SCALE", 1.0),
+    ("MODEL.DPT.SHIFT", 0.0),
+    # Training: greater depths do not count; how much of a common factor the scale-invariant error
+    # forgives (0 to 1); weight of the gradients' error.
+    ("MODEL.DPT.MAX_DEPTH", 80.0),
+    ("MODEL.DPT.SILOG_WEIGHT", 0.85),
+    ("MODEL.DPT.GRADIENT_WEIGHT", 0.0),
+    # Height and width that images are brought near to at evaluation, in multiples of 32.
+    ("MODEL.DPT.TEST_SIZE", [384, 384]),
+]
+
+# Beside Detectron2's own keys of two-stage detectors.
+_HTC_DEFAULTS: list[tuple[str, Any]] = [
+    # The backbone that build_expedited_fpn_backbone and ExpeditedBackbone build upon.
+    ("MODEL.EXPEDITE.BACKBONE", ""),
+    # Weight of the losses of each stage of the cascade.
+    ("MODEL.HTC.STAGE_LOSS_WEIGHTS", [1.0, 0.5, 0.25]),
+    # Whether a semantic branch is learnt and its features are added to the regions'.
+    ("MODEL.HTC.SEMANTIC_ON", True),
+    # 3x3 convolutions of the semantic branch.
+    ("MODEL.HTC.SEMANTIC_CONVS", 4),
+    # How overlapping boxes lose score: "linear", "gaussian", or "": they are dropped.
+    ("MODEL.HTC.SOFT_NMS", "linear"),
+    # Width of "gaussian".
+    ("MODEL.HTC.SOFT_NMS_SIGMA", 0.5),
+    # Lowered scores below it are dropped.
+    ("MODEL.HTC.SOFT_NMS_MIN_SCORE", 0.001),
+]
+
 # What an official YAML names, and what stands in where that class is not registered.
+_BACKBONES = {"D2SwinTransformer": "ExpeditedSwinTransformer"}
 _TRANSLATIONS = {
     "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, {"MaskFormer": "ExpediteMask2Former"}),
-    "MODEL.BACKBONE.NAME": (
-        BACKBONE_REGISTRY,
-        {"D2SwinTransformer": "ExpeditedSwinTransformer"},
-    ),
+    "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, _BACKBONES),
+    "MODEL.EXPEDITE.BACKBONE": (BACKBONE_REGISTRY, _BACKBONES),
 }
 
 
 def add_expedite_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.EXPEDITE.*`` and ``TEST.DTYPE`` to a Detectron2 config, in place."""
+    """Add ``MODEL.EXPEDITE.*``, ``TEST.DTYPE`` and ``TEST.SLIDING_WINDOW.*``, in place."""
     _add_defaults(cfg, _EXPEDITE_DEFAULTS)
 
 
 def add_mask2former_config(cfg: CfgNode) -> None:
     """Add Mask2Former's keys, in place; keys that Mask2Former itself already added are kept."""
     _add_defaults(cfg, _MASK2FORMER_DEFAULTS)
+
+
+def add_vit_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.VIT.*`` to a Detectron2 config, in place."""
+    _add_defaults(cfg, _VIT_DEFAULTS)
+
+
+def add_segmenter_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.SEGMENTER.*`` to a Detectron2 config, in place."""
+    _add_defaults(cfg, _SEGMENTER_DEFAULTS)
+
+
+def add_dpt_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.DPT.*`` to a Detectron2 config, in place."""
+    _add_defaults(cfg, _DPT_DEFAULTS)
+
+
+def add_htc_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.HTC.*`` and ``MODEL.EXPEDITE.BACKBONE`` to a Detectron2 config, in place."""
+    _add_defaults(cfg, _HTC_DEFAULTS)
 
 
 def _add_defaults(cfg: CfgNode, defaults: Sequence[tuple[str, Any]]) -> None:
@@ -174,6 +289,10 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
     cfg = get_cfg()
     add_mask2former_config(cfg)
     add_expedite_config(cfg)
+    add_vit_config(cfg)
+    add_segmenter_config(cfg)
+    add_dpt_config(cfg)
+    add_htc_config(cfg)
     try:
         cfg.merge_from_file(str(path))
     except KeyError as error:

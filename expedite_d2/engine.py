@@ -28,7 +28,13 @@ from expedite_d2.d2 import (
     setup_logger,
 )
 from expedite_d2.data import build_test_loader, build_train_loader
-from expedite_d2.evaluation import build_evaluators, inference_on_dataset
+from expedite_d2.evaluation import (
+    SemanticEvaluator,
+    build_evaluators,
+    inference_on_dataset,
+)
+from expedite_d2.evaluation.report import format_number
+from expedite_d2.evaluation.test_time_augmentation import SemanticSegmentorWithTTA
 from expedite_d2.files import replacing
 from expedite_d2.solver import build_lr_scheduler, build_optimizers
 
@@ -56,16 +62,22 @@ def build_trained_model(cfg: CfgNode) -> nn.Module:
 def do_test(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, dict[str, float | None]]]:
     """Evaluate on every data set of ``DATASETS.TEST``; print and return {data set: {task: …}}.
 
-    The main process also writes ``OUTPUT_DIR/metrics.json``.
+    With ``TEST.AUG.ENABLED``, semantic segmentation is evaluated a second time with test-time
+    augmentation, as the task "sem_seg_TTA". The main process also writes
+    ``OUTPUT_DIR/metrics.json``.
     """
     results = {}
     for name in cfg.DATASETS.TEST:
         loader = build_test_loader(cfg, name)
         results[name] = inference_on_dataset(model, loader, build_evaluators(cfg, name))
+        if cfg.TEST.AUG.ENABLED and comm.all_gather("sem_seg" in results[name])[0]:
+            augmented = SemanticSegmentorWithTTA(cfg, model)
+            tta = inference_on_dataset(augmented, loader, [SemanticEvaluator(name)])
+            results[name] |= {f"{task}_TTA": metrics for task, metrics in tta.items()}
         if comm.is_main_process():
             for task, metrics in results[name].items():
                 line = "  ".join(
-                    f"{metric} {value:.2f}" if value is not None else f"{metric} -"
+                    f"{metric} {format_number(value, 4)}"
                     for metric, value in metrics.items()
                     if not isinstance(value, dict)
                 )

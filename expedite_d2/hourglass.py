@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expedite_d2.ops.token_cluster import token_cluster
 from expedite_d2.ops.token_match import token_match
@@ -79,8 +80,17 @@ class Reduction:
         """Rows and columns of clusters for a window or an image of height x width tokens."""
         rows, columns = self.clusters
         if isinstance(rows, float) or isinstance(columns, float):
-            return max(1, round(rows * height)), max(1, round(columns * width))
+            # int(): sizes are tensors while a model is traced.
+            return max(1, round(rows * int(height))), max(1, round(columns * int(width)))
         return rows, columns
+
+    def reduced(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns that are left of an image of height x width tokens, without windows.
+
+        An image with no more tokens than the cluster grid has cells keeps them.
+        """
+        rows, columns = self.grid(height, width)
+        return (rows, columns) if rows * columns < height * width else (height, width)
 
 
 class Clustering(NamedTuple):
@@ -118,7 +128,7 @@ def reduce(
     """
     height, width = tokens.shape[1:3]
     clusters = reduction.grid(*(window or (height, width)))
-    if window is None and clusters[0] * clusters[1] >= height * width:
+    if window is None and reduction.reduced(height, width) == (height, width):
         if not torch.compiler.is_compiling():
             warnings.warn(
                 f"an image has no more tokens than the {clusters[0]}x{clusters[1]} cluster grid "
@@ -178,66 +188,103 @@ def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
         )
 
 
+class ObservedOperator(TorchDispatchMode):
+    """While entered, keeps something of each call of one operator in this thread.
+
+    Attributes:
+        kept: what was kept, in the order of the calls.
+    """
+
+    def __init__(
+        self, operator: torch._ops.OpOverload, keep: Callable[[tuple[Any, ...], Any], Any]
+    ) -> None:
+        """
+        Args:
+            operator: such as `torch.ops.expedite_d2.token_match.default`.
+            keep: picks it from a call's positional arguments and its result.
+        """
+        super().__init__()
+        self.operator = operator
+        self.keep = keep
+        self.kept: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is self.operator:
+            self.kept.append(self.keep(args, result))
+        return result
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Iterable[Any]) -> float:
     """Measure the temperature on a few images and store it in the backbone's settings.
 
+    The images pass through the model with the automatic temperature, and the spread that each
+    clustering measures is observed on the way.
+
     Args:
-        model: holds one expedited backbone, a module with the attributes `reduction`,
-            `cluster_window` and `tokens_to_cluster`.
+        model: holds one expedited encoder, a module whose attribute `reduction` is a `Reduction`:
+            a backbone of this package, or what `expedite` was given.
         images: inputs of the model, each of them one call.
 
     Returns:
         The temperature c / T with T averaged over all images.
 
     Raises:
-        ValueError: no backbone or several, a backbone that is not expedited, or no images.
+        ValueError: no expedited encoder or several, no images, or none that was clustered.
     """
-    backbone = _expedited_backbone(model)
-    reduction: Reduction = backbone.reduction
-    window: tuple[int, int] | None = backbone.cluster_window
-    spreads: list[Tensor] = []
-
-    def measure(module: nn.Module, args: tuple[Any, ...]) -> None:
-        tokens = backbone.tokens_to_cluster(args[0])
-        clusters = reduction.grid(*(window or tokens.shape[1:3]))
-        spreads.append(
-            token_spread(tokens, clusters, window=window, neighbourhood=reduction.neighbourhood)
-        )
-
+    encoder = _expedited_encoder(model)
+    reduction: Reduction = encoder.reduction
     training = {module: module.training for module in model.modules()}
-    hook = backbone.register_forward_pre_hook(measure)
+    calls = 0
+    observed = ObservedOperator(
+        torch.ops.expedite_d2.token_spread.default,
+        # (tokens, clusters, window, neighbourhood) -> (B,)
+        lambda args, spread: (_sharpness(args[2]), spread),
+    )
     try:
         model.eval()
-        for image in images:
-            model(image)
+        encoder.reduction = replace(reduction, temperature=0.0)
+        # torch.compile refuses to run under a dispatch mode.
+        with torch.compiler.set_stance("force_eager"), observed:
+            for image in images:
+                model(image)
+                calls += 1
     finally:
-        hook.remove()
+        encoder.reduction = reduction
         for module, mode in training.items():
             module.training = mode
-    if not spreads:
+    if not calls:
         raise ValueError("calibrate needs at least one image, got none")
-    temperature = _sharpness(window) / torch.cat(spreads).double().mean().item()
-    backbone.reduction = replace(reduction, temperature=temperature)
+    if not observed.kept:
+        raise ValueError(
+            f"calibrate needs an image with more tokens than clusters, got none among {calls}"
+        )
+    sharpness = observed.kept[0][0]
+    spreads = torch.cat([spread for _, spread in observed.kept])
+    temperature = sharpness / spreads.double().mean().item()
+    encoder.reduction = replace(reduction, temperature=temperature)
     return temperature
 
 
-def _expedited_backbone(model: nn.Module) -> Any:
-    found = [module for module in model.modules() if hasattr(module, "tokens_to_cluster")]
+def _expedited_encoder(model: nn.Module) -> Any:
+    """The outermost module with settings: a backbone of ours may hold what `expedite` was given."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if not inside and isinstance(getattr(module, "reduction", None), Reduction):
+            found[name] = module
     if len(found) != 1:
         raise ValueError(
-            f"calibrate expects a model with one backbone that can be expedited, got {len(found)} "
-            f"in {type(model).__name__}"
+            f"calibrate expects a model with one expedited encoder, got {len(found)} in "
+            f"{type(model).__name__}"
         )
-    if getattr(found[0], "reduction", None) is None:
-        raise ValueError(
-            f"calibrate expects an expedited backbone, got a {type(found[0]).__name__} whose "
-            "reduction is None"
-        )
-    return found[0]
+    return next(iter(found.values()))
 
 
-def _sharpness(window: tuple[int, int] | None) -> float:
+def _sharpness(window: Sequence[int] | None) -> float:
     return SHARPNESS_ON_IMAGES if window is None else SHARPNESS_IN_WINDOWS
 
 

@@ -3,7 +3,8 @@
     python -m expedite_d2.predict --config-file F --input IMG ... --output DIR [KEY VALUE ...]
 
 Inputs are image files, folders of images, or glob patterns. Each gives ``DIR/<stem>.png``: the
-panoptic segmentation where the config switches it on, else instances, else the semantic map.
+panoptic segmentation where the config switches it on, else instances, else the semantic map; or
+the depth.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from tqdm import tqdm
 
 from expedite_d2.config import cli, load_config
 from expedite_d2.d2 import CfgNode, MetadataCatalog
+from expedite_d2.data.depth import DEPTH_MAPPER_NAME, network_size, resize_image
 from expedite_d2.data.mappers import shortest_edge_size, to_tensor
 from expedite_d2.engine import build_trained_model
 from expedite_d2.files import replacing
-from expedite_d2.visualize import draw_segmentation, segmentation_of
+from expedite_d2.visualize import draw_predictions, prediction_of
 
 __all__ = ["find_images", "output_names", "predict_image", "read_image"]
 
@@ -170,7 +172,8 @@ def predict_image(model: nn.Module, cfg: CfgNode, image: np.ndarray) -> dict[str
 
     Args:
         model: In evaluation mode.
-        cfg: Its config; ``INPUT.FORMAT`` and ``INPUT.{MIN,MAX}_SIZE_TEST`` are read.
+        cfg: Its config; ``INPUT.FORMAT`` is read, and ``INPUT.{MIN,MAX}_SIZE_TEST`` or, for depth,
+            ``MODEL.DPT.TEST_SIZE``.
         image: (H, W, 3) uint8, RGB.
 
     Returns:
@@ -178,7 +181,9 @@ def predict_image(model: nn.Module, cfg: CfgNode, image: np.ndarray) -> dict[str
     """
     height, width = image.shape[:2]
     pixels = image
-    if cfg.INPUT.MIN_SIZE_TEST > 0:
+    if cfg.INPUT.DATASET_MAPPER_NAME == DEPTH_MAPPER_NAME:
+        pixels = resize_image(image, network_size(height, width, cfg.MODEL.DPT.TEST_SIZE))
+    elif cfg.INPUT.MIN_SIZE_TEST > 0:
         rows, columns = shortest_edge_size(
             height, width, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         )
@@ -244,7 +249,7 @@ def _draw_all(
         except ValueError as error:
             tqdm.write(f"error: {error}", file=sys.stderr)
             continue
-        picture = draw_segmentation(image, segmentation_of(predict(image)), metadata)
+        (picture,) = draw_predictions(image, [prediction_of(predict(image))], metadata)
         mark = PngImagePlugin.PngInfo()
         mark.add_text("Software", _SOFTWARE)
         with replacing(target) as partial:

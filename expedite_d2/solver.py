@@ -12,8 +12,16 @@ from torch import nn
 from expedite_d2.d2 import CfgNode
 from expedite_d2.muon import Muon
 
-# Tables and embeddings that Mask2Former and Swin never decay.
-_NO_DECAY = ("relative_position_bias_table", "absolute_pos_embed")
+# Tables, embeddings and scales that Mask2Former, Swin, SwinV2 and ViT never decay.
+_NO_DECAY = (
+    "relative_position_bias_table",
+    "absolute_pos_embed",
+    "pos_embed",
+    "cls_token",
+    "logit_scale",
+)
+# SwinV2's bias of positions, a small network.
+_POSITION_MLP = ".cpb_mlp."
 
 
 def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
@@ -37,9 +45,10 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Op
             "params": [parameter],
             "lr": cfg.SOLVER.BASE_LR
             * (cfg.SOLVER.BACKBONE_MULTIPLIER if path.startswith("backbone.") else 1.0),
-            "weight_decay": _weight_decay(cfg, module, leaf),
+            "weight_decay": _weight_decay(cfg, path, module, leaf),
         }
-        is_matrix = isinstance(module, nn.Linear) and parameter.ndim == 2
+        is_hidden = isinstance(module, nn.Linear) and _POSITION_MLP not in path
+        is_matrix = is_hidden and parameter.ndim == 2
         (matrices if name == "MUON" and is_matrix else others).append(group)
     optimizers: dict[str, torch.optim.Optimizer] = {
         "optimizer": torch.optim.AdamW(others, lr=cfg.SOLVER.BASE_LR)
@@ -61,9 +70,9 @@ def _named_parameters(
                 yield f"{prefix}.{leaf}", module, leaf, parameter
 
 
-def _weight_decay(cfg: CfgNode, module: nn.Module, leaf: str) -> float:
+def _weight_decay(cfg: CfgNode, path: str, module: nn.Module, leaf: str) -> float:
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-    if leaf in _NO_DECAY:
+    if leaf in _NO_DECAY or _POSITION_MLP in path:
         return 0.0
     if isinstance(module, norms):
         return cfg.SOLVER.WEIGHT_DECAY_NORM

@@ -165,15 +165,16 @@ class Backbone(nn.Module):
     def __init__(self, reduction: Reduction | None, window: tuple[int, int] | None) -> None:
         super().__init__()
         self.reduction = reduction
-        self.cluster_window = window
-
-    def tokens_to_cluster(self, images: Tensor) -> Tensor:
-        return images.permute(0, 2, 3, 1)
+        self.window = window
 
     def forward(self, images: Tensor) -> Tensor:
         if not images.isfinite().all():
             raise RuntimeError("not finite")
-        return images
+        if self.reduction is None:
+            return images
+        assert self.reduction.temperature == 0
+        low, clustering = reduce(images.permute(0, 2, 3, 1), self.reduction, self.window)
+        return reconstruct(low, clustering).permute(0, 3, 1, 2)
 
 
 class Model(nn.Module):
@@ -205,26 +206,57 @@ def test_calibrate_measures_what_the_backbone_receives(window: tuple[int, int] |
     assert temperature == pytest.approx((32 if window else 8) / spread.mean().item(), rel=1e-5)
     assert model.backbone.reduction == Reduction(3, (2, 2), topk=2, temperature=temperature)
     assert model.training and model.backbone.training and not model.head.training
-    assert not model.backbone._forward_pre_hooks
+    # Again, with a temperature that is already there.
+    assert calibrate(model, [[{"image": x} for x in batch] for batch in batches]) == temperature
 
 
 def test_calibrate_cleans_up_after_an_error() -> None:
     model = Model(Reduction(3, (2, 2))).train()
     with pytest.raises(RuntimeError, match="not finite"):
         calibrate(model, [[{"image": torch.full((3, 8, 8), torch.inf)}]])
-    assert model.training and not model.backbone._forward_pre_hooks
+    assert model.training
     assert model.backbone.reduction == Reduction(3, (2, 2))
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Model(None), "expects an expedited backbone, got a Backbone whose reduction is None"),
-        (nn.Linear(2, 2), "one backbone that can be expedited, got 0 in Linear"),
-        (nn.Sequential(Model(None), Model(None)), "got 2 in Sequential"),
+        (Model(None), "one expedited encoder, got 0 in Model"),
+        (nn.Linear(2, 2), "one expedited encoder, got 0 in Linear"),
+        (nn.ModuleList([Model(Reduction(3, (2, 2))) for _ in range(2)]), "got 2 in ModuleList"),
         (Model(Reduction(3, (2, 2))), "at least one image, got none"),
     ],
 )
 def test_calibrate_refuses(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibrate(model, [])
+
+
+def test_calibrate_refuses_images_that_are_not_reduced() -> None:
+    model = Model(Reduction(3, (9, 9)), None)
+    small = [[{"image": torch.randn(3, 8, 8)}]] * 2
+    with (
+        pytest.warns(UserWarning, match="runs unreduced"),
+        pytest.raises(
+            ValueError, match="an image with more tokens than clusters, got none among 2"
+        ),
+    ):
+        calibrate(model, small)
+    assert model.backbone.reduction == Reduction(3, (9, 9))
+
+
+def test_calibrate_sets_the_outermost_settings() -> None:
+    model = Model(Reduction(3, (2, 2)))
+    outer = nn.Sequential(model)
+    outer.reduction = Reduction(1, (3, 3))  # type: ignore[assignment]
+    model.backbone.reduction = Reduction(3, (2, 2))
+    temperature = calibrate(outer, [[{"image": torch.randn(3, 8, 8)}]])
+    assert outer.reduction == Reduction(1, (3, 3), temperature=temperature)
+    assert model.backbone.reduction == Reduction(3, (2, 2))
+
+
+def test_reduction_tells_what_is_left_of_an_image() -> None:
+    assert Reduction(1, (5, 6)).reduced(6, 6) == (5, 6)
+    assert Reduction(1, (5, 6)).reduced(3, 11) == (5, 6)
+    assert Reduction(1, (5, 6)).reduced(3, 10) == (3, 10)
+    assert Reduction(1, (0.5, 0.25)).reduced(6, 8) == (3, 2)

@@ -93,6 +93,16 @@ def test_build_optimizers_groups_as_mask2former() -> None:
     assert len(groups) == len(list(model.parameters()))
 
 
+def test_build_optimizers_spares_swin_v2s_positions() -> None:
+    model = nn.Module()
+    model.attn = nn.Module()
+    model.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    model.attn.logit_scale = nn.Parameter(torch.zeros(4, 1, 1))
+    (optimizer,) = build_optimizers(make_cfg("SOLVER.OPTIMIZER", "MUON"), model).values()
+    assert len(optimizer.param_groups) == 4
+    assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+
+
 def test_build_optimizers_gives_linear_weights_to_muon() -> None:
     model = Small()
     optimizers = build_optimizers(make_cfg("SOLVER.OPTIMIZER", "MUON"), model)

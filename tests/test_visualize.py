@@ -9,8 +9,11 @@ import torch
 from expedite_d2.visualize import (
     Segment,
     Segmentation,
+    depth_disagreement,
+    depth_limits,
     disagreement,
     draw_clusters,
+    draw_depth,
     draw_disagreement,
     draw_segmentation,
     segmentation_of,
@@ -228,3 +231,31 @@ def test_draw_disagreement_colours_only_what_differs() -> None:
     assert drawn.shape == photo().shape and drawn.dtype == np.uint8
     assert (drawn[10:, :, 0] == drawn[10:, :, 2]).all()
     assert (drawn[:10, :, 0] > drawn[:10, :, 2]).all()
+
+
+def test_depth_limits_leave_out_odd_pixels_and_unknown_ones():
+    depth = np.full((20, 50), 10.0, np.float32)
+    depth[:, 25:] = 40.0
+    depth[0, 0], depth[0, 1], depth[0, 2] = 5000.0, 0.0, np.nan
+    assert depth_limits(depth) == pytest.approx((10, 40))
+    low, high = depth_limits(depth, torch.full((30, 50), 2.0))
+    assert (low, high) == pytest.approx((2, 40))
+    assert depth_limits(np.full((2, 2), 3.0)) == pytest.approx((3, 3.03))
+    assert depth_limits(np.zeros((2, 2))) == (1, 2)
+
+
+def test_draw_depth_is_bright_near_dark_far_and_grey_where_unknown():
+    depth = torch.tensor([[1.0, 2.0, 4.0, 8.0, 0.0, 100.0]])
+    drawn = draw_depth(depth, (1.0, 8.0))
+    assert drawn.shape == (1, 6, 3) and drawn.dtype == np.uint8
+    brightness = drawn[0, :4].astype(int).sum(axis=1)
+    assert (np.diff(brightness) < 0).all()
+    assert (drawn[0, 4] == 128).all()
+    assert np.array_equal(drawn[0, 5], drawn[0, 3])
+    assert np.array_equal(draw_depth(depth), draw_depth(depth, depth_limits(depth)))
+
+
+def test_depth_disagreement_is_a_matter_of_ratio():
+    first, second = np.array([[10.0, 10.0, 10.0]]), torch.tensor([[10.4, 10.6, 9.0]])
+    assert depth_disagreement(first, second).tolist() == [[False, True, True]]
+    assert depth_disagreement(first, second, ratio=1.2).tolist() == [[False, False, False]]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from torch import nn
 
+from expedite_d2.checkpoint.dpt import DPT_FORMATS
 from expedite_d2.checkpoint.files import read_checkpoint
 from expedite_d2.checkpoint.names import FORMATS
+from expedite_d2.checkpoint.segmenter import SEGMENTER_FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +26,10 @@ _NOT_CLASSIFICATION = re.compile(r"^(?!backbone\.)|^backbone\.norm\d+\.")
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a checkpoint into ``model``; all of it, or nothing.
 
-    Known are Mask2Former's own checkpoints, a transformers Mask2Former directory, Swin's
-    classification weights (backbone alone) and this project's files; see ``read_checkpoint`` for
-    the kinds of file. An empty path keeps the random weights, with a warning.
+    Known are Mask2Former's and Segmenter's own checkpoints, a transformers Mask2Former directory,
+    Swin's classification weights (backbone alone) and this project's files; see
+    ``read_checkpoint`` for the kinds of file. An empty path keeps the random weights, with a
+    warning.
 
     Raises:
         FileNotFoundError: there is no such file or directory.
@@ -36,7 +39,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
         logger.warning("MODEL.WEIGHTS is empty: the model keeps its random weights")
         return
     source = read_checkpoint(Path(path))
-    fmt = next(fmt for fmt in FORMATS if fmt.recognises(source))
+    formats = [*DPT_FORMATS, *SEGMENTER_FORMATS, *FORMATS]
+    fmt = next(fmt for fmt in formats if fmt.recognises(source))
     state = fmt.translate(source)
     own = model.state_dict()
 

@@ -101,7 +101,10 @@ _TRANSFORMERS = _rules(
     [
         (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."),
         (r"^model\.transformer_module\.", "transformer_module."),
-        (r"^model\.pixel_level_module\.encoder\.(?:swin\.)?(?:encoder\.)?", "backbone."),
+        (
+            r"^(?:model\.pixel_level_module\.encoder\.(?:swin\.)?|swin(?:v2)?\.)(?:encoder\.)?",
+            "backbone.",
+        ),
         (r"^(backbone)\.hidden_states_norms\.stage4\.", r"\1.norm3."),
         (r"^(backbone)\.hidden_states_norms\.stage3\.", r"\1.norm2."),
         (r"^(backbone)\.hidden_states_norms\.stage2\.", r"\1.norm1."),
@@ -112,17 +115,18 @@ _TRANSFORMERS = _rules(
         (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
         (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
         (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.attention\.self\.", r"\1.attn."),
+        (r"^(backbone\..*\.attn)\.continuous_position_bias_mlp\.", r"\1.cpb_mlp."),
         (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.attention\.output\.dense\.", r"\1.attn.proj."),
         (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
         (r"^(backbone\.layers\.\d+\.blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     ]
 )
-_UNUSED_NORM = re.compile(r"^backbone\.layernorm\.(weight|bias)$")  # of the classifier
+_UNUSED = re.compile(r"^(backbone\.layernorm|classifier)\.(weight|bias)$")  # of the classifier
 _SEPARATE = re.compile(r"^(backbone\..*\.attn)\.(query|key|value)\.(weight|bias)$")
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> State:
-    """transformers' Mask2Former with a Swin backbone: its three projections become fused ones."""
+    """transformers' Mask2Former on Swin, or Swin alone: three projections become a fused one."""
     translated: State = {}
     separate: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in state.items():
@@ -130,18 +134,21 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
             continue
         renamed = _rename(name, _TRANSFORMERS)
         part = _SEPARATE.match(renamed)
-        if part is None and not _UNUSED_NORM.match(renamed):
+        if part is None and not _UNUSED.match(renamed):
             translated[renamed] = tensor
         elif part is not None:
             separate[f"{part[1]}.qkv.{part[3]}"][part[2]] = tensor
     for name, parts in separate.items():
         if len(parts) == 3:
             translated[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+        elif parts.keys() == {"query", "value"}:  # biases of Swin's second version
+            translated[name.replace("qkv.bias", "q_bias")] = parts["query"]
+            translated[name.replace("qkv.bias", "v_bias")] = parts["value"]
     return translated
 
 
 def from_swin(state: Mapping[str, Tensor]) -> State:
-    """Swin's own classification weights: the backbone without classifier and final norm."""
+    """Swin's own classification weights (v1, v2): without classifier and final norm."""
     return {
         f"backbone.{name}": tensor
         for name, tensor in state.items()
@@ -165,6 +172,8 @@ FORMATS = [
     Format(
         "transformers' Mask2Former", _starts("model.pixel_level_module."), from_transformers, False
     ),
+    Format("transformers' Swin", _starts("swin."), from_transformers, True),
+    Format("transformers' Swin", _starts("swinv2."), from_transformers, True),
     Format("Swin classification", _starts("patch_embed.", "layers.0.blocks."), from_swin, True),
     Format("expedite_d2", lambda names: True, from_ours, False),
 ]

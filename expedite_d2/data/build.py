@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from expedite_d2.d2 import CfgNode, DatasetCatalog, InferenceSampler, TrainingSampler, comm
+from expedite_d2.data.depth import DEPTH_MAPPER_NAME, DepthTestMapper, DepthTrainMapper
 from expedite_d2.data.mappers import TestMapper, TrainMapper
 
 Entry = dict[str, Any]
@@ -34,6 +35,18 @@ def get_dataset(name: str) -> list[Entry]:
     return entries
 
 
+def build_test_mapper(cfg: CfgNode) -> Callable[[Entry], Entry]:
+    """The mapper of evaluation: that of depth where ``INPUT.DATASET_MAPPER_NAME`` is "depth"."""
+    depth = cfg.INPUT.DATASET_MAPPER_NAME == DEPTH_MAPPER_NAME
+    return DepthTestMapper(cfg) if depth else TestMapper(cfg)
+
+
+def build_train_mapper(cfg: CfgNode) -> TrainMapper | DepthTrainMapper:
+    """The mapper of training that ``INPUT.DATASET_MAPPER_NAME`` asks for."""
+    depth = cfg.INPUT.DATASET_MAPPER_NAME == DEPTH_MAPPER_NAME
+    return DepthTrainMapper(cfg) if depth else TrainMapper(cfg)
+
+
 def build_test_loader(
     cfg: CfgNode, name: str, mapper: Callable[[Entry], Entry] | None = None
 ) -> DataLoader:
@@ -42,11 +55,11 @@ def build_test_loader(
     Args:
         cfg: The config.
         name: Name of a registered data set.
-        mapper: Turns a dataset dict into the model's input; default: ``TestMapper(cfg)``.
+        mapper: Turns a dataset dict into the model's input; default: ``build_test_mapper(cfg)``.
     """
     entries = _PackedList(get_dataset(name))
     return _Loader(
-        _TestSet(entries, mapper or TestMapper(cfg)),
+        _TestSet(entries, mapper or build_test_mapper(cfg)),
         batch_size=1,
         sampler=InferenceSampler(len(entries)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -66,7 +79,7 @@ def build_train_loader(cfg: CfgNode, start_iteration: int = 0) -> DataLoader:
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN must name at least one data set, got none")
-    mapper = TrainMapper(cfg)
+    mapper = build_train_mapper(cfg)
     entries: list[Entry] = []
     for name in cfg.DATASETS.TRAIN:
         usable = mapper.usable(name, get_dataset(name))
@@ -142,7 +155,9 @@ class _TestSet(_MappedSet):
 class _TrainSet(_MappedSet):
     """Samples by (position in the stream, index), each with randomness of its own."""
 
-    def __init__(self, entries: _PackedList, mapper: TrainMapper, seed: int) -> None:
+    def __init__(
+        self, entries: _PackedList, mapper: TrainMapper | DepthTrainMapper, seed: int
+    ) -> None:
         self._entries = entries
         self._mapper = mapper
         self._seed = seed

@@ -1,4 +1,4 @@
-"""The categories of COCO panoptic and of ADE20K: facts that the files of a data set do not tell.
+"""Categories of the public data sets: facts that their files do not tell.
 
 One entry a category: its id in the data set's files, its name, and ``*`` if it is stuff.
 """
@@ -103,5 +103,29 @@ ADE20K = parse_categories(
     136 traffic light; 137 tray; 138 trash can; 139 fan; 140 pier *; 141 crt screen *;
     142 plate; 143 monitor; 144 bulletin board; 145 shower *; 146 radiator;
     147 glass, drinking glass; 148 clock; 149 flag
+    """
+)
+
+#: The 19 classes that Cityscapes evaluates, in the order of their training ids.
+CITYSCAPES = parse_categories(
+    """
+    7 road *; 8 sidewalk *; 11 building *; 12 wall *; 13 fence *; 17 pole *;
+    19 traffic light *; 20 traffic sign *; 21 vegetation *; 22 terrain *; 23 sky *;
+    24 person; 25 rider; 26 car; 27 truck; 28 bus; 31 train; 32 motorcycle; 33 bicycle
+    """
+)
+
+#: The 59 classes of Pascal Context and the background, in the order of their labels.
+PASCAL_CONTEXT = parse_categories(
+    """
+    0 background *; 1 aeroplane *; 2 bag *; 3 bed *; 4 bedclothes *; 5 bench *; 6 bicycle *;
+    7 bird *; 8 boat *; 9 book *; 10 bottle *; 11 building *; 12 bus *; 13 cabinet *; 14 car *;
+    15 cat *; 16 ceiling *; 17 chair *; 18 cloth *; 19 computer *; 20 cow *; 21 cup *;
+    22 curtain *; 23 dog *; 24 door *; 25 fence *; 26 floor *; 27 flower *; 28 food *;
+    29 grass *; 30 ground *; 31 horse *; 32 keyboard *; 33 light *; 34 motorbike *;
+    35 mountain *; 36 mouse *; 37 person *; 38 plate *; 39 platform *; 40 pottedplant *;
+    41 road *; 42 rock *; 43 sheep *; 44 shelves *; 45 sidewalk *; 46 sign *; 47 sky *;
+    48 snow *; 49 sofa *; 50 table *; 51 track *; 52 train *; 53 tree *; 54 truck *;
+    55 tvmonitor *; 56 wall *; 57 water *; 58 window *; 59 wood *
     """
 )

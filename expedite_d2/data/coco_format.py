@@ -6,6 +6,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,66 @@ def register(name: str, load: Callable[[], list[Entry]], **metadata: Any) -> Non
         return
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(**metadata)
+
+
+def register_instances(
+    name: str, json_file: Path, image_root: Path, categories: Sequence[Category]
+) -> None:
+    """Registers a data set with COCO instance annotations; its classes are the things."""
+    metadata = instance_metadata(categories)
+    ids = metadata["thing_dataset_id_to_contiguous_id"]
+    register(
+        name,
+        partial(load_instances, name, json_file, image_root, ids),
+        json_file=str(json_file),
+        image_root=str(image_root),
+        evaluator_type="coco",
+        **metadata,
+    )
+
+
+def register_panoptic(
+    name: str,
+    panoptic_json: Path,
+    panoptic_root: Path,
+    image_root: Path,
+    instances_json: Path,
+    categories: Sequence[Category],
+    evaluator_type: str,
+    sem_seg_root: Path | None = None,
+) -> None:
+    """Registers a data set with COCO panoptic annotations.
+
+    Args:
+        name: Name of the data set.
+        panoptic_json: Annotation file.
+        panoptic_root: Folder of the segment PNGs.
+        image_root: Folder of the images.
+        instances_json: COCO instance annotations of the same images, which AP is measured with.
+        categories: All classes, in the order of their contiguous ids.
+        evaluator_type: How Detectron2 calls the evaluation; it ends in ``_panoptic_seg``.
+        sem_seg_root: Folder of the label PNGs, if there are any.
+    """
+    metadata = panoptic_metadata(categories)
+    load = partial(
+        load_panoptic,
+        name,
+        panoptic_json,
+        panoptic_root,
+        image_root,
+        metadata,
+        sem_seg_root=sem_seg_root,
+    )
+    metadata |= {
+        "panoptic_root": str(panoptic_root),
+        "panoptic_json": str(panoptic_json),
+        "image_root": str(image_root),
+        "json_file": str(instances_json),
+        "evaluator_type": evaluator_type,
+    }
+    if sem_seg_root is not None:
+        metadata["sem_seg_root"] = str(sem_seg_root)
+    register(name, load, **metadata)
 
 
 def panoptic_metadata(categories: Sequence[Category]) -> dict[str, Any]:

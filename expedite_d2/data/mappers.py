@@ -79,6 +79,18 @@ def shortest_edge_size(height: int, width: int, shortest: int, longest: int) -> 
     return max(1, int(scaled[0] + 0.5)), max(1, int(scaled[1] + 0.5))
 
 
+def resize_shortest_edge(
+    image: NDArray[np.uint8], shortest: int, longest: int
+) -> NDArray[np.uint8]:
+    """(H, W, 3) resized bilinearly to ``shortest_edge_size``."""
+    height, width = image.shape[:2]
+    size = shortest_edge_size(height, width, shortest, longest)
+    if size == (height, width):
+        return image
+    source = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(source.resize(size[::-1], Image.Resampling.BILINEAR))
+
+
 def to_tensor(image: NDArray[np.uint8]) -> torch.Tensor:
     """(H, W, 3) uint8 -> (3, H, W) uint8."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -105,10 +117,7 @@ class TestMapper:
         image = read_image(entry["file_name"], self.image_format)
         height, width = image.shape[:2]
         if self.shortest > 0:
-            size = shortest_edge_size(height, width, self.shortest, self.longest)
-            if size != (height, width):
-                source = Image.fromarray(np.ascontiguousarray(image))
-                image = np.asarray(source.resize(size[::-1], Image.Resampling.BILINEAR))
+            image = resize_shortest_edge(image, self.shortest, self.longest)
         return {**entry, "image": to_tensor(image), "height": height, "width": width}
 
 

@@ -1,10 +1,11 @@
-"""Accuracy (PQ, mIoU, AP), latency and memory; multiply-adds are counted in ``cost``."""
+"""Accuracy (PQ, mIoU, AP, depth), latency and memory; multiply-adds are counted in ``cost``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from expedite_d2.d2 import MetadataCatalog
+from expedite_d2.evaluation.depth import DepthEvaluator
 from expedite_d2.evaluation.evaluator import DatasetEvaluator, inference_on_dataset
 from expedite_d2.evaluation.instance import InstanceEvaluator
 from expedite_d2.evaluation.latency import (
@@ -19,6 +20,7 @@ from expedite_d2.evaluation.semantic import SemanticEvaluator
 
 __all__ = [
     "DatasetEvaluator",
+    "DepthEvaluator",
     "InstanceEvaluator",
     "Latency",
     "PanopticEvaluator",
@@ -36,7 +38,7 @@ def build_evaluators(cfg: Any, dataset_name: str) -> list[DatasetEvaluator]:
     """The evaluators of a data set, as Mask2Former chooses them.
 
     A panoptic data set is evaluated in each task that ``MODEL.MASK_FORMER.TEST.*_ON`` switches on
-    and that it has ground truth for; a semantic or an instance data set in its one task.
+    and that it has ground truth for; a semantic, instance or depth data set in its one task.
 
     Args:
         cfg: the config (a CfgNode).
@@ -51,14 +53,16 @@ def build_evaluators(cfg: Any, dataset_name: str) -> list[DatasetEvaluator]:
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
     max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
-    if kind == "sem_seg":
+    if kind in ("sem_seg", "cityscapes_sem_seg"):
         return [SemanticEvaluator(dataset_name)]
-    if kind == "coco":
+    if kind in ("coco", "cityscapes_instance"):
         return [InstanceEvaluator(dataset_name, max_detections)]
+    if kind == "depth":
+        return [DepthEvaluator(dataset_name)]
     if not str(kind).endswith("_panoptic_seg"):
         raise ValueError(
-            f"data set {dataset_name!r} must have evaluator_type 'sem_seg', 'coco' or "
-            f"'…_panoptic_seg', got {kind!r}"
+            f"data set {dataset_name!r} must have evaluator_type 'sem_seg', 'coco', 'depth' "
+            f"or '…_panoptic_seg', got {kind!r}"
         )
     switches = cfg.MODEL.MASK_FORMER.TEST
     evaluators: list[DatasetEvaluator] = []

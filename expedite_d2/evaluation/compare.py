@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from expedite_d2._ext import build_info
@@ -39,8 +39,8 @@ from expedite_d2.evaluation.report import (
     to_json,
 )
 from expedite_d2.files import replacing
-from expedite_d2.hourglass import reduce
-from expedite_d2.visualize import segmentation_of
+from expedite_d2.hourglass import ObservedOperator
+from expedite_d2.visualize import prediction_of
 
 __all__ = ["build_pair", "choose_examples", "compare"]
 
@@ -226,9 +226,11 @@ class _BackboneClock:
             hook.remove()
 
     def milliseconds(self) -> float:
-        """The time of the one pass inside; the device has been synchronised since."""
-        start, stop = self.marks
-        return start.elapsed_time(stop) if self.device.type == "cuda" else 1e3 * (stop - start)
+        """Time of the passes inside, one for each crop; the device has been synchronised since."""
+        return sum(
+            start.elapsed_time(stop) if self.device.type == "cuda" else 1e3 * (stop - start)
+            for start, stop in zip(self.marks[::2], self.marks[1::2], strict=True)
+        )
 
     def _mark(self, *hook_args: Any) -> None:
         if self.device.type != "cuda":
@@ -268,31 +270,39 @@ def _example(
     models: tuple[nn.Module, nn.Module], item: dict[str, Any], image_format: str
 ) -> Example:
     """Run both models on one image, and look at what the expedited backbone clusters."""
-    backbone: Any = models[1].get_submodule("backbone")
-    inputs: list[Tensor] = []
-    hook = backbone.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    baseline, expedited = (segmentation_of(model([item])[0]) for model in models)
-    hook.remove()
-    padded = inputs[0]  # (1, 3, H', W')
-    tokens = backbone.tokens_to_cluster(padded)
-    _, clustering = reduce(tokens, backbone.reduction, backbone.cluster_window)
-    clusters = None
-    if clustering.indices is not None:
-        # The first of the topk is the nearest centre.
-        clusters = clustering.indices[0, ..., 0].cpu().numpy()
+    sizes: list[torch.Size] = []
+    hook = (
+        models[1]
+        .get_submodule("backbone")
+        .register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[-2:]))
+    )
+    # (tokens, centres, clusters, window, ...) -> indices, weights; the first index is the nearest's
+    observed = ObservedOperator(
+        torch.ops.expedite_d2.token_match.default,
+        lambda args, result: (args[3], result[0][0, ..., 0]),
+    )
+    with hook, observed:
+        expedited = prediction_of(models[1]([item])[0])
+    baseline = prediction_of(models[0]([item])[0])
+    # None for an image that is too small to be reduced; crops are not put together.
+    clusters = window = None
+    rows, columns = sizes[0]
+    if len(observed.kept) == 1:
+        window, nearest = observed.kept[0]
+        clusters = nearest.cpu().numpy()
+        rows, columns = clusters.shape
     height, width = item["image"].shape[-2:]
     image = item["image"].permute(1, 2, 0).cpu().numpy().astype(np.uint8)
     if image_format == "BGR":
         image = image[..., ::-1]
-    rows, columns = baseline.ids.shape
     return Example(
-        image=np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((columns, rows))),
+        image=np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(baseline.size[::-1])),
         clusters=clusters,
         tokens=(
-            height * tokens.shape[1] / padded.shape[-2],
-            width * tokens.shape[2] / padded.shape[-1],
+            height * rows / sizes[0][0],
+            width * columns / sizes[0][1],
         ),
-        window=backbone.cluster_window,
+        window=None if window is None else tuple(window),
         baseline=baseline,
         expedited=expedited,
     )
@@ -328,6 +338,8 @@ def _describe_model(cfg: CfgNode) -> str:
         swin = cfg.MODEL.SWIN
         depths = "-".join(map(str, swin.DEPTHS))
         words.append(f"Swin {swin.EMBED_DIM} ({depths}, window {swin.WINDOW_SIZE})")
+    elif cfg.MODEL.BACKBONE.NAME == "ExpeditedViT":
+        words.append(cfg.MODEL.VIT.NAME)
     else:
         words.append(cfg.MODEL.BACKBONE.NAME)
     return ", ".join(words)

@@ -234,14 +234,23 @@ def _token_reconstruct(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(_shape(inputs[1])) * _shape(inputs[0])[-1]
 
 
+def _roi_align(inputs: list[Any], outputs: list[Any]) -> int:
+    """Each output value is the mean of samples, each of them blended from four values."""
+    ratio = inputs[5].toIValue()
+    # 0 lets the size of each region decide; two samples a side are what Detectron2's regions get.
+    samples = (ratio if ratio > 0 else 2) ** 2
+    return math.prod(_shape(outputs[0])) * samples * 4
+
+
 # Elementwise arithmetic, comparisons, reductions without products and pure data movement, which
 # fvcore's counts leave out, too (its own list of such operators is shorter than what occurs).
 _NOT_COUNTED = (
-    "abs add add_ alias all any argmax bernoulli_ clone contiguous cos cumsum div div_ dropout_ "
-    "empty_like erf exp expand_as fill_ gelu hardtanh im2col index_select isfinite kron le "
-    "leaky_relu lift_fresh linspace log log_softmax logical_and logical_not logical_or lt "
-    "masked_fill_ mean meshgrid movedim mul mul_ ne neg new_ones normal_ ones_like pad pow prod "
-    "reciprocal repeat repeat_interleave rsqrt rsub scatter scatter_ sigmoid silu sin softmax "
+    "_upsample_bicubic2d_aa abs add add_ alias all any argmax bernoulli_ ceil clone contiguous "
+    "cos cumsum div div_ dropout_ empty_like eq erf exp expand_as fill_ gelu hardtanh im2col "
+    "index_select isfinite kron le leaky_relu lift_fresh linalg_vector_norm linspace log "
+    "log_softmax logical_and logical_not logical_or lt masked_fill masked_fill_ max_pool2d mean "
+    "meshgrid min movedim mul mul_ ne neg new_ones normal_ ones_like pad pow prod reciprocal "
+    "repeat repeat_interleave reshape_as rsqrt rsub scatter scatter_ sigmoid silu sin softmax "
     "sort sqrt square sub sub_ sum tanh tile topk tril triu unflatten unfold view_as where"
 ).split()
 
@@ -250,6 +259,7 @@ HANDLES: dict[str, Handle | None] = {f"aten::{name}": None for name in _NOT_COUN
     "aten::baddbmm": _baddbmm,
     "aten::einsum": _einsum,
     "aten::scaled_dot_product_attention": _attention,
+    "torchvision::roi_align": _roi_align,
     "expedite_d2::token_spread": _token_spread,
     "expedite_d2::token_cluster": _token_cluster,
     "expedite_d2::token_match": _token_match,

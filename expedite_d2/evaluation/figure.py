@@ -13,13 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from expedite_d2.evaluation.report import format_number, headline_metrics
+from expedite_d2.evaluation.report import format_number, headline_metrics, is_error
 from expedite_d2.visualize import (
-    Segmentation,
+    Prediction,
     disagreement,
     draw_clusters,
     draw_disagreement,
-    draw_segmentation,
+    draw_predictions,
 )
 
 __all__ = ["Example", "draw_comparison"]
@@ -48,6 +48,7 @@ _METRIC_TITLES = {
     "sem_seg": "semantic mIoU",
     "segm": "mask AP",
     "bbox": "box AP",
+    "depth": "depth RMSE, m",
 }
 
 
@@ -70,8 +71,8 @@ class Example:
     clusters: np.ndarray | None
     tokens: tuple[float, float]
     window: tuple[int, int] | None
-    baseline: Segmentation
-    expedited: Segmentation
+    baseline: Prediction
+    expedited: Prediction
 
 
 def draw_comparison(
@@ -158,8 +159,9 @@ def _titles(comparison: Mapping[str, Any]) -> tuple[str, str, str]:
     for task, name in headline_metrics(comparison):
         kept = ratio["metrics"][task][name]
         if kept is not None:
-            label = _METRIC_TITLES[task].split()[-1] if task != "bbox" else "box AP"
-            claims.append(f"{label} {100 * kept:.1f} % kept")
+            label = "box AP" if task == "bbox" else name
+            change = f"{100 * (kept - 1):+.1f} %" if is_error(name) else f"{100 * kept:.1f} % kept"
+            claims.append(f"{label} {change}")
     settings = comparison["expedited"]["settings"]
     clusters = "x".join(str(c) for c in settings.get("clusters", []))
     subtitle = (
@@ -221,7 +223,7 @@ def _draw_accuracy(axes: Axes, comparison: Mapping[str, Any], task: str, name: s
         axes.scatter([x], [y], s=90, color=colour, zorder=3, edgecolor="white", linewidth=1.2)
     # One label above its point and the other below: they never meet, however close the points.
     above = 1 if y1 > y0 else 0
-    words = (f"baseline {y0:.1f}", f"expedited {y1:.1f}")
+    words = (f"baseline {format_number(y0, 3)}", f"expedited {format_number(y1, 3)}")
     for index, colour in enumerate((_BASELINE, _EXPEDITED)):
         axes.annotate(
             words[index], points[index], (0, 11 if index == above else -11),
@@ -229,7 +231,7 @@ def _draw_accuracy(axes: Axes, comparison: Mapping[str, Any], task: str, name: s
             size=10.5, weight="bold", color=colour,
         )  # fmt: skip
     # A tenth of the value around the points: a loss of a few per cent is seen, and not blown up.
-    room = max(0.10 * max(y0, y1), 0.6 * abs(y1 - y0), 0.5)
+    room = max(0.10 * max(y0, y1), 0.6 * abs(y1 - y0)) or 0.5
     axes.set_ylim(min(y0, y1) - room, max(y0, y1) + room)
     side_room = max(0.8 * abs(x1 - x0), 0.06 * max(x0, x1))
     axes.set_xlim(min(x0, x1) - side_room, max(x0, x1) + side_room)
@@ -251,7 +253,7 @@ def _pictures(example: Example, size: tuple[int, int], metadata: Any) -> list[np
     image = np.asarray(
         Image.fromarray(example.image).resize((width, height), Image.Resampling.LANCZOS)
     )
-    sides = [_resized(s, size) for s in (example.baseline, example.expedited)]
+    sides = [side.resized(height, width) for side in (example.baseline, example.expedited)]
     differs = disagreement(example.baseline, example.expedited)
     shown = np.asarray(Image.fromarray(differs).resize((width, height), Image.Resampling.NEAREST))
     clusters = image
@@ -260,11 +262,6 @@ def _pictures(example: Example, size: tuple[int, int], metadata: Any) -> list[np
         clusters = draw_clusters(image, example.clusters, stride, example.window)
     return [
         clusters,
-        *(draw_segmentation(image, side, metadata) for side in sides),
+        *draw_predictions(image, sides, metadata),
         draw_disagreement(image, shown),
     ]
-
-
-def _resized(segmentation: Segmentation, size: tuple[int, int]) -> Segmentation:
-    ids = Image.fromarray(segmentation.ids).resize((size[1], size[0]), Image.Resampling.NEAREST)
-    return Segmentation(np.asarray(ids, dtype=np.int32), segmentation.segments)

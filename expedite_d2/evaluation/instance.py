@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from expedite_d2.d2 import MetadataCatalog
-from expedite_d2.evaluation.evaluator import ImageEvaluator, Metrics, Results
+from expedite_d2.d2 import DatasetCatalog, MetadataCatalog
+from expedite_d2.evaluation.evaluator import ImageEvaluator, Metrics, Results, image_key
 
 AREAS = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}
 IOUS = {"AP50": 0.5, "AP75": 0.75}
@@ -35,7 +35,8 @@ class Detections(NamedTuple):
 class InstanceEvaluator(ImageEvaluator[Detections]):
     """AP AP50 AP75 APs APm APl in percent: "segm" always, "bbox" where boxes are predicted.
 
-    The ground truth is the metadata's ``json_file``, restricted to the evaluated images.
+    The ground truth is the metadata's ``json_file``, or what the data set itself lists where there
+    is no such file, restricted to the evaluated images.
 
     Args:
         dataset_name: the data set's name in the catalogs.
@@ -75,14 +76,20 @@ class InstanceEvaluator(ImageEvaluator[Detections]):
 
     def summarise(self, records: Mapping[Hashable, Detections]) -> Results:
         """Average precision of all images' detections."""
-        path = Path(MetadataCatalog.get(self.dataset_name).json_file)
         with _silence():
-            truth = _restricted(json.loads(path.read_text()), records)
+            truth = _restricted(self._annotation(), records)
             results = {"segm": self._average_precision(truth, records, "segm")}
             # Mask2Former predicts masks and fills its boxes with zeros.
             if any(record.boxes.any() for record in records.values()):
                 results["bbox"] = self._average_precision(truth, records, "bbox")
         return results
+
+    def _annotation(self) -> dict[str, Any]:
+        """The data set's annotation in COCO's format."""
+        path = MetadataCatalog.get(self.dataset_name).get("json_file")
+        if path:
+            return json.loads(Path(path).read_text())
+        return coco_annotation(DatasetCatalog.get(self.dataset_name), self.dataset_ids)
 
     def _average_precision(
         self, truth: COCO, records: Mapping[Hashable, Detections], kind: str
@@ -116,6 +123,40 @@ def encode_masks(masks: Any) -> list[dict[str, Any]]:
     # The encoder reads columns first and masks last: (N, W, H) in C order is that, transposed.
     columns = (tensor != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     return coco_mask.encode(columns.transpose(2, 1, 0))
+
+
+def coco_annotation(
+    entries: Iterable[Mapping[str, Any]], dataset_ids: Mapping[int, int]
+) -> dict[str, Any]:
+    """COCO's instance format of dataset dicts whose masks are run-length encoded or polygons.
+
+    Args:
+        entries: dataset dicts with ``annotations``.
+        dataset_ids: contiguous id → the data set's category id.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for entry in entries:
+        image = {"id": image_key(entry), "height": entry["height"], "width": entry["width"]}
+        images.append(image)
+        for annotation in entry["annotations"]:
+            mask = annotation["segmentation"]
+            if isinstance(mask, list):
+                parts = coco_mask.frPyObjects(mask, entry["height"], entry["width"])
+                mask = coco_mask.merge(parts)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": dataset_ids[annotation["category_id"]],
+                    "iscrowd": int(annotation.get("iscrowd", 0)),
+                    "segmentation": mask,
+                    "area": float(coco_mask.area(mask)),
+                    "bbox": coco_mask.toBbox(mask).tolist(),
+                }
+            )
+    categories = [{"id": number, "name": str(number)} for number in dataset_ids.values()]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _restricted(annotation: dict[str, Any], records: Mapping[Hashable, Detections]) -> COCO:

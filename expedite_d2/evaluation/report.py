@@ -18,12 +18,20 @@ __all__ = [
     "comparison_table",
     "format_number",
     "headline_metrics",
+    "is_error",
     "markdown",
     "to_json",
 ]
 
 # The one metric that a task is judged by.
-_HEADLINES = {"panoptic_seg": "PQ", "sem_seg": "mIoU", "segm": "AP", "bbox": "AP"}
+_HEADLINES = {
+    "panoptic_seg": "PQ",
+    "sem_seg": "mIoU",
+    "segm": "AP",
+    "bbox": "AP",
+    "depth": "RMSE",
+}
+_ERRORS = frozenset({"RMSE", "RMSE_log", "AbsRel", "SqRel", "SILog"})
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,11 @@ def headline_metrics(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def is_error(name: str) -> bool:
+    """Whether less of a metric is better."""
+    return name in _ERRORS
+
+
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """The numbers as a Markdown table whose columns are aligned, so that it also reads as text."""
     baseline, expedited, ratio = (comparison[k] for k in ("baseline", "expedited", "ratio"))
@@ -138,7 +151,11 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
             other = expedited["metrics"].get(task, {}).get(name)
             kept = _percentage(ratio["metrics"][task][name])
             rows.append(
-                (_label(task, name, baseline["metrics"]), *map(_points, (value, other)), kept)
+                (
+                    _label(task, name, baseline["metrics"]),
+                    *(format_number(v, 4) for v in (value, other)),
+                    kept,
+                )
             )
     return _aligned(rows)
 
@@ -222,7 +239,8 @@ def _label(task: str, name: str, metrics: Mapping[str, Any]) -> str:
     """A metric's own name, with its task where two tasks use the same one (mask and box AP)."""
     shared = sum(name in others for others in metrics.values()) > 1
     kind = {"segm": "mask", "bbox": "box"}.get(task, task)
-    return f"{kind} {name}" if shared or task in ("segm", "bbox") else name
+    label = f"{kind} {name}" if shared or task in ("segm", "bbox") else name
+    return f"{label} (error)" if is_error(name) else label
 
 
 def format_number(value: float | None, digits: int) -> str:
@@ -231,10 +249,6 @@ def format_number(value: float | None, digits: int) -> str:
         return "-"
     whole = len(str(int(abs(value))))
     return f"{value:.{max(0, digits - whole)}f}"
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _percentage(value: float | None) -> str:

@@ -86,7 +86,7 @@ def check_temperature(op: str, temperature: float) -> float:
     """Requires a finite positive number."""
     if not isinstance(temperature, (int, float)):
         raise TypeError(f"{op}: expected temperature to be a number, got {_got(temperature)}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(
             f"{op}: expected temperature to be positive and finite, got {temperature!r}"
         )

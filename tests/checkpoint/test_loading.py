@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SwinConfig,
+    SwinForImageClassification,
+    Swinv2Config,
+    Swinv2ForImageClassification,
+)
 
 import expedite_d2.models  # noqa: F401 (registers the architectures)
 from expedite_d2.checkpoint import load_weights
@@ -331,6 +338,49 @@ def test_swin_classification_weights_fill_the_backbone(tmp_path, caplog, numpy):
     for name, tensor in model.state_dict().items():
         loaded = name.startswith("backbone.") and not re.match(r"backbone\.norm\d", name)
         assert torch.equal(tensor, (source if loaded else before).state_dict()[name]), name
+
+
+V2 = ("MODEL.SWIN.VERSION", 2)
+
+
+def test_swin_v2_classification_weights_fill_the_backbone(tmp_path, caplog):
+    source, model = build(*V2, seed=1), build(*V2, seed=2)
+    state = as_swin(source)
+    # Trained in windows of another size: its constants are not the model's.
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(9, 9).long()
+    state["layers.0.blocks.0.attn.relative_coords_table"] = torch.zeros(1, 5, 5, 2)
+    torch.save({"model": state}, tmp_path / "swin_v2.pth")
+    load_weights(model, tmp_path / "swin_v2.pth")
+    assert "a backbone alone" in caplog.text
+    for name, tensor in model.backbone.layers.state_dict().items():
+        assert torch.equal(tensor, source.backbone.layers.state_dict()[name]), name
+    with pytest.raises(ValueError, match="of another model: .* left over are .*q_bias"):
+        load_weights(build(), tmp_path / "swin_v2.pth")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_swin_gives_the_same_features(tmp_path, caplog, version):
+    config_class, model_class = {
+        1: (SwinConfig, SwinForImageClassification),
+        2: (Swinv2Config, Swinv2ForImageClassification),
+    }[version]
+    config = config_class(
+        embed_dim=24, depths=[1, 1, 3, 1], num_heads=[2, 2, 4, 8], window_size=4, image_size=256
+    )
+    torch.manual_seed(1)
+    theirs = model_class(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    model = build("MODEL.SWIN.VERSION", version)
+    load_weights(model, tmp_path)
+    assert "a backbone alone" in caplog.text
+    model.backbone.norm3.load_state_dict(theirs.base_model.layernorm.state_dict())
+    images = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        expected = theirs.base_model(images).last_hidden_state[0].T.view(1, 192, 8, 8)
+        features = model.backbone(images)["res5"]
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
 
 
 def test_auxiliary_head_may_be_in_the_file_or_not(tmp_path):

@@ -14,10 +14,13 @@ from PIL import Image
 from expedite_d2.config import add_expedite_config, add_mask2former_config
 from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog, get_cfg
 from expedite_d2.data.ade20k import register_ade20k
+from expedite_d2.data.cityscapes import register_cityscapes
 from expedite_d2.data.coco import register_coco
+from expedite_d2.data.pascal_context import register_pascal_context
 from expedite_d2.data.scenes import writer
 
 SIZE = (40, 60)
+PREFIXES = ("coco_2017_", "ade20k_", "cityscapes_fine_", "pascal_context_")
 
 
 @pytest.fixture
@@ -135,16 +138,18 @@ ADE_NAMES = {
 
 @pytest.fixture
 def datasets(tmp_path: Path) -> Iterator[Path]:
-    """A folder for DETECTRON2_DATASETS that COCO and ADE20K are registered in."""
-    names = [n for n in DatasetCatalog.list() if n.startswith(("coco_2017_", "ade20k_"))]
+    """A folder for DETECTRON2_DATASETS that the public data sets are registered in."""
+    names = [n for n in DatasetCatalog.list() if n.startswith(PREFIXES)]
     kept = {name: (DatasetCatalog[name], MetadataCatalog.get(name)) for name in names}
     for name in names:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     register_coco(tmp_path)
     register_ade20k(tmp_path)
+    register_cityscapes(tmp_path)
+    register_pascal_context(tmp_path)
     yield tmp_path
-    for name in [n for n in DatasetCatalog.list() if n.startswith(("coco_2017_", "ade20k_"))]:
+    for name in [n for n in DatasetCatalog.list() if n.startswith(PREFIXES)]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     for name, (load, metadata) in kept.items():

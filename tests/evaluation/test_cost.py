@@ -184,6 +184,27 @@ def test_swin_large_costs_what_the_paper_says(config, expected):
     assert cost.analyse(backbone, 1152, 1152).total() / 1e9 == pytest.approx(expected, rel=0.01)
 
 
+# The paper's SwinV2-L (HTC++) has 921 and 748 G; it gives no size: windows of 32 at 1024x1024 fit.
+def test_swin_v2_large_costs_what_the_paper_says(caplog):
+    cfg = load_config("configs/coco/panoptic/mask2former_swin_large.yaml", [
+        "MODEL.SWIN.VERSION", "2",
+        "MODEL.SWIN.WINDOW_SIZE", "32",
+        "MODEL.SWIN.PRETRAINED_WINDOW_SIZES", "[12, 12, 12, 6]",
+        "MODEL.EXPEDITE.ALPHA", "12",
+        "MODEL.EXPEDITE.CLUSTERS", "[24, 24]",
+    ])  # fmt: skip
+    total = []
+    for enabled in (False, True):
+        cfg.MODEL.EXPEDITE.ENABLED = enabled
+        with torch.device("meta"):
+            backbone = build_backbone(cfg)
+        with caplog.at_level(logging.WARNING):
+            total.append(cost.analyse(backbone, 1024, 1024).total() / 1e9)
+    assert "not counted" not in caplog.text
+    assert total == pytest.approx([921, 748], rel=0.01)
+    assert total[1] / total[0] == pytest.approx(748 / 921, rel=0.01)
+
+
 def test_report_compares_baseline_and_expedited(result):
     assert result["size"] == [128, 160]
     for part in ("backbone", "model"):

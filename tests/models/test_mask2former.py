@@ -193,13 +193,15 @@ def test_one_kind_equals_the_same_of_all_kinds(kind, expedited):
         assert torch.equal(single["instances"].pred_masks[keep], everything["instances"].pred_masks)
 
 
+SEMANTIC = [v for k in ("PANOPTIC", "INSTANCE") for v in (f"MODEL.MASK_FORMER.TEST.{k}_ON", False)]
+
+
 def test_semantic_alone_sums_classes_before_resizing():
-    opts = [v for k in ("PANOPTIC", "INSTANCE") for v in (f"MODEL.MASK_FORMER.TEST.{k}_ON", False)]
-    model = build(*opts).eval()
+    model = build(*SEMANTIC).eval()
     inputs = image(50, 70) | {"height": 100, "width": 140}
     with torch.no_grad():
         result = model([inputs])[0]
-        padded = model._preprocess([inputs]).tensor
+        padded = model._preprocess([inputs], model.size_divisibility).tensor
         classes, masks = model.logits(padded)
     assert padded.shape[-2:] == (64, 96)
     resize = torch.nn.functional.interpolate
@@ -208,6 +210,45 @@ def test_semantic_alone_sums_classes_before_resizing():
     expected = resize(scores[None], size=(100, 140), mode="bilinear", align_corners=False)[0]
     assert set(result) == {"sem_seg"}
     torch.testing.assert_close(result["sem_seg"], expected)
+
+
+def sliding(crop, stride):
+    key = "TEST.SLIDING_WINDOW."
+    return [key + "ENABLED", True, key + "CROP", list(crop), key + "STRIDE", list(stride)]
+
+
+def test_a_sliding_window_averages_the_scores_of_its_crops():
+    model = build(*SEMANTIC, *sliding((50, 40), (50, 30))).eval()
+    plain = build(*SEMANTIC).eval()
+    inputs = image(50, 70) | {"height": 100, "width": 140}
+    with torch.no_grad():
+        result = model([inputs])[0]["sem_seg"]
+        # Each crop is padded to the backbone's stride by itself, as an image of its size is.
+        left, right = (
+            plain([{"image": inputs["image"][..., part]}])[0]["sem_seg"]
+            for part in (slice(40), slice(30, 70))
+        )
+    scores = torch.cat(
+        [left[..., :30], (left[..., 30:] + right[..., :10]) / 2, right[..., 10:]], dim=-1
+    )
+    resize = torch.nn.functional.interpolate
+    expected = resize(scores[None], size=(100, 140), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(result, expected)
+
+
+def test_a_sliding_window_larger_than_the_image_changes_nothing():
+    inputs = [image(50, 70, seed=1)]
+    with torch.no_grad():
+        results = [
+            build(*SEMANTIC, *opts).eval()(inputs)[0]["sem_seg"]
+            for opts in ((), sliding((80, 80), (60, 60)))
+        ]
+    assert torch.equal(*results)
+
+
+def test_a_sliding_window_is_for_semantic_segmentation_alone():
+    with pytest.raises(ValueError, match="TEST.SLIDING_WINDOW is for semantic"):
+        build(*sliding((32, 32), (32, 32)))
 
 
 def test_a_batch_equals_its_images_of_one_size():
@@ -341,7 +382,9 @@ SWIN_LARGE = sorted(
 
 
 def test_swin_large_configs_come_in_pairs():
-    tasks = ["ade20k/panoptic", "ade20k/semantic", "coco/instance", "coco/panoptic"]
+    tasks = ["ade20k/panoptic", "ade20k/semantic"]
+    tasks += [f"cityscapes/{task}" for task in ("instance", "panoptic", "semantic")]
+    tasks += ["coco/instance", "coco/panoptic"]
     stems = ["mask2former_swin_large.yaml", "mask2former_swin_large_expedited.yaml"]
     assert SWIN_LARGE == [f"{task}/{stem}" for task in tasks for stem in stems]
 

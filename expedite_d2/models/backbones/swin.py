@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,41 +13,40 @@ from torch.utils.checkpoint import checkpoint
 
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.hourglass import Reduction, profiler_range, reconstruct, reduce
+from expedite_d2.models.backbones.settings import reduction_from_config
 from expedite_d2.models.backbones.swin_blocks import (
     PatchEmbed,
     PatchMerging,
     SwinBlock,
+    WindowAttention,
     Windows,
-    position_resampling,
-    relative_position_index,
-    shift_mask,
 )
+from expedite_d2.models.backbones.swin_v2_blocks import (
+    CosineWindowAttention,
+    PatchMergingV2,
+    SwinV2Block,
+)
+from expedite_d2.patch.windows import relative_position_index, shift_mask
 
 
 class SwinStage(nn.Module):
     """Blocks of one resolution, and the merging that leads to the next."""
 
-    def __init__(
-        self, blocks: Sequence[SwinBlock], window_size: int, downsample: PatchMerging | None
-    ) -> None:
+    def __init__(self, blocks: Sequence[SwinBlock], downsample: nn.Module | None) -> None:
         super().__init__()
-        self.window_size = window_size
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def token_windows(self, x: Tensor) -> Windows:
-        """Geometry of the windows on a token map (B, H, W, C)."""
-        size, shift = self.window_size, self.window_size // 2
-        positions = cast(SwinBlock, self.blocks[0]).attn.relative_position_index
-        mask = self._mask(x, (size, size), (shift, shift))
-        return Windows((size, size), (shift, shift), mask, positions)
-
-    def cluster_windows(
-        self, x: Tensor, clusters: tuple[int, int], positions: Tensor, resample: Tensor
+    def windows(
+        self,
+        x: Tensor,
+        size: tuple[int, int],
+        positions: Tensor,
+        resample: Tensor | None = None,
     ) -> Windows:
-        """Geometry of the windows on a map (B, h, w, C) of clusters."""
-        shift = (clusters[0] // 2, clusters[1] // 2)
-        return Windows(clusters, shift, self._mask(x, clusters, shift), positions, resample)
+        """Geometry of the windows on a map (B, H, W, C) of tokens or clusters."""
+        shift = (size[0] // 2, size[1] // 2)
+        return Windows(size, shift, self._mask(x, size, shift), positions, resample)
 
     def _mask(self, x: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> Tensor | None:
         if not any(block.shifted for block in self.blocks):
@@ -58,7 +58,7 @@ class SwinStage(nn.Module):
 
 @BACKBONE_REGISTRY.register()
 class ExpeditedSwinTransformer(Backbone):
-    """Swin transformer (v1), expedited when `reduction` is set.
+    """Swin transformer, version 1 or 2, expedited when `reduction` is set.
 
     Parameters have the official names, and without a reduction every output is official Swin's.
     With one, the blocks from number `alpha` to the end of the stage that holds it run on clusters,
@@ -68,6 +68,7 @@ class ExpeditedSwinTransformer(Backbone):
         reduction: the settings; None runs every block on all tokens. May be set at any time.
     """
 
+    token_positions: Tensor
     cluster_positions: Tensor  # None without a reduction
     cluster_resample: Tensor
 
@@ -92,6 +93,8 @@ class ExpeditedSwinTransformer(Backbone):
         patch_norm: bool = True,
         out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
         use_checkpoint: bool = False,
+        version: int = 1,
+        pretrained_window_sizes: Sequence[int] | None = None,
         reduction: Reduction | None = None,
     ) -> None:
         """Args as in official Swin; what differs or is easily mistaken:
@@ -102,6 +105,9 @@ class ExpeditedSwinTransformer(Backbone):
             ape: whether to add an absolute position embedding to the patches.
             out_features: names of the outputs, "res2" for the first stage.
             use_checkpoint: whether to recompute each block's activations in the backward pass.
+            version: 1 or 2. Version 2 learns the scale of its logits: it takes no qk_scale.
+            pretrained_window_sizes: version 2: for each stage the window that its coordinates are
+                measured in, where the weights come from smaller windows; 0 for window_size.
             reduction: settings of the expedited backbone; None for the plain one.
         """
         super().__init__()
@@ -128,27 +134,34 @@ class ExpeditedSwinTransformer(Backbone):
         self.pos_drop = nn.Dropout(drop_rate)
 
         drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        parts = _version_parts(version, len(depths), qk_scale, pretrained_window_sizes)
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             first = sum(depths[:i])
             blocks = [
-                SwinBlock(
+                parts.block(
                     self.num_features[i],
-                    num_heads[i],
-                    window_size,
+                    parts.attentions[i](
+                        self.num_features[i],
+                        window_size,
+                        num_heads[i],
+                        qkv_bias=qkv_bias,
+                        attn_drop=attn_drop_rate,
+                        proj_drop=drop_rate,
+                    ),
                     shifted=j % 2 == 1,
                     mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    qk_scale=qk_scale,
                     drop=drop_rate,
-                    attn_drop=attn_drop_rate,
                     drop_path=drop_path[first + j],
                 )
                 for j in range(depth)
             ]
             last = i == len(depths) - 1
-            downsample = None if last else PatchMerging(self.num_features[i])
-            self.layers.append(SwinStage(blocks, window_size, downsample))
+            downsample = None if last else parts.merging(self.num_features[i])
+            self.layers.append(SwinStage(blocks, downsample))
+        # One for all blocks: that of a 32x32 window has 8 MB.
+        positions = relative_position_index((window_size, window_size))
+        self.register_buffer("token_positions", positions, persistent=False)
         for i, channels in enumerate(self.num_features):
             self.add_module(f"norm{i}", nn.LayerNorm(channels))
         self.apply(_init_weights)
@@ -159,18 +172,7 @@ class ExpeditedSwinTransformer(Backbone):
     @classmethod
     def from_config(cls, cfg: Any, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
         """Constructor arguments from Mask2Former's MODEL.SWIN and from MODEL.EXPEDITE."""
-        swin, expedite = cfg.MODEL.SWIN, cfg.MODEL.EXPEDITE
-        reduction = None
-        if expedite.ENABLED:
-            reduction = Reduction(
-                alpha=expedite.ALPHA,
-                clusters=tuple(expedite.CLUSTERS),
-                iterations=expedite.ITERATIONS,
-                neighbourhood=expedite.NEIGHBOURHOOD,
-                topk=expedite.TOPK,
-                temperature=expedite.TEMPERATURE,
-                reconstruction=expedite.RECONSTRUCTION,
-            )
+        swin = cfg.MODEL.SWIN
         return {
             "pretrain_img_size": swin.PRETRAIN_IMG_SIZE,
             "patch_size": swin.PATCH_SIZE,
@@ -189,7 +191,10 @@ class ExpeditedSwinTransformer(Backbone):
             "patch_norm": swin.PATCH_NORM,
             "out_features": swin.OUT_FEATURES,
             "use_checkpoint": swin.USE_CHECKPOINT,
-            "reduction": reduction,
+            # A config made by Mask2Former alone lacks these two.
+            "version": swin.get("VERSION", 1),
+            "pretrained_window_sizes": swin.get("PRETRAINED_WINDOW_SIZES"),
+            "reduction": reduction_from_config(cfg),
         }
 
     @property
@@ -201,10 +206,11 @@ class ExpeditedSwinTransformer(Backbone):
     def reduction(self, reduction: Reduction | None) -> None:
         positions = resample = None
         if reduction is not None:
-            blocks = sum(len(stage.blocks) for stage in self._stages())
-            if reduction.alpha >= blocks:
+            blocks = [block for stage in self._stages() for block in stage.blocks]
+            if reduction.alpha >= len(blocks):
                 raise ValueError(
-                    f"alpha must be less than the backbone's {blocks} blocks, got {reduction.alpha}"
+                    f"alpha must be less than the backbone's {len(blocks)} blocks, got "
+                    f"{reduction.alpha}"
                 )
             side = self.window_size
             rows, columns = reduction.grid(side, side)
@@ -214,7 +220,8 @@ class ExpeditedSwinTransformer(Backbone):
                 )
             device = self.patch_embed.proj.weight.device
             positions = relative_position_index((rows, columns)).to(device)
-            resample = position_resampling(side, (rows, columns)).to(device)
+            attention: Any = blocks[reduction.alpha].attn
+            resample = attention.resampling((rows, columns)).to(device)
         # Constants of the settings, not of a forward pass; buffers follow the model to its device.
         self.register_buffer("cluster_positions", positions, persistent=False)
         self.register_buffer("cluster_resample", resample, persistent=False)
@@ -246,11 +253,12 @@ class ExpeditedSwinTransformer(Backbone):
             first += len(blocks)
             with profiler_range(f"expedite_d2.swin.stage{i + 1}", x):
                 if full:
-                    x = self._run(blocks[:full], x, stage.token_windows(x))
+                    windows = stage.windows(x, self.cluster_window, self.token_positions)
+                    x = self._run(blocks[:full], x, windows)
                 if reduction is not None and full < len(blocks):
                     clusters = reduction.grid(*self.cluster_window)
                     low, clustering = reduce(x, reduction, self.cluster_window)
-                    windows = stage.cluster_windows(
+                    windows = stage.windows(
                         low, clusters, self.cluster_positions, self.cluster_resample
                     )
                     x = reconstruct(self._run(blocks[full:], low, windows), clustering)
@@ -262,22 +270,6 @@ class ExpeditedSwinTransformer(Backbone):
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return outputs
-
-    def tokens_to_cluster(self, images: Tensor) -> Tensor:
-        """The token map that enters the clustering: (B, 3, H, W) -> (B, H', W', C)."""
-        if self._reduction is None:
-            raise ValueError("tokens_to_cluster needs an expedited backbone, reduction is None")
-        x, left = self._embed(images), self._reduction.alpha
-        for stage in self._stages():
-            blocks = list(stage.blocks)
-            if left:
-                x = self._run(blocks[:left], x, stage.token_windows(x))
-            if left < len(blocks):
-                break
-            left -= len(blocks)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return x
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each output."""
@@ -318,6 +310,37 @@ class ExpeditedSwinTransformer(Backbone):
             else:
                 x = block(x, windows)
         return x
+
+
+class _Parts(NamedTuple):
+    """What the versions of Swin build their stages of; an attention for each stage."""
+
+    block: type[SwinBlock]
+    attentions: Sequence[Callable[..., nn.Module]]
+    merging: Callable[[int], nn.Module]
+
+
+def _version_parts(
+    version: int, stages: int, qk_scale: float | None, pretrained: Sequence[int] | None
+) -> _Parts:
+    pretrained = list(pretrained) if pretrained and any(pretrained) else [0] * stages
+    if version == 1:
+        if any(pretrained):
+            raise ValueError(
+                f"pretrained_window_sizes are for version 2, got {pretrained} for version 1"
+            )
+        attention = partial(WindowAttention, qk_scale=qk_scale)
+        return _Parts(SwinBlock, [attention] * stages, PatchMerging)
+    if version != 2:
+        raise ValueError(f"version must be 1 or 2, got {version!r}")
+    if qk_scale is not None:
+        raise ValueError(f"qk_scale must be None for version 2, which learns it, got {qk_scale}")
+    if len(pretrained) != stages:
+        raise ValueError(
+            f"pretrained_window_sizes must have one entry a stage ({stages}), got {pretrained}"
+        )
+    attentions = [partial(CosineWindowAttention, pretrained_window_size=w) for w in pretrained]
+    return _Parts(SwinV2Block, attentions, PatchMergingV2)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """The parts of a Swin transformer: patch embedding, window attention, block, patch merging.
 
+What its second version does differently is in ``swin_v2_blocks``.
+
 Token maps are channels-last, (B, H, W, C), everywhere. A block learns the geometry of its windows
 from the caller with each call, so the same parameters serve 12x12 windows of tokens and 8x8 windows
 of clusters, and nothing of a forward pass stays on a module.
@@ -14,11 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-# Added to the logits of pairs that a shifted window holds but the image does not hold side by side.
-# Official Swin adds -100, whose exponential is a denormal number: zero for the result, but a
-# product with it takes a CPU many times as long.
-MASKED = float("-inf")
-
 
 class Windows(NamedTuple):
     """The windows that a block attends in.
@@ -28,8 +25,8 @@ class Windows(NamedTuple):
         shift: rows and columns by which every second block rolls the map.
         mask: (windows, 1, N, N), added to the logits of rolled maps; None if no block rolls.
         positions: (N, N), row of the position bias table for each pair of positions in a window.
-        resample: (rows, (2M-1)^2), reads the table at the offsets of clusters; None for the table
-            itself.
+        resample: where the offsets between clusters lie, as the blocks' attention gave it
+            (`resampling`); None for the offsets between tokens.
     """
 
     size: tuple[int, int]
@@ -37,16 +34,6 @@ class Windows(NamedTuple):
     mask: Tensor | None
     positions: Tensor
     resample: Tensor | None = None
-
-
-def relative_position_index(window: tuple[int, int]) -> Tensor:
-    """Row of a (2h-1)(2w-1) table of offsets for each pair of positions in a window: (h*w, h*w)."""
-    h, w = window
-    rows = torch.arange(h).repeat_interleave(w)
-    columns = torch.arange(w).repeat(h)
-    row_offset = rows[:, None] - rows[None, :] + h - 1
-    column_offset = columns[:, None] - columns[None, :] + w - 1
-    return row_offset * (2 * w - 1) + column_offset
 
 
 def _linear_weights(window: int, clusters: int) -> Tensor:
@@ -89,36 +76,63 @@ def unpartition(x: Tensor, window: tuple[int, int], height: int, width: int) -> 
     return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
 
 
-def shift_mask(
-    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
-) -> Tensor:
-    """What keeps the tokens of a rolled map from attending across the seam.
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B * windows, N, 3C) -> query, key and value, each (B * windows, heads, N, C / heads)."""
+    count, positions, channels = qkv.shape
+    qkv = qkv.view(count, positions, 3, heads, channels // (3 * heads))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+def bias_of_pairs(table: Tensor, positions: Tensor) -> Tensor:
+    """Bias of each head for each pair of positions in a window.
 
     Args:
-        grid: rows and columns of the map, already multiples of the window.
-        window: rows and columns of a window.
-        shift: rows and columns by which the map was rolled.
-        device: where the mask is made.
+        table: (rows, heads), a row for each relative position.
+        positions: (N, N), row of each pair.
 
     Returns:
-        (windows, 1, N, N) float32: 0 within a region of the image, `MASKED` between two.
+        (heads, N, N).
     """
-    sides = []
-    for length, side, offset in zip(grid, window, shift, strict=True):
-        position = torch.arange(length, device=device)
-        region = (position >= length - side).long() + (position >= length - offset).long()
-        sides.append(region.view(-1, side))  # (windows of this side, M)
-    rows, columns = sides
-    region = rows[:, None, :, None] * 3 + columns[None, :, None, :]
-    region = region.reshape(-1, 1, window[0] * window[1])  # (windows, 1, N)
-    differs = region[..., :, None] != region[..., None, :]  # (windows, 1, N, N)
-    return torch.zeros(differs.shape, device=device).masked_fill_(differs, MASKED)
+    # One gather a head: several times faster than indexing rows and transposing after.
+    index = positions.view(1, -1).expand(table.shape[1], -1)
+    return table.t().contiguous().gather(1, index).view(-1, *positions.shape)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    """Attention within each window.
+
+    Args:
+        query, key, value: (B * windows, heads, N, d).
+        bias: (heads, N, N), added to the logits.
+        mask: (windows, 1, N, N), added to the logits, or None.
+        dropout: probability of dropping a weight.
+        scale: factor of the products of queries and keys; None for 1 / sqrt(d).
+
+    Returns:
+        (B * windows, N, heads * d).
+    """
+    count, heads, positions, depth = value.shape
+    bias = bias[None]
+    if mask is not None:
+        images = count // mask.shape[0]
+        bias = bias + (mask if images == 1 else mask.repeat(images, 1, 1, 1))
+    x = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout, scale=scale
+    )
+    return x.transpose(1, 2).reshape(count, positions, heads * depth)
 
 
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows, with a learnt bias for each relative position."""
-
-    relative_position_index: Tensor
 
     def __init__(
         self,
@@ -131,13 +145,12 @@ class WindowAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        self.window_size = window_size
         self.num_heads = num_heads
         self.scale = qk_scale
         self.attn_drop = attn_drop
         table = torch.empty((2 * window_size - 1) ** 2, num_heads)
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
-        index = relative_position_index((window_size, window_size))
-        self.register_buffer("relative_position_index", index, persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -147,14 +160,16 @@ class WindowAttention(nn.Module):
         state_dict.pop(prefix + "relative_position_index", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def resampling(self, clusters: tuple[int, int]) -> Tensor:
+        """Matrix that reads the bias table at the offsets between clusters of a window."""
+        return position_resampling(self.window_size, clusters)
+
     def position_bias(self, windows: Windows) -> Tensor:
         """Bias of each head for each pair of positions in a window: (heads, N, N)."""
         table: Tensor = self.relative_position_bias_table
         if windows.resample is not None:
             table = windows.resample.to(table.dtype) @ table
-        # One gather a head: several times faster than indexing rows and transposing after.
-        index = windows.positions.view(1, -1).expand(self.num_heads, -1)
-        return table.t().contiguous().gather(1, index).view(-1, *windows.positions.shape)
+        return bias_of_pairs(table, windows.positions)
 
     def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:
         """Attend within each window: (B * windows, N, C) -> the same shape.
@@ -164,22 +179,10 @@ class WindowAttention(nn.Module):
             windows: their geometry.
             mask: (windows, 1, N, N) to add to the logits, or None.
         """
-        count, positions, channels = x.shape
-        qkv = self.qkv(x).view(count, positions, 3, self.num_heads, channels // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * windows, heads, N, d)
-        bias = self.position_bias(windows)[None]  # (1, heads, N, N)
-        if mask is not None:
-            images = count // mask.shape[0]
-            bias = bias + (mask if images == 1 else mask.repeat(images, 1, 1, 1))
-        x = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=bias.to(query.dtype),
-            dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self.scale,
-        )
-        x = x.transpose(1, 2).reshape(count, positions, channels)
+        query, key, value = split_heads(self.qkv(x), self.num_heads)
+        dropout = self.attn_drop if self.training else 0.0
+        bias = self.position_bias(windows)
+        x = attend(query, key, value, bias, mask, dropout, self.scale)
         return self.proj_drop(self.proj(x))
 
 
@@ -203,22 +206,16 @@ class SwinBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        num_heads: int,
-        window_size: int,
+        attn: nn.Module,
         shifted: bool,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
         drop: float = 0.0,
-        attn_drop: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.shifted = shifted
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(
-            dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop
-        )
+        self.attn = attn
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
@@ -232,7 +229,7 @@ class SwinBlock(nn.Module):
         height, width = x.shape[1:3]
         bottom, right = -height % windows.size[0], -width % windows.size[1]
         if bottom or right:
-            # As official Swin: after the norm, unmasked, and before the roll.
+            # As official Swin: after the norm (v1), unmasked, and before the roll.
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         padded_height, padded_width = x.shape[1:3]
         rows, columns = windows.shift
@@ -246,6 +243,15 @@ class SwinBlock(nn.Module):
         return x[:, :height, :width]
 
 
+def concatenate_neighbours(x: Tensor) -> Tensor:
+    """Two by two neighbours into one: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C)."""
+    height, width = x.shape[1:3]
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    quarters = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
+    return torch.cat(quarters, dim=-1)
+
+
 class PatchMerging(nn.Module):
     """Halve the map: four neighbours are concatenated and projected to twice the channels."""
 
@@ -256,11 +262,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
-        height, width = x.shape[1:3]
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        quarters = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
-        return self.reduction(self.norm(torch.cat(quarters, dim=-1)))
+        return self.reduction(self.norm(concatenate_neighbours(x)))
 
 
 class PatchEmbed(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from expedite_d2.d2 import (
     META_ARCH_REGISTRY,
@@ -38,6 +39,7 @@ from expedite_d2.models.meta_arch.mask2former_loss import (
     prepare_targets,
     semantic_loss,
 )
+from expedite_d2.models.meta_arch.sliding_window import SlidingWindow
 
 
 @META_ARCH_REGISTRY.register()
@@ -95,6 +97,12 @@ class ExpediteMask2Former(nn.Module):
             or self.panoptic_on
             or self.instance_on
         )
+        self.sliding_window = SlidingWindow.from_config(cfg)
+        if self.sliding_window and (self.panoptic_on or self.instance_on or not self.semantic_on):
+            raise ValueError(
+                "TEST.SLIDING_WINDOW is for semantic segmentation alone: of "
+                "MODEL.MASK_FORMER.TEST, set SEMANTIC_ON True, PANOPTIC_ON and INSTANCE_ON False"
+            )
         self.topk_per_image = cfg.TEST.DETECTIONS_PER_IMAGE
         datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         self.dataset_name = datasets[0] if datasets else ""
@@ -117,7 +125,9 @@ class ExpediteMask2Former(nn.Module):
             (K, H, W), ``"panoptic_seg"`` (ids (H, W) int32, list of segments) and ``"instances"``,
             each if ``MODEL.MASK_FORMER.TEST`` asks for it.
         """
-        images = self._preprocess(batched_inputs)
+        if self.sliding_window and not self.training:
+            return self._sliding_results(self.sliding_window, batched_inputs)
+        images = self._preprocess(batched_inputs, self.size_divisibility)
         size = (images.tensor.shape[-2], images.tensor.shape[-1])
         if self.training:
             return self._losses(images.tensor, batched_inputs, size)
@@ -145,12 +155,14 @@ class ExpediteMask2Former(nn.Module):
             classes = self.class_predictor(hidden[-1].transpose(0, 1))
         return classes.float(), masks[-1].float()
 
-    def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+    def _preprocess(
+        self, batched_inputs: list[dict[str, Any]], size_divisibility: int
+    ) -> ImageList:
         images = [
             (inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std
             for inputs in batched_inputs
         ]
-        return ImageList.from_tensors(images, self.size_divisibility)
+        return ImageList.from_tensors(images, size_divisibility)
 
     def _autocast(self, dtype: torch.dtype) -> contextlib.AbstractContextManager:
         """Arithmetic in ``dtype``; float32 also ends an autocast that is under way."""
@@ -197,6 +209,33 @@ class ExpediteMask2Former(nn.Module):
                 loss = semantic_loss(pixel_logits, batched_inputs, size, self.ignore_value)
                 losses["loss_sem_aux"] = self.sem_aux_weight * loss
         return losses
+
+    def _sliding_results(
+        self, window: SlidingWindow, batched_inputs: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Semantic results, the scores averaged over the crops of each image."""
+        images = self._preprocess(batched_inputs, 0)  # every crop is padded by itself
+        scores = window.predict(images.tensor, self._crop_scores)
+        results = []
+        for score, image_size, inputs in zip(
+            scores, images.image_sizes, batched_inputs, strict=True
+        ):
+            height = inputs.get("height", image_size[0])
+            width = inputs.get("width", image_size[1])
+            results.append({"sem_seg": resize_masks(score, image_size, height, width)})
+        return results
+
+    def _crop_scores(self, crops: Tensor) -> Tensor:
+        """Class scores of each pixel, (B, 3, h, w) -> (B, K, h, w)."""
+        height, width = crops.shape[-2:]
+        step = max(self.size_divisibility, 1)
+        padded = F.pad(crops, (0, -width % step, 0, -height % step))
+        size = (padded.shape[-2], padded.shape[-1])
+        scores = [
+            semantic_inference(classes, upsample(masks, size))
+            for classes, masks in zip(*self.logits(padded), strict=True)
+        ]
+        return torch.stack(scores)[..., :height, :width]
 
     def _results(
         self,

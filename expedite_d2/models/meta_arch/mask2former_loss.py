@@ -140,8 +140,7 @@ def semantic_loss(
     for inputs in batched_inputs:
         if "sem_seg" not in inputs:
             raise ValueError(
-                "MODEL.MASK_FORMER.SEM_AUX_WEIGHT > 0 needs inputs with 'sem_seg', got the keys "
-                f"{sorted(inputs)}"
+                f"the per-pixel loss needs inputs with 'sem_seg', got the keys {sorted(inputs)}"
             )
         label = inputs["sem_seg"].to(logits.device)
         height, width = label.shape

@@ -1,4 +1,4 @@
-"""Drawing of predictions, clusters and disagreements on images, as uint8 arrays."""
+"""Drawing of panoptic, instance and semantic segmentations."""
 
 from __future__ import annotations
 
@@ -12,23 +12,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-__all__ = [
-    "Segment",
-    "Segmentation",
-    "disagreement",
-    "draw_clusters",
-    "draw_disagreement",
-    "draw_segmentation",
-    "segmentation_of",
-]
+from expedite_d2.visualize.common import boundaries, to_numpy
 
 # A successive hue this far round the circle is never close to any of the hues before it.
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_DISAGREEMENT_COLOUR = np.array([226, 35, 60], dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,16 @@ class Segmentation:
     ids: np.ndarray
     segments: tuple[Segment, ...]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.ids.shape[0], self.ids.shape[1]
+
+    def resized(self, height: int, width: int) -> Segmentation:
+        """The same at another size; labels are not blended."""
+        ids = Image.fromarray(self.ids).resize((width, height), Image.Resampling.NEAREST)
+        return Segmentation(np.asarray(ids, dtype=np.int32), self.segments)
+
 
 def segmentation_of(output: dict[str, Any], min_score: float = 0.5) -> Segmentation:
     """Turn one output of a meta-architecture into the label map that is drawn.
@@ -80,13 +80,13 @@ def segmentation_of(output: dict[str, Any], min_score: float = 0.5) -> Segmentat
     if "panoptic_seg" in output:
         ids, infos = output["panoptic_seg"]
         return Segmentation(
-            _to_numpy(ids).astype(np.int32),
+            to_numpy(ids).astype(np.int32),
             tuple(Segment(i["id"], i["category_id"], bool(i["isthing"])) for i in infos),
         )
     if "instances" in output:
         return _from_instances(output["instances"], min_score)
     if "sem_seg" in output:
-        classes = _to_numpy(output["sem_seg"].argmax(dim=0))
+        classes = to_numpy(output["sem_seg"].argmax(dim=0))
         present = np.unique(classes)
         return Segmentation(
             (classes + 1).astype(np.int32),
@@ -100,9 +100,9 @@ def segmentation_of(output: dict[str, Any], min_score: float = 0.5) -> Segmentat
 
 def _from_instances(instances: Any, min_score: float) -> Segmentation:
     """Paint instances from the largest to the smallest, so that a small one is never hidden."""
-    masks = _to_numpy(instances.pred_masks > 0.5)  # (n, H, W)
-    scores = _to_numpy(instances.scores)
-    classes = _to_numpy(instances.pred_classes)
+    masks = to_numpy(instances.pred_masks > 0.5)  # (n, H, W)
+    scores = to_numpy(instances.scores)
+    classes = to_numpy(instances.pred_classes)
     areas = masks.reshape(len(masks), int(np.prod(masks.shape[1:]))).sum(axis=1)
     kept = [i for i in np.argsort(-areas, kind="stable") if scores[i] >= min_score and areas[i]]
     ids = np.zeros(masks.shape[1:], dtype=np.int32)
@@ -157,58 +157,14 @@ def draw_segmentation(
         covered[number] = 1.0
     share = (covered * opacity)[ids][..., None]
     canvas = image * (1.0 - share) + palette[ids] * share
-    outline = _boundaries(ids, max(1, round(min(ids.shape) / 500))) & (covered[ids] > 0)
+    outline = boundaries(ids, max(1, round(min(ids.shape) / 500))) & (covered[ids] > 0)
     # An outline in a darker tone of the fill separates neighbours of the same class.
     canvas[outline] = 0.35 * palette[ids[outline]]
     drawn = canvas.clip(0, 255).astype(np.uint8)
     return _write_labels(drawn, segmentation, metadata, colours) if labels else drawn
 
 
-def draw_clusters(
-    image: np.ndarray,
-    clusters: np.ndarray,
-    stride: tuple[float, float],
-    window: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Draw the hard assignment of tokens to clusters on the image.
-
-    Every cluster is tinted with the mean colour of the pixels under it and outlined; the borders
-    of the windows, within which tokens are clustered, are drawn lightly above.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        clusters: (h, w) integers, the cluster of every token; it may reach beyond the image,
-            where the model has padded it.
-        stride: Height and width of a token in pixels of `image`.
-        window: Height and width of a window in tokens; None when the image is one window.
-
-    Returns:
-        (H, W, 3) uint8, a new array.
-    """
-    height, width = image.shape[:2]
-    rows = np.minimum((np.arange(height) + 0.5) / stride[0], clusters.shape[0] - 1).astype(int)
-    columns = np.minimum((np.arange(width) + 0.5) / stride[1], clusters.shape[1] - 1).astype(int)
-    _, dense = np.unique(clusters[rows[:, None], columns[None, :]], return_inverse=True)
-    labels = dense.reshape(height, width).astype(np.int32)
-    numbers = np.arange(labels.max() + 1)
-    means = np.stack(
-        [ndimage.mean(image[..., c], labels, numbers) for c in range(3)], axis=1
-    ).astype(np.float32)
-    canvas = 0.5 * image + 0.5 * means[labels]
-    edges = _boundaries(labels, 1, inner=True)
-    # Dark lines on light ground and light ones on dark ground: seen everywhere.
-    tone = np.where(canvas[edges].mean(axis=1, keepdims=True) > 90.0, 20.0, 235.0)
-    canvas[edges] = 0.4 * canvas[edges] + 0.6 * tone
-    if window is not None:
-        for axis, length in enumerate((height, width)):
-            step = stride[axis] * window[axis]
-            lines = np.round(np.arange(step, length - 1, step)).astype(int)
-            taken = (lines, slice(None)) if axis == 0 else (slice(None), lines)
-            canvas[taken] = 0.25 * canvas[taken] + 0.75 * 255.0
-    return canvas.clip(0, 255).astype(np.uint8)
-
-
-def disagreement(first: Segmentation, second: Segmentation) -> np.ndarray:
+def segmentation_disagreement(first: Segmentation, second: Segmentation) -> np.ndarray:
     """Find the pixels on which two predictions for one image differ.
 
     A pixel agrees when both give it the same class and, for things, the same object: two objects
@@ -238,39 +194,6 @@ def disagreement(first: Segmentation, second: Segmentation) -> np.ndarray:
             union = int(areas[0][i]) + int(areas[1][j]) - shared
             differs[index] = a.isthing and 2 * shared <= union
     return differs[inverse].reshape(first.ids.shape)
-
-
-def draw_disagreement(image: np.ndarray, differs: np.ndarray) -> np.ndarray:
-    """Colour the pixels on which two predictions differ, on a pale grey copy of the image.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        differs: (H, W) bool.
-
-    Returns:
-        (H, W, 3) uint8, a new array.
-    """
-    grey = image.astype(np.float32).mean(axis=2, keepdims=True)
-    canvas = np.repeat(115.0 + 0.5 * grey, 3, axis=2)
-    canvas[differs] = 0.2 * canvas[differs] + 0.8 * _DISAGREEMENT_COLOUR
-    return canvas.clip(0, 255).astype(np.uint8)
-
-
-def _to_numpy(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-
-
-def _boundaries(ids: np.ndarray, thickness: int, *, inner: bool = False) -> np.ndarray:
-    """Pixels next to one of another id; with `inner`, only those above or left of the border."""
-    edges = np.zeros(ids.shape, dtype=bool)
-    vertical = ids[1:] != ids[:-1]
-    horizontal = ids[:, 1:] != ids[:, :-1]
-    edges[:-1] |= vertical
-    edges[:, :-1] |= horizontal
-    if not inner:
-        edges[1:] |= vertical
-        edges[:, 1:] |= horizontal
-    return ndimage.binary_dilation(edges, iterations=thickness - 1) if thickness > 1 else edges
 
 
 def _known(metadata: Any, segment: Segment, suffix: str) -> Any:

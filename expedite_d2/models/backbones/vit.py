@@ -1,0 +1,343 @@
+"""Plain vision transformers of timm as a backbone, for images of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
+from expedite_d2.hourglass import Clustering, Reduction, profiler_range
+from expedite_d2.models.backbones.settings import reduction_from_config
+from expedite_d2.patch import clustering_of, expedite, restore
+from expedite_d2.patch.adapter import inherits
+from expedite_d2.patch.timm_vit import beit_bias
+from expedite_d2.patch.travel import Travel, attach
+
+PosInterpolation = Literal["bicubic", "bilinear"]
+
+# Stages of a hybrid's convolutional stem that heads read.
+STEM_FEATURES = 2
+
+
+class ViTFeatures(NamedTuple):
+    """What an ExpeditedViT encodes images to.
+
+    Attributes:
+        tokens: for each output its prefix tokens (class, distillation, register), (B, P, C), and
+            its map (B, h, w, C).
+        stem: maps of a hybrid's stem by name, (B, C, h, w).
+        clustering: for `reconstruct`, where the last block's output was left on the clusters.
+    """
+
+    tokens: dict[str, tuple[Tensor, Tensor]]
+    stem: dict[str, Tensor]
+    clustering: Clustering | None
+
+
+@BACKBONE_REGISTRY.register()
+class ExpeditedViT(Backbone):
+    """A timm VisionTransformer (also distilled, or hybrid) or Beit, expedited by `reduction`.
+
+    The transformer is `vit`, with timm's parameter names below it. Its position embedding, and
+    BEiT's bias of relative positions, are resized to each image. With a reduction the blocks from
+    number `alpha` on run on clusters; outputs are reconstructed.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        vit: nn.Module,
+        out_blocks: Sequence[int | str] = ("last",),
+        pos_interpolation: PosInterpolation = "bicubic",
+        use_checkpoint: bool = False,
+        keep_clusters: bool = False,
+        reduction: Reduction | None = None,
+    ) -> None:
+        """
+        Args:
+            vit: timm's VisionTransformer or Beit.
+            out_blocks: numbers of the blocks whose outputs are outputs, "block5" and so on, and
+                "last" for the normalised output of the last one.
+            pos_interpolation: how the position embedding is resized. timm does it by "bicubic"
+                (antialiased), DPT and Segmenter by "bilinear".
+            use_checkpoint: whether to recompute each block's activations in the backward pass.
+            keep_clusters: see the property.
+            reduction: settings of the expedited backbone; None for the plain one.
+        """
+        super().__init__()
+        self._is_beit = inherits(vit, "timm", "Beit")
+        if not self._is_beit and not inherits(vit, "timm", "VisionTransformer"):
+            raise ValueError(
+                f"ExpeditedViT needs timm's VisionTransformer or Beit, got {type(vit).__name__}"
+            )
+        self.vit = cast(Any, vit)
+        blocks = len(self.vit.blocks)
+        numbers = [i for i in out_blocks if i != "last"]
+        if not out_blocks or not all(isinstance(i, int) and 0 <= i < blocks for i in numbers):
+            raise ValueError(
+                f"out_blocks must be 'last' or numbers of blocks, 0 to {blocks - 1}, got "
+                f"{list(out_blocks)}"
+            )
+        if pos_interpolation not in get_args(PosInterpolation):
+            raise ValueError(
+                f"pos_interpolation must be one of {', '.join(get_args(PosInterpolation))}, got "
+                f"{pos_interpolation!r}"
+            )
+        self.pos_interpolation = pos_interpolation
+        self.use_checkpoint = use_checkpoint
+        self._outputs = {i if i == "last" else f"block{i}": i for i in out_blocks}
+        self._depth = blocks if "last" in out_blocks else 1 + max(cast(list[int], numbers))
+        # What no output depends on: DistributedDataParallel would wait for its gradients.
+        unused = list(self.vit.blocks[self._depth :])
+        for module in unused if "last" in out_blocks else [*unused, self.vit.norm]:
+            module.requires_grad_(False)
+        if self._is_beit:
+            self.vit.patch_embed.strict_img_size = False
+            for block in self.vit.blocks:
+                if block.attn.relative_position_bias_table is not None:
+                    block.attn._get_rel_pos_bias = _BiasByArgument(block.attn)
+        self._keep_clusters = keep_clusters
+        self.reduction = reduction
+
+    @classmethod
+    def from_config(cls, cfg: Any, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
+        """Constructor arguments from MODEL.VIT and MODEL.EXPEDITE."""
+        vit = cfg.MODEL.VIT
+        return {
+            "vit": build_timm_vit(cfg, 3 if input_shape is None else input_shape.channels),
+            "out_blocks": vit.OUT_BLOCKS,
+            "pos_interpolation": vit.POS_INTERPOLATION,
+            "use_checkpoint": vit.USE_CHECKPOINT,
+            "reduction": reduction_from_config(cfg),
+        }
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """Settings of the expedited backbone, None for the plain one. May be set at any time."""
+        return getattr(self.vit, "reduction", None)
+
+    @reduction.setter
+    def reduction(self, reduction: Reduction | None) -> None:
+        if reduction is None:
+            restore(self.vit)
+            return
+        outputs = () if self._keep_clusters else {self._depth - 1, *self._numbers()}
+        settings = vars(reduction)
+        expedite(self.vit, **settings, outputs=outputs)
+
+    @property
+    def keep_clusters(self) -> bool:
+        """Whether outputs of the low-resolution span stay on the clusters.
+
+        For a head that runs on clusters and reconstructs what it makes of them.
+        """
+        return self._keep_clusters
+
+    @keep_clusters.setter
+    def keep_clusters(self, keep: bool) -> None:
+        self._keep_clusters = keep
+        self.reduction = self.reduction
+
+    def forward(self, images: Tensor, as_tokens: bool = False) -> Any:
+        """Encode images.
+
+        Args:
+            images: (B, 3, H, W), any H and W; zeros fill up the last patches.
+            as_tokens: whether to return all that the pass gives, as a ``ViTFeatures``.
+
+        Returns:
+            Maps by name, (B, C, h, w): "stem0" and "stem1" of a hybrid, "block5" for block 5,
+            "last" for the normalised output of the last.
+        """
+        features = self._features(images)
+        if as_tokens:
+            return features
+        maps = {
+            name: grid.permute(0, 3, 1, 2).contiguous()
+            for name, (_, grid) in features.tokens.items()
+        }
+        return {**features.stem, **maps}
+
+    def tokens(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Prefix tokens (B, P, C) and map (B, h, w, C) of each output, in the order of the names.
+
+        Args:
+            images: (B, 3, H, W).
+        """
+        return list(self(images, as_tokens=True).tokens.values())
+
+    def _features(self, images: Tensor) -> ViTFeatures:
+        if images.dim() != 4:
+            raise ValueError(f"ViT expects images (B, 3, H, W), got {tuple(images.shape)}")
+        with profiler_range("expedite_d2.vit.embed", images):
+            x, grid, stem = self._embed(images)
+        reduction = self.reduction
+        full = self._depth if reduction is None else min(reduction.alpha, self._depth)
+        numbers = self._numbers()
+        read: dict[int, Tensor] = {}
+        with profiler_range("expedite_d2.vit.full", x):
+            for number in range(full):
+                x = self._run(number, x, grid)
+                if number in numbers:
+                    read[number] = x
+        with profiler_range("expedite_d2.vit.clusters", x):
+            for number in range(full, self._depth):
+                x = self._run(number, x, None)
+                if number in numbers:
+                    read[number] = x
+        tokens = {}
+        for name, i in self._outputs.items():
+            if isinstance(i, int):
+                tokens[name] = self._split(read[i], read[i], grid)
+            else:
+                tokens[name] = self._split(self.vit.norm(x), x, grid)
+        low = clustering_of(x) if self._keep_clusters else None
+        return ViTFeatures(tokens, stem, None if low is None else low[1])
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each output."""
+        stem = {
+            f"stem{i}": ShapeSpec(channels=info["num_chs"], stride=info["reduction"])
+            for i, info in enumerate(self._stem_info())
+        }
+        shape = ShapeSpec(channels=self.vit.embed_dim, stride=self.size_divisibility)
+        return {**stem, **dict.fromkeys(self._outputs, shape)}
+
+    @property
+    def size_divisibility(self) -> int:
+        """What Detectron2 pads images to: whole patches."""
+        return self.vit.patch_embed.feat_ratio()
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """The same as Detectron2's ImageList reads it."""
+        return {"size_divisibility": self.size_divisibility, "square_size": 0}
+
+    def _numbers(self) -> list[int]:
+        return [i for i in self._outputs.values() if isinstance(i, int)]
+
+    def _stem_info(self) -> list[dict[str, Any]]:
+        trunk: Any = getattr(self.vit.patch_embed, "backbone", None)
+        if not hasattr(trunk, "stages"):
+            return []
+        return trunk.feature_info[1 : 1 + STEM_FEATURES]  # the first is the stem's first layer
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
+        """Images to the sequence that enters the first block, its grid, and maps of the stem."""
+        vit, embed = self.vit, self.vit.patch_embed
+        stem: dict[str, Tensor] = {}
+        x = images
+        if self._stem_info():
+            x = embed.backbone.stem(x)
+            for i, stage in enumerate(embed.backbone.stages):
+                x = stage(x)
+                if i < STEM_FEATURES:
+                    stem[f"stem{i}"] = x
+            x = embed.backbone.norm(x)
+        elif hasattr(embed, "backbone"):
+            x = embed.backbone(x)
+        rows, columns = embed.patch_size
+        bottom, right = -x.shape[-2] % rows, -x.shape[-1] % columns
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom))
+        x = embed.proj(x).permute(0, 2, 3, 1)
+        grid = (x.shape[1], x.shape[2])
+        x = x.flatten(1, 2)
+        if hasattr(embed, "norm"):
+            x = embed.norm(x)
+        tokens = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+        prefix = [token.expand(len(x), -1, -1) for token in tokens if token is not None]
+        position = self._position(grid)
+        if position is None:
+            x = torch.cat([*prefix, x], dim=1)
+        elif getattr(vit, "no_embed_class", False):
+            x = torch.cat([*prefix, x + position], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + position
+        x = vit.pos_drop(x)
+        if not self._is_beit:
+            x = vit.norm_pre(vit.patch_drop(x))
+        return attach(x, Travel(grid)), grid, stem
+
+    def _position(self, grid: tuple[int, int]) -> Tensor | None:
+        """Absolute position embedding of an image: (1, P + h * w, C) or (1, h * w, C)."""
+        position, trained = self.vit.pos_embed, tuple(self.vit.patch_embed.grid_size)
+        if position is None or grid == trained:
+            return position
+        prefixes = position.shape[1] - trained[0] * trained[1]
+        maps = position[:, prefixes:].float().unflatten(1, trained).permute(0, 3, 1, 2)
+        maps = F.interpolate(
+            maps,
+            size=grid,
+            mode=self.pos_interpolation,
+            antialias=self.pos_interpolation == "bicubic",
+        )
+        resized = maps.flatten(2).transpose(1, 2).to(position.dtype)
+        return torch.cat([position[:, :prefixes], resized], dim=1)
+
+    def _run(self, number: int, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """Run one block; its grid is None on clusters, whose bias is not given from here."""
+        block = self.vit.blocks[number]
+        kwargs: dict[str, Any] = {}
+        if self._is_beit and grid is not None:
+            kwargs["shared_rel_pos_bias"] = beit_bias(self.vit, block, grid, grid)
+        if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False, **kwargs)
+        return block(x, **kwargs)
+
+    def _split(self, out: Tensor, block: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Prefix and map of an output that came, normalised or as it is, from a block's."""
+        low = clustering_of(block) if self._keep_clusters else None
+        if low is not None:
+            grid = (low[0].shape[1], low[0].shape[2])
+        prefixes = self.vit.num_prefix_tokens
+        return out[:, :prefixes], out[:, prefixes:].unflatten(1, grid)
+
+
+class _BiasByArgument:
+    """A BEiT block's own bias is given to it, for the grid at hand, with the shared one."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention: Any = attention
+
+    def __call__(self) -> Tensor:
+        return self.attention.relative_position_bias_table.new_zeros(1)
+
+
+def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
+    """The transformer that ``MODEL.VIT`` describes, by its name in timm, without weights.
+
+    Raises:
+        ValueError: a name that timm does not know, or that is of another family.
+    """
+    vit = cfg.MODEL.VIT
+    module = timm.model_entrypoint(vit.NAME).__module__ if timm.is_model(vit.NAME) else ""
+    file = module.rpartition(".")[2]
+    if file not in ("vision_transformer", "vision_transformer_hybrid", "deit", "beit"):
+        raise ValueError(
+            "MODEL.VIT.NAME must be a VisionTransformer or Beit of timm, such as "
+            f"vit_large_patch16_384, got {vit.NAME!r}"
+        )
+    changes = {
+        "img_size": vit.IMG_SIZE,
+        "patch_size": vit.PATCH_SIZE,
+        "embed_dim": vit.EMBED_DIM,
+        "depth": vit.DEPTH,
+        "num_heads": vit.NUM_HEADS,
+        "proj_drop_rate": vit.DROP_RATE,
+        "attn_drop_rate": vit.ATTN_DROP_RATE,
+        "drop_path_rate": vit.DROP_PATH_RATE,
+    }
+    changes = {name: value for name, value in changes.items() if value}
+    if file != "beit":  # which has no such switch
+        changes["dynamic_img_size"] = True
+    if "distilled" not in vit.NAME:  # which must have a head
+        changes["global_pool"] = ""
+    return timm.create_model(vit.NAME, num_classes=0, in_chans=in_chans, **changes)

@@ -1,0 +1,154 @@
+"""Panoptic FPN as a Detectron2 meta-architecture.
+
+"Panoptic Feature Pyramid Networks", arXiv 1901.02446: Mask R-CNN and a semantic head on one
+feature pyramid, combined without learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, Instances
+from expedite_d2.models.meta_arch.cascade import Stage
+from expedite_d2.models.meta_arch.detection_inference import Suppression
+from expedite_d2.models.meta_arch.detector import PyramidDetector
+from expedite_d2.models.meta_arch.mask2former_inference import resize_masks, upsample
+from expedite_d2.models.meta_arch.semantic_heads import SemanticFPN
+
+
+@META_ARCH_REGISTRY.register()
+class ExpeditePanopticFPN(PyramidDetector):
+    """Panoptic, semantic and instance segmentation on one feature pyramid.
+
+    The semantic head knows all classes of the data set. Pixels that it gives to a thing class and
+    no instance claims stay void.
+
+    Args:
+        cfg: Detectron2's keys of its ``PanopticFPN``.
+
+    Raises:
+        ValueError: a key that asks for something that is not here.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+        if len(heads.IOU_THRESHOLDS) != 1:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.IOU_THRESHOLDS must have one entry, got {heads.IOU_THRESHOLDS}"
+            )
+        stage = Stage(
+            heads.IOU_THRESHOLDS[0],
+            tuple(box.BBOX_REG_WEIGHTS),
+            cfg.MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT,
+        )
+        super().__init__(cfg, [stage], Suppression.from_config(cfg, soft=False))
+        self.sem_seg_head = SemanticFPN(cfg, self.shapes)
+        combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
+        self.combine_overlap_threshold = combine.OVERLAP_THRESH
+        self.combine_stuff_area_limit = combine.STUFF_AREA_LIMIT
+        self.combine_score_threshold = combine.INSTANCES_CONFIDENCE_THRESH
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Losses in training, results at evaluation, with Detectron2's formats.
+
+        Args:
+            batched_inputs: of each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
+                its result if that is not (h, w); in training ``"instances"`` (``gt_classes`` (N,),
+                ``gt_masks`` (N, h, w)) and ``"sem_seg"`` (h, w) int64.
+
+        Returns:
+            Training: a dict of scalar losses. Evaluation: of each image a dict with ``"sem_seg"``
+            (K, H, W), ``"instances"`` and ``"panoptic_seg"`` (ids (H, W) int32, segments).
+        """
+        images = self.preprocess([inputs["image"] for inputs in batched_inputs])
+        size = (images.tensor.shape[-2], images.tensor.shape[-1])
+        with self.arithmetic():
+            maps = self.pyramid(images.tensor)
+            regions = self.regions(maps)
+            semantic = self.sem_seg_head(maps).float()
+        if self.training:
+            sizes = images.image_sizes
+            losses = self.detection_losses(maps, regions, batched_inputs, sizes)
+            losses["loss_sem_seg"] = self.sem_seg_head.loss(semantic, batched_inputs, size)
+            return losses
+        with self.arithmetic():
+            views = self.views(maps, regions, images.image_sizes)
+        results = []
+        for view, scores, inputs in zip(views, semantic, batched_inputs, strict=True):
+            instances = self.instances([view], inputs, view.size)
+            sem_seg = resize_masks(upsample(scores, size), view.size, *instances.image_size)
+            panoptic = combine_semantic_and_instance_outputs(
+                instances,
+                sem_seg.argmax(0),
+                set(self.thing_ids()),
+                self.combine_overlap_threshold,
+                self.combine_stuff_area_limit,
+                self.combine_score_threshold,
+            )
+            results.append({"sem_seg": sem_seg, "instances": instances, "panoptic_seg": panoptic})
+        return results
+
+    def dense_logits(self, maps: Mapping[str, Tensor]) -> list[Tensor]:
+        """The semantic logits."""
+        return [self.sem_seg_head(maps)]
+
+
+def combine_semantic_and_instance_outputs(
+    instances: Instances,
+    semantic: Tensor,
+    thing_ids: Collection[int],
+    overlap_threshold: float,
+    stuff_area_limit: int,
+    score_threshold: float,
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The combination rule of Panoptic FPN's authors: instances first, the best on top.
+
+    Args:
+        instances: with ``scores``, ``pred_classes`` and ``pred_masks`` (N, H, W).
+        semantic: (H, W) int64, the class of each pixel.
+        thing_ids: classes that instances alone may give.
+        overlap_threshold: an instance counts unless more than this share of it is already taken.
+        stuff_area_limit: least number of pixels of a stuff segment.
+        score_threshold: least score of an instance.
+
+    Returns:
+        ids: (H, W) int32, 0 where nothing was found; segments: ``{"id", "isthing", "category_id"}``
+        of each id, with ``"score"`` and ``"instance_id"`` of instances and ``"area"`` of stuff.
+    """
+    ids = torch.zeros_like(semantic, dtype=torch.int32)
+    segments: list[dict[str, Any]] = []
+    scores, classes = instances.scores.tolist(), instances.pred_classes.tolist()
+    masks = instances.pred_masks.to(device=ids.device, dtype=torch.bool)
+    for index in instances.scores.argsort(descending=True, stable=True).tolist():
+        if scores[index] < score_threshold:
+            break
+        free = masks[index] & (ids == 0)
+        area, left = torch.stack([masks[index].sum(), free.sum()]).tolist()
+        if not left or (area - left) / area > overlap_threshold:
+            continue
+        segments.append(
+            {
+                "id": len(segments) + 1,
+                "isthing": True,
+                "score": scores[index],
+                "category_id": classes[index],
+                "instance_id": index,
+            }
+        )
+        ids[free] = len(segments)
+    for category in semantic.unique().tolist():
+        if category in thing_ids:
+            continue
+        free = (semantic == category) & (ids == 0)
+        area = int(free.sum())
+        if area < max(stuff_area_limit, 1):
+            continue
+        segments.append(
+            {"id": len(segments) + 1, "isthing": False, "category_id": category, "area": area}
+        )
+        ids[free] = len(segments)
+    return ids, segments

@@ -1,0 +1,76 @@
+"""Learnt biases of relative positions, read at the offsets between clusters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expedite_d2.patch.windows import relative_position_index
+
+
+def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = None) -> Tensor:
+    """Read a table of the offsets between tokens at those between the cells laid over them.
+
+    Cells lie tokens / cells apart, so offset d between two of them is d * tokens / cells; between
+    two entries the table is read linearly.
+
+    Args:
+        table: (2T - 1, ...), for offsets from 1 - T on; T is as a rule `tokens`.
+        tokens: tokens a side.
+        cells: cells laid over them.
+        length: cells a side of the map, where it is made of several such squares; None for `cells`.
+
+    Returns:
+        (2 * length - 1, ...).
+    """
+    length = cells if length is None else length
+    middle = len(table) // 2  # the row of offset 0
+    if tokens == cells and length == middle + 1:
+        return table
+    offset = torch.arange(1 - length, length, device=table.device) * tokens
+    lower = torch.div(offset, cells, rounding_mode="floor")
+    fraction = (offset - lower * cells) / cells
+    lower = lower + middle
+    # With fewer tokens than cells, or where the last square is not full, the outermost offsets are
+    # beyond the table.
+    before = table[lower.clamp(0, 2 * middle)]
+    after = table[(lower + 1).clamp(0, 2 * middle)]
+    return torch.lerp(before, after, fraction.to(table.dtype).view(-1, *[1] * (table.dim() - 1)))
+
+
+def relative_bias(
+    table: Tensor, extra: Tensor, grid: tuple[int, int], cells: tuple[int, int]
+) -> Tensor:
+    """BEiT's bias for each pair of positions on a grid of clusters, class token first.
+
+    Args:
+        table: (2M_h - 1, 2M_w - 1, heads), for the M_h x M_w tokens of pre-training.
+        extra: (3, heads): from the class token to a token, from a token to it, from it to itself.
+        grid: rows and columns of the image's tokens, (H, W). Where they are not (M_h, M_w), the
+            table is resized first, bilinearly, as transformers does.
+        cells: rows and columns of its clusters, (h, w); the tokens' own for a bias between tokens.
+
+    Returns:
+        (heads, 1 + h * w, 1 + h * w).
+    """
+    sides = (2 * grid[0] - 1, 2 * grid[1] - 1)
+    if tuple(table.shape[:2]) != sides:
+        resized = F.interpolate(table.permute(2, 0, 1)[None], size=sides, mode="bilinear")
+        table = resized[0].permute(1, 2, 0)
+    table = read_offsets(table, grid[0], cells[0])
+    table = read_offsets(table.transpose(0, 1), grid[1], cells[1]).transpose(0, 1)
+    heads = table.shape[2]
+    entries = torch.cat([table.reshape(-1, heads), extra]).t().contiguous()  # (heads, offsets + 3)
+    index = _index(cells, table.device)
+    bias = entries.gather(1, index.view(1, -1).expand(heads, -1))
+    return bias.view(heads, *index.shape)
+
+
+def _index(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Row of the flat table, with the three extras last, for each pair: (1 + h * w, 1 + h * w)."""
+    offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    index = F.pad(relative_position_index(grid, device), (1, 0, 1, 0), value=offsets + 1)
+    index[0, :] = offsets
+    index[0, 0] = offsets + 2
+    return index

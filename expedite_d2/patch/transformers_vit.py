@@ -1,0 +1,105 @@
+"""transformers' ViT, BEiT and DPT's ViT, each by itself or inside a model for some task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from expedite_d2.patch.adapter import SequenceAdapter, inherits, refuse_masks
+from expedite_d2.patch.override import Override
+from expedite_d2.patch.relative_position import relative_bias
+from expedite_d2.patch.travel import Travel, attach
+
+
+class TransformersViT(SequenceAdapter):
+    family = "transformers ViTModel"
+
+    def matches(self, module: nn.Module) -> bool:
+        return inherits(module, "transformers", "ViTModel")
+
+    def blocks(self, encoder: Any) -> Sequence[nn.Module]:
+        return list(encoder.layers)
+
+    def overrides(self, encoder: Any, span: range) -> list[Override]:
+        return [_Embeddings(encoder.embeddings, "forward")]
+
+
+class TransformersDPT(TransformersViT):
+    family = "transformers DPTModel"
+
+    def matches(self, module: nn.Module) -> bool:
+        return inherits(module, "transformers", "DPTModel")
+
+    def blocks(self, encoder: Any) -> Sequence[nn.Module]:
+        return list(encoder.encoder.layer)
+
+
+class TransformersBeit(TransformersViT):
+    family = "transformers BeitModel"
+
+    def matches(self, module: nn.Module) -> bool:
+        return inherits(module, "transformers", "BeitModel")
+
+    def overrides(self, encoder: Any, span: range) -> list[Override]:
+        own = [encoder.layers[number].relative_position_bias for number in span]
+        return [
+            *super().overrides(encoder, span),
+            *(_NoBias(bias, "forward") for bias in own if bias is not None),
+        ]
+
+    def run(
+        self,
+        encoder: Any,
+        block: Override,
+        x: Tensor,
+        travel: Travel,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        assert travel.cells is not None
+        mask = kwargs.get("attention_mask")
+        # The shared bias arrives as a mask of one image; a mask of the caller's has one for each.
+        if encoder.shared_position_bias is None or (mask is not None and mask.shape[0] > 1):
+            refuse_masks(*args, mask)
+        bias = _bias(encoder, block.owner, travel.grid, travel.cells)
+        return block.original(x, **{**kwargs, "attention_mask": bias})
+
+
+class _Embeddings(Override):
+    """Sends the grid along: this is where the image becomes a sequence."""
+
+    def __call__(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        owner: Any = self.owner
+        out = self.original(pixel_values, *args, **kwargs)
+        height, width = pixel_values.shape[-2:]
+        # Those of DPT's hybrid have no patches of their own.
+        patch = getattr(owner, "patch_embeddings", owner).patch_size
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        tokens = out if isinstance(out, Tensor) else out.last_hidden_states
+        attach(tokens, Travel((height // rows, width // columns)))
+        return out
+
+
+class _NoBias(Override):
+    """No bias from a layer's own table: `run` gives the layer what the table says of clusters."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        owner: Any = self.owner
+        return owner.relative_position_bias_table.new_zeros(1)
+
+
+def _bias(encoder: Any, layer: Any, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor | None:
+    """What BEiT adds to the logits of one layer, (1, heads, 1 + h * w, 1 + h * w), if anything."""
+    bias = None
+    for owner in (layer.relative_position_bias, encoder.shared_position_bias):
+        if owner is None:
+            continue
+        rows, columns = owner.window_size
+        table = owner.relative_position_bias_table
+        # transformers takes the table for one of columns by rows; as a rule both are the same.
+        offsets = table[:-3].view(2 * columns - 1, 2 * rows - 1, -1)
+        part = relative_bias(offsets, table[-3:], grid, cells)[None]
+        bias = part if bias is None else bias + part
+    return bias

@@ -1,0 +1,255 @@
+"""Tiny random encoders of every family, and their expedited pass composed by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import BeitConfig, BeitModel, DPTConfig, DPTModel, ViTConfig, ViTModel
+
+from expedite_d2.hourglass import Reduction, reconstruct, reduce
+
+SIZE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 0, "global_pool": ""}
+CONFIG = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 4,
+}
+
+
+def randomised(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """A model with weights large enough that a mistake shows, the same each time."""
+    torch.manual_seed(0)
+    model = build(*args, **kwargs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = 1.0 if "relative_position" in name else 0.25 if parameter.dim() > 1 else 0.1
+            noise = std * torch.randn(parameter.shape)
+            parameter.add_(noise) if parameter.dim() < 2 else parameter.copy_(noise)
+    return model.eval()
+
+
+def images(height: int, width: int, batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def slow_bias(table: Tensor, window: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """BEiT's bias between cells, one pair after another: (1, heads, 1 + h * w, 1 + h * w)."""
+    table = table.detach()
+    rows, columns = window
+    maps, (to_token, from_token, itself) = table[:-3].view(2 * rows - 1, -1, 2), table[-3:]
+
+    def read(dy: float, dx: float) -> Tensor:
+        total = torch.zeros(2)
+        top, left = math.floor(dy), math.floor(dx)
+        for y, x in itertools.product((top, top + 1), (left, left + 1)):
+            weight = (1 - abs(dy - y)) * (1 - abs(dx - x))
+            if weight > 0:
+                total += weight * maps[y + rows - 1, x + columns - 1]
+        return total
+
+    places = list(itertools.product(range(cells[0]), range(cells[1])))
+    bias = torch.empty(2, len(places) + 1, len(places) + 1)
+    bias[:, 0, :] = to_token[:, None]
+    bias[:, :, 0] = from_token[:, None]
+    bias[:, 0, 0] = itself
+    for i, (y, x) in enumerate(places):
+        for j, (v, u) in enumerate(places):
+            dy, dx = (y - v) * rows / cells[0], (x - u) * columns / cells[1]
+            bias[:, 1 + i, 1 + j] = read(dy, dx)
+    return bias[None]
+
+
+class Case:
+    """One family: how to make, feed and step through a model."""
+
+    size = (32, 40)
+    prefixes = 1
+
+    def __init__(self, make: Callable[[], nn.Module], **attributes: Any) -> None:
+        self.make = make
+        self.__dict__.update(attributes)
+
+    def images(self) -> Tensor:
+        return images(*self.size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.size[0] // 4, self.size[1] // 4
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return list(model.blocks)
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.norm_pre(model._pos_embed(model.patch_embed(x)))
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        return model.blocks[number](x)
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        """The model as its users call it; the last output, unpooled."""
+        return model(x)
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return model.norm(x)
+
+    @torch.no_grad()
+    def by_hand(self, model: Any, x: Tensor, reduction: Reduction) -> list[Tensor]:
+        """Outputs of all blocks, those of the span reconstructed."""
+        outputs, tokens = [], self.embed(model, x)
+        count = len(self.blocks(model))
+        for number in range(reduction.alpha):
+            tokens = self.block(model, number, tokens, None)
+            outputs.append(tokens)
+        p = self.prefixes
+        low, clustering = reduce(tokens[:, p:].unflatten(1, self.grid), reduction)
+        cells = (low.shape[1], low.shape[2])
+        tokens = torch.cat([tokens[:, :p], low.flatten(1, 2)], 1)
+        for number in range(reduction.alpha, count):
+            tokens = self.block(model, number, tokens, cells)
+            low = tokens[:, p:].unflatten(1, cells)
+            full = reconstruct(low, clustering).flatten(1, 2)
+            outputs.append(torch.cat([tokens[:, :p], full], 1))
+        return outputs
+
+
+class TimmBeitCase(Case):
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        x = torch.cat([model.cls_token.expand(len(x), -1, -1), model.patch_embed(x)], 1)
+        return x if model.pos_embed is None else x + model.pos_embed
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        block, shared = model.blocks[number], model.rel_pos_bias
+        if cells is None:
+            return block(x, shared_rel_pos_bias=None if shared is None else shared())
+        bias = None
+        if shared is not None:
+            bias = slow_bias(shared.relative_position_bias_table, self.grid, cells)
+        if block.attn.relative_position_bias_table is None:
+            return block(x, shared_rel_pos_bias=bias)
+        own = slow_bias(block.attn.relative_position_bias_table, self.grid, cells)
+        block.attn._get_rel_pos_bias = lambda: own
+        try:
+            return block(x, shared_rel_pos_bias=bias)
+        finally:
+            del block.attn._get_rel_pos_bias
+
+
+class TransformersCase(Case):
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return list(model.layers)
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(x, interpolate_pos_encoding=True)
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        return model.layers[number](x, None)
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        return model(x, interpolate_pos_encoding=True).last_hidden_state
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return model.layernorm(x)
+
+
+class DPTCase(TransformersCase):
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return list(model.encoder.layer)
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(x).last_hidden_states
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        return model.encoder.layer[number](x)
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        return model(x).last_hidden_state
+
+
+class TransformersBeitCase(TransformersCase):
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(x)
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        layer, shared = model.layers[number], model.shared_position_bias
+        if cells is None:
+            mask = None if shared is None else shared(self.grid)
+            return layer(x, attention_mask=mask, resolution=self.size)
+        mask = None
+        if shared is not None:
+            mask = slow_bias(shared.relative_position_bias_table, self.grid, cells)
+        if layer.relative_position_bias is None:
+            return layer(x, attention_mask=mask)
+        own = slow_bias(layer.relative_position_bias.relative_position_bias_table, self.grid, cells)
+        layer.relative_position_bias.forward = lambda *args, **kwargs: own
+        try:
+            return layer(x, attention_mask=mask, resolution=self.size)
+        finally:
+            del layer.relative_position_bias.forward
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        return model(x).last_hidden_state
+
+
+def timm_vit(cls: Any = VisionTransformer, **changes: Any) -> Any:
+    settings = {"img_size": 24, "patch_size": 4, "dynamic_img_size": True, **SIZE, **changes}
+    return randomised(cls, **settings)
+
+
+def timm_beit(**changes: Any) -> Any:
+    settings = {"img_size": (24, 32), "patch_size": 4, **SIZE, "init_values": 0.5, **changes}
+    return randomised(Beit, **settings)
+
+
+def transformers_vit(**changes: Any) -> Any:
+    return randomised(ViTModel, ViTConfig(**{**CONFIG, **changes}), add_pooling_layer=False)
+
+
+def transformers_beit(**changes: Any) -> Any:
+    settings = {**CONFIG, "use_mean_pooling": False, "drop_path_rate": 0.0, **changes}
+    return randomised(BeitModel, BeitConfig(**settings), add_pooling_layer=False)
+
+
+def transformers_dpt(**changes: Any) -> Any:
+    return randomised(DPTModel, DPTConfig(**{**CONFIG, **changes}), add_pooling_layer=False)
+
+
+CASES: dict[str, Case] = {
+    "timm vit": Case(timm_vit),
+    "timm vit, fixed size": Case(
+        lambda: timm_vit(img_size=(32, 40), dynamic_img_size=False, class_token=False),
+        prefixes=0,
+    ),
+    "timm vit, registers and pre-norm": Case(
+        lambda: timm_vit(reg_tokens=2, pre_norm=True, no_embed_class=True), prefixes=3
+    ),
+    "timm vit, distilled": Case(
+        lambda: timm_vit(VisionTransformerDistilled, global_pool="token"), prefixes=2
+    ),
+    "timm beit, own bias": TimmBeitCase(lambda: timm_beit(use_rel_pos_bias=True), size=(24, 32)),
+    "timm beit, shared bias": TimmBeitCase(
+        lambda: timm_beit(use_shared_rel_pos_bias=True, use_abs_pos_emb=False), size=(24, 32)
+    ),
+    "transformers vit": TransformersCase(transformers_vit),
+    "transformers dpt": DPTCase(transformers_dpt),
+    "transformers beit, no bias": TransformersBeitCase(
+        lambda: transformers_beit(use_absolute_position_embeddings=True)
+    ),
+    "transformers beit, both biases": TransformersBeitCase(
+        lambda: transformers_beit(
+            use_relative_position_bias=True, use_shared_relative_position_bias=True
+        ),
+        size=(24, 24),
+    ),
+}
+CASES["timm vit, distilled"].run = lambda model, x: model.forward_features(x)  # type: ignore

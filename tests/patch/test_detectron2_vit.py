@@ -1,0 +1,255 @@
+"""Expediting Detectron2's ViT against its blocks in slow loops over clusters and windows."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expedite_d2.hourglass import Reduction, calibrate, reconstruct, reduce
+from expedite_d2.patch import clustering_of, expedite, restore
+
+pytestmark = pytest.mark.detectron2
+vit_module = pytest.importorskip(
+    "detectron2.modeling.backbone.vit", reason="needs the real Detectron2"
+)
+
+
+def vit(**changes: Any) -> Any:
+    """Four blocks, of which 1 and 2 attend in 6x6 windows; made for images of 8x8 tokens."""
+    settings = {
+        "img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2,
+        "use_rel_pos": True, "window_size": 6, "window_block_indexes": (1, 2),
+        "residual_block_indexes": (2,), "pretrain_img_size": 16, **changes,
+    }  # fmt: skip
+    model = vit_module.ViT(**settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "rel_pos" in name:
+                parameter.copy_(noise)  # large enough that a wrong position shows
+            elif parameter.dim() > 1:
+                parameter.copy_(0.25 * noise)
+            else:
+                parameter.add_(0.1 * noise)
+    return model.eval()
+
+
+def images(height: int, width: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+# Maps of 12x12, 8x10 (ragged windows) and 9x5 (less than one) tokens.
+SIZES = [(48, 48), (32, 40), (36, 20)]
+
+
+# ---- by hand ----------------------------------------------------------------------------------
+
+
+def slow_positions(table: Tensor, tokens: int, cells: int, step: float) -> Tensor:
+    """(cells, cells, C): the table between each pair of cells, `step` tokens apart."""
+    if len(table) != 2 * tokens - 1:
+        table = F.interpolate(table.t()[None], size=2 * tokens - 1, mode="linear")[0].t()
+    out = torch.empty(cells, cells, table.shape[1])
+    for i, j in itertools.product(range(cells), repeat=2):
+        place = min(max((i - j) * step + tokens - 1, 0), 2 * tokens - 2)
+        below = math.floor(place)
+        above = min(below + 1, 2 * tokens - 2)
+        out[i, j] = table[below] + (place - below) * (table[above] - table[below])
+    return out
+
+
+def slow_attention(
+    attn: Any, x: Tensor, tokens: tuple[int, int], steps: tuple[float, float]
+) -> Tensor:
+    """Attention among all cells of (B, rows, columns, C)."""
+    batch, rows, columns, channels = x.shape
+    depth = channels // attn.num_heads
+    places = list(itertools.product(range(rows), range(columns)))
+    query, key, value = attn.qkv(x).flatten(1, 2).split(channels, dim=2)
+    by_row = slow_positions(attn.rel_pos_h, tokens[0], rows, steps[0])
+    by_column = slow_positions(attn.rel_pos_w, tokens[1], columns, steps[1])
+    outputs = []
+    for head in range(attn.num_heads):
+        part = slice(head * depth, (head + 1) * depth)
+        q, k, v = query[..., part], key[..., part], value[..., part]
+        logits = torch.empty(batch, len(places), len(places))
+        for p, (y, x_) in enumerate(places):
+            for n, (v_, u) in enumerate(places):
+                position = by_row[y, v_] + by_column[x_, u]
+                logits[:, p, n] = (q[:, p] * (attn.scale * k[:, n] + position)).sum(1)
+        outputs.append(logits.softmax(-1) @ v)
+    return attn.proj(torch.cat(outputs, -1)).view(x.shape)
+
+
+def slow_block(
+    block: Any, x: Tensor, grid: tuple[int, int], steps: tuple[float, float], side: int
+) -> Tensor:
+    """One block on clusters; `side` is that of their windows."""
+    normed = block.norm1(x)
+    if block.window_size:
+        rows, columns = x.shape[1:3]
+        padded = F.pad(normed, (0, 0, 0, -columns % side, 0, -rows % side))
+        attended = torch.empty_like(padded)
+        tokens = (block.window_size, block.window_size)
+        for top in range(0, rows, side):
+            for left in range(0, columns, side):
+                window = (slice(None), slice(top, top + side), slice(left, left + side))
+                attended[window] = slow_attention(block.attn, padded[window], tokens, steps)
+        attended = attended[:, :rows, :columns]
+    else:
+        attended = slow_attention(block.attn, normed, grid, steps)
+    x = x + attended
+    x = x + block.mlp(block.norm2(x))
+    if block.use_residual_block:
+        x = block.residual(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return x
+
+
+@torch.no_grad()
+def by_hand(model: Any, x: Tensor, reduction: Reduction, window: int) -> Tensor:
+    x = model.patch_embed(x)
+    grid = (x.shape[1], x.shape[2])
+    x = x + vit_module.get_abs_pos(model.pos_embed, True, grid)
+    for block in model.blocks[: reduction.alpha]:
+        x = block(x)
+    low, clustering = reduce(x, reduction, (window, window) if window else None)
+    side = 0
+    steps = (grid[0] / low.shape[1], grid[1] / low.shape[2])
+    if window:
+        side = reduction.grid(window, window)[0]
+        steps = (window / side, window / side)
+    for block in model.blocks[reduction.alpha :]:
+        low = slow_block(block, low, grid, steps, side)
+    return reconstruct(low, clustering).permute(0, 3, 1, 2)
+
+
+WINDOWED = [
+    Reduction(1, (4, 4)),
+    Reduction(0, (3, 3), iterations=1, reconstruction="replace", temperature=0.1),
+    Reduction(3, (0.5, 0.5), neighbourhood=3, topk=2),
+]
+GLOBAL = [Reduction(1, (5, 3)), Reduction(2, (0.75, 0.5), reconstruction="replace")]
+
+
+@pytest.mark.parametrize(
+    ("make", "window", "reduction"),
+    [
+        *((vit, 6, reduction) for reduction in WINDOWED),
+        *((lambda: vit(window_block_indexes=()), 0, reduction) for reduction in GLOBAL),
+    ],
+)
+def test_vit_equals_hand_composition(
+    make: Callable[[], Any], window: int, reduction: Reduction
+) -> None:
+    model = make()
+    assert expedite(model, **vars(reduction)) is model
+    hand = restore(copy.deepcopy(model))
+    for size in SIZES:
+        x = images(*size)
+        with torch.no_grad():
+            out = model(x)["last_feat"]
+        torch.testing.assert_close(out, by_hand(hand, x, reduction, window), rtol=1e-5, atol=1e-5)
+
+
+# ---- contracts of `expedite` ------------------------------------------------------------------
+
+FAMILIES = pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rel_pos": False}, {"window_block_indexes": ()}],
+    ids=["windowed", "without relative positions", "global"],
+)
+
+
+@FAMILIES
+def test_vit_is_undone_by_restore(changes: dict[str, Any]) -> None:
+    model, x = vit(**changes), images(32, 40)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        plain = model(x)["last_feat"]
+        assert not torch.equal(expedite(model, 1, (4, 4))(x)["last_feat"], plain)
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert torch.equal(restore(model)(x)["last_feat"], plain)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+@FAMILIES
+def test_vit_copies_pickles_and_changes_settings(changes: dict[str, Any]) -> None:
+    model, x = vit(**changes), images(32, 40)
+    with torch.no_grad():
+        expected = expedite(copy.deepcopy(model), 2, (4, 4))(x)["last_feat"]
+        expedite(expedite(model, 0, (2, 2), topk=1), 2, (4, 4))
+        for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(x)["last_feat"], expected)
+        assert not torch.equal(restore(other)(x)["last_feat"], expected)
+        assert torch.equal(model(x)["last_feat"], expected)
+
+
+def test_vit_leaves_small_images_alone() -> None:
+    model, x = vit(window_block_indexes=()), images(32, 40)
+    with torch.no_grad():
+        plain = model(x)["last_feat"]
+        with pytest.warns(UserWarning, match="no more tokens than the 8x10 cluster grid"):
+            assert torch.equal(expedite(model, 1, (8, 10))(x)["last_feat"], plain)
+
+
+def test_vit_may_stay_on_its_clusters() -> None:
+    model, x = expedite(vit(), 1, (4, 4), outputs=()), images(32, 40)
+    with torch.no_grad():
+        seen: list[Tensor] = []
+        model.blocks[3].register_forward_hook(lambda _, args, out: seen.append(out))
+        assert model(x)["last_feat"].shape == (2, 16, 6, 7)
+        found = clustering_of(seen[0])
+        assert found is not None
+        expected = expedite(model, 1, (4, 4))(x)["last_feat"]
+        assert torch.equal(reconstruct(*found).permute(0, 3, 1, 2), expected)
+
+
+def test_vit_is_found_calibrated_and_differentiable() -> None:
+    pyramid = vit_module.SimpleFeaturePyramid(vit(), "last_feat", 16, (2.0, 1.0), norm="LN").eval()
+    x = images(32, 40)
+    plain = pyramid(x)
+    expedite(pyramid, 1, (4, 4))
+    temperature = calibrate(pyramid, [x])
+    assert pyramid.net.reduction == Reduction(1, (4, 4), temperature=temperature)
+    outputs = pyramid(x)
+    assert {n: out.shape for n, out in outputs.items()} == {n: p.shape for n, p in plain.items()}
+    sum(out.square().sum() for out in outputs.values()).backward()
+    gradients = [parameter.grad for parameter in pyramid.net.blocks.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.slow
+@FAMILIES
+def test_vit_compiles_without_breaks(changes: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    model, x = expedite(vit(**changes), 1, (4, 4)), images(32, 40)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x)["last_feat"], model(x)["last_feat"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 4}, "alpha must be less than the 4 blocks of ViT, got 4"),
+        ({"clusters": (6, 6)}, "clusters must be smaller than the 6x6 window, got 6x6"),
+        ({"clusters": (4, 3)}, "as many rows as columns in the square windows of ViT, got 4x3"),
+    ],
+)
+def test_vit_refuses(settings: dict[str, Any], message: str) -> None:
+    model = vit()
+    with pytest.raises(ValueError, match=message):
+        expedite(model, **{"alpha": 1, "clusters": (4, 4), **settings})
+    assert not hasattr(model, "reduction")
