@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.hourglass import Clustering, Reduction, profiler_range
 from expedite_d2.models.backbones.settings import reduction_from_config
+from expedite_d2.models.lazy_timm import import_timm
 from expedite_d2.patch import clustering_of, expedite, restore
 from expedite_d2.patch.adapter import inherits
 from expedite_d2.patch.timm_vit import beit_bias
@@ -317,7 +317,7 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
     Raises:
         ValueError: a name that timm does not know, or that is of another family.
     """
-    vit = cfg.MODEL.VIT
+    vit, timm = cfg.MODEL.VIT, import_timm()
     module = timm.model_entrypoint(vit.NAME).__module__ if timm.is_model(vit.NAME) else ""
     file = module.rpartition(".")[2]
     if file not in ("vision_transformer", "vision_transformer_hybrid", "deit", "beit"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from expedite_d2.models.lazy_timm import import_timm
 
 _INIT_STD = 0.02  # of every linear layer and embedding, as Segmenter's
 
@@ -59,9 +60,10 @@ class MaskDecoder(nn.Module):
         self.num_classes = num_classes
         self.proj_dec = nn.Linear(in_channels, dim)
         self.cls_emb = nn.Parameter(torch.empty(1, num_classes, dim))
+        block = import_timm().models.vision_transformer.Block
         self.blocks = nn.Sequential(
             *(
-                Block(
+                block(
                     dim,
                     num_heads,
                     mlp_ratio,
