@@ -17,18 +17,23 @@ import json
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import einsum_flop_jit
 from torch import nn
 
 import expedite_d2.models  # noqa: F401 (registers the architectures that configs name)
 from expedite_d2.config import cli, load_config
 from expedite_d2.d2 import CfgNode, build_model
 from expedite_d2.evaluation.tracing import tracing_on_meta
+
+with warnings.catch_warnings():
+    # fvcore scripts a function while it is imported, which torch now warns of.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import einsum_flop_jit
 
 logger = logging.getLogger(__name__)
 
