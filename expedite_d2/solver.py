@@ -28,7 +28,8 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Op
     """Optimizers by name: ``{"optimizer": AdamW}``, or Muon for the weight matrices beside it.
 
     Parameter groups follow Mask2Former: the backbone learns at ``BACKBONE_MULTIPLIER``,
-    normalisation layers, embeddings and position tables have their own weight decay.
+    normalisation layers, embeddings and position tables have their own weight decay. A multiplier
+    of 0 freezes the backbone: its parameters get no gradients, and training costs less.
     ``SOLVER.OPTIMIZER "MUON"`` gives the weights of linear layers to Muon, its steps scaled so that
     one learning rate serves both optimizers.
 
@@ -38,6 +39,8 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Op
     name = cfg.SOLVER.OPTIMIZER
     if name not in ("ADAMW", "MUON"):
         raise ValueError(f"SOLVER.OPTIMIZER must be ADAMW or MUON, got {name!r}")
+    if cfg.SOLVER.BACKBONE_MULTIPLIER == 0:
+        model.get_submodule("backbone").requires_grad_(False)
     matrices: list[dict] = []
     others: list[dict] = []
     for path, module, leaf, parameter in _named_parameters(model):

@@ -93,6 +93,16 @@ def test_build_optimizers_groups_as_mask2former() -> None:
     assert len(groups) == len(list(model.parameters()))
 
 
+def test_a_multiplier_of_zero_freezes_the_backbone() -> None:
+    model = Small()
+    (optimizer,) = build_optimizers(
+        make_cfg("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BACKBONE_MULTIPLIER", "0.0"), model
+    ).values()
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    learning = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert learning == {id(p) for p in (model.queries.weight, *model.head.parameters())}
+
+
 def test_build_optimizers_spares_swin_v2s_positions() -> None:
     model = nn.Module()
     model.attn = nn.Module()

@@ -26,7 +26,7 @@ _NOT_CLASSIFICATION = re.compile(r"^(?!backbone\.)|^backbone\.norm\d+\.")
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a checkpoint into ``model``; all of it, or nothing.
 
-    Known are Mask2Former's and Segmenter's own checkpoints, a transformers Mask2Former directory,
+    Known are Mask2Former's, Segmenter's and DPT's own checkpoints, transformers' directories,
     Swin's classification weights (backbone alone) and this project's files; see
     ``read_checkpoint`` for the kinds of file. An empty path keeps the random weights, with a
     warning.

@@ -166,6 +166,10 @@ def _starts(*prefixes: str) -> Callable[[Iterable[str]], bool]:
     return lambda names: all(any(n.startswith(p) for n in names) for p in prefixes)
 
 
+def _all_start(prefix: str) -> Callable[[Iterable[str]], bool]:
+    return lambda names: all(name.startswith(prefix) for name in names)
+
+
 # The first format that recognises a checkpoint translates it; the last one recognises all.
 FORMATS = [
     Format("Mask2Former", _starts("sem_seg_head.predictor."), from_mask2former, False),
@@ -175,5 +179,6 @@ FORMATS = [
     Format("transformers' Swin", _starts("swin."), from_transformers, True),
     Format("transformers' Swin", _starts("swinv2."), from_transformers, True),
     Format("Swin classification", _starts("patch_embed.", "layers.0.blocks."), from_swin, True),
+    Format("expedite_d2 backbone", _all_start("backbone."), from_ours, True),
     Format("expedite_d2", lambda names: True, from_ours, False),
 ]

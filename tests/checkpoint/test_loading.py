@@ -27,6 +27,7 @@ from transformers import (
 
 import expedite_d2.models  # noqa: F401 (registers the architectures)
 from expedite_d2.checkpoint import load_weights
+from expedite_d2.checkpoint.export import export
 from expedite_d2.checkpoint.names import from_mask2former, from_transformers
 from expedite_d2.config import load_config
 from expedite_d2.d2 import MetadataCatalog, build_model
@@ -392,6 +393,27 @@ def test_auxiliary_head_may_be_in_the_file_or_not(tmp_path):
     assert torch.equal(model.class_predictor.weight, trained.class_predictor.weight)
     torch.save({"model": model.state_dict()}, path)
     load_weights(build("MODEL.MASK_FORMER.SEM_AUX_WEIGHT", 1.0), path)
+
+
+def test_exported_backbone_fills_the_backbone_alone(tmp_path, caplog):
+    source, model, before = build(seed=1), build(seed=2), build(seed=2)
+    whole, part = tmp_path / "whole.pth", tmp_path / "part.pth"
+    torch.save({"model": source.state_dict()}, whole)
+    export(whole, part, backbone=True)
+    load_weights(model, part)
+    assert "a backbone alone" in caplog.text
+    for name, tensor in model.state_dict().items():
+        if name.startswith("backbone."):
+            assert torch.equal(tensor, source.state_dict()[name].half().float()), name
+        else:
+            assert torch.equal(tensor, before.state_dict()[name]), name
+
+
+def test_export_of_a_backbone_needs_one(tmp_path):
+    torch.save({"head.weight": torch.zeros(2)}, tmp_path / "head.pth")
+    with pytest.raises(ValueError, match="has no backbone"):
+        export(tmp_path / "head.pth", tmp_path / "part.pth", backbone=True)
+    assert not (tmp_path / "part.pth").exists()
 
 
 # --- bad files ----------------------------------------------------------------------------------
