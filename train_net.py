@@ -3,6 +3,7 @@
 
 python train_net.py --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
 python train_net.py --config-file FILE --eval-only [--compare] [KEY VALUE ...]
+torchrun --nproc-per-node N train_net.py --config-file FILE ...
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def invoke_main() -> None:
         parser.error("--compare evaluates only: add --eval-only")
     if not args.config_file:
         parser.error("--config-file is required")
+    if args.num_machines > 1 and args.dist_url == parser.get_default("dist_url"):
+        # The default is this machine itself, where the others would wait for themselves.
+        parser.error("--num-machines needs --dist-url tcp://HOST:PORT of the first machine")
     launch(
         main,
         args.num_gpus,

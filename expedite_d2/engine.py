@@ -91,8 +91,12 @@ def do_test(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, dict[str, flo
 def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
     """Train ``model`` from ``MODEL.WEIGHTS``, or from the last checkpoint with ``resume``.
 
-    Checkpoints hold the model, the optimizers, the schedules and the iteration; with a ``SEED``
-    every random choice depends on the iteration, so a resumed run is the run it would have been.
+    Checkpoints hold the model, the optimizers, the schedules, the iteration and the seed, and every
+    random choice depends on the last two, so that a resumed run is the run it would have been.
+
+    Raises:
+        ValueError: with ``resume``, checkpoints that cannot be read, or that differ between the
+            machines.
     """
     device = torch.device(cfg.MODEL.DEVICE)
     optimizers = build_optimizers(cfg, model)
@@ -103,11 +107,22 @@ def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
     checkpointer = DetectionCheckpointer(
         model, cfg.OUTPUT_DIR, **optimizers, **schedulers, scaler=scaler
     )
-    start = 0
+    saved: dict[str, Any] = {}
     if resume and checkpointer.has_checkpoint():
-        start = checkpointer.resume_or_load("", resume=True).get("iteration", -1) + 1
+        saved = checkpointer.resume_or_load("", resume=True)
     else:
         load_weights(model, cfg.MODEL.WEIGHTS)
+    start = saved.get("iteration", -1) + 1
+    starts = comm.all_gather(start)
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"--resume must find the same checkpoint in every process, but they would go on from "
+            f"iterations {starts}: OUTPUT_DIR must be a directory that all machines share"
+        )
+    if cfg.SEED < 0:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SEED = saved.get("seed", int(comm.shared_random_seed()))
     periodic = PeriodicCheckpointer(
         checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=cfg.SOLVER.MAX_ITER, max_to_keep=2
     )
@@ -123,9 +138,8 @@ def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
     loader = build_train_loader(cfg, start_iteration=start)
     for iteration, batch in zip(range(start, cfg.SOLVER.MAX_ITER), loader, strict=False):
         progress.data_ready()
-        if cfg.SEED >= 0:
-            # Dropout and sampled points depend on the iteration alone, so resuming changes nothing.
-            torch.manual_seed(cfg.SEED + iteration * comm.get_world_size() + comm.get_rank())
+        # Dropout and sampled points depend on seed and iteration alone: resuming changes nothing.
+        torch.manual_seed(cfg.SEED + iteration * comm.get_world_size() + comm.get_rank())
         losses = _train_step(cfg, train_model, batch, optimizers, scaler, iteration)
         progress.step(iteration, losses, optimizers["optimizer"].param_groups[0]["lr"])
         for scheduler in schedulers.values():
@@ -136,7 +150,7 @@ def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
             do_test(cfg, model)
             comm.synchronize()
             train_model.train()
-        periodic.step(iteration)
+        periodic.step(iteration, seed=cfg.SEED)
 
 
 def _train_step(

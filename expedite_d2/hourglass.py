@@ -289,10 +289,19 @@ def _sharpness(window: Sequence[int] | None) -> float:
 
 
 def profiler_range(name: str, tensor: Tensor) -> AbstractContextManager[None]:
-    """An NVTX range for work that is queued on a GPU now."""
-    if tensor.is_cuda and not torch.compiler.is_compiling():
-        return torch.cuda.nvtx.range(name)
-    return nullcontext()
+    """Names a span of work: for torch.profiler where it runs, else for Nsight on a GPU.
+
+    Nothing while a model is compiled, whose spans are the compiler's own.
+
+    Args:
+        name: "expedite_d2." and the part of the model.
+        tensor: what the work is about, on its device.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(name)
+    return torch.cuda.nvtx.range(name) if tensor.is_cuda else nullcontext()
 
 
 def _expect_int(name: str, value: object, minimum: int) -> None:

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from expedite_d2.d2.common import why_unreadable
+
 # What Detectron2's and Mask2Former's pickles consist of: arrays, tensors and containers.
 _ALLOWED = {
     ("collections", "OrderedDict"),
@@ -89,8 +91,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         content = _unpack(path)
     except Exception as error:  # corrupt files fail in as many ways as there are readers
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} is not a readable checkpoint: {reason[0]}") from error
+        reason = why_unreadable(path, error)
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
+import re
 import socket
+import zipfile
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -38,10 +41,11 @@ def launch(
 ) -> None:
     """Run a function in as many processes as there are GPUs, or on CPUs, as many as are asked for.
 
-    Detectron2's own differs in two points: released versions refuse to start without a GPU, and an
-    error of a worker comes back as the text of a traceback. Here the workers talk through gloo
-    where there is no GPU and share the cores, and ``ValueError``, ``OSError`` and ``KeyError``
-    are raised again in the launching process.
+    Detectron2's own differs in three points: released versions refuse to start without a GPU, an
+    error of a worker comes back as the text of a traceback, and torchrun is not known. Here the
+    workers talk through gloo where there is no GPU and share the cores; ``ValueError``, ``OSError``
+    and ``KeyError`` are raised again in the launching process; and under torchrun, which has
+    started the processes, the function runs in this one as a member of torchrun's group.
 
     Args:
         main_func: called as ``main_func(*args)`` in every process; importable by name.
@@ -52,18 +56,39 @@ def launch(
             port (one machine only).
         args: arguments of ``main_func``; must be picklable for more than one process.
         timeout: how long a process waits for the others.
+
+    Raises:
+        ValueError: numbers that do not fit one another or this machine.
+        ChildProcessError: a process was killed; the others have been stopped.
     """
-    gpus = torch.cuda.device_count()
-    if num_gpus_per_machine < 1 or (gpus and num_gpus_per_machine > gpus):
-        limit = f"1 to {gpus}" if gpus else "at least 1"
-        raise ValueError(f"--num-gpus must be {limit} on this machine, got {num_gpus_per_machine}")
+    if dist.is_torchelastic_launched():
+        if (num_gpus_per_machine, num_machines) != (1, 1):
+            raise ValueError(
+                "torchrun starts the processes: give it --nproc-per-node and --nnodes, and leave "
+                "--num-gpus and --num-machines out"
+            )
+        workers = int(os.environ["LOCAL_WORLD_SIZE"])
+        _check_number("--nproc-per-node", workers)
+        _run(main_func, args, int(os.environ["LOCAL_RANK"]), workers, "env://", timeout)
+        return
+    _check_number("--num-gpus", num_gpus_per_machine)
+    if num_machines < 1:
+        raise ValueError(f"--num-machines must be at least 1, got {num_machines}")
+    if not 0 <= machine_rank < num_machines:
+        raise ValueError(
+            f"--machine-rank must be less than --num-machines {num_machines} and not negative, "
+            f"got {machine_rank}"
+        )
     world_size = num_machines * num_gpus_per_machine
     if world_size == 1:
         main_func(*args)
         return
+    if num_machines > 1 and dist_url in (None, "auto"):
+        raise ValueError(
+            "--dist-url must be tcp://HOST:PORT of the first machine for more than one machine, "
+            f"got {dist_url}"
+        )
     if dist_url == "auto":
-        if num_machines > 1:
-            raise ValueError("--dist-url auto works on one machine only: give tcp://HOST:PORT")
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     errors = mp.get_context("spawn").SimpleQueue()
     try:
@@ -81,10 +106,19 @@ def launch(
                 errors,
             ),
         )
-    except (mp.ProcessRaisedException, mp.ProcessExitedException):
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         if not errors.empty():
             raise errors.get() from None
+        if isinstance(error, mp.ProcessExitedException):
+            raise ChildProcessError(f"{error}; the others have been stopped") from None
         raise
+
+
+def _check_number(option: str, processes: int) -> None:
+    gpus = torch.cuda.device_count()
+    if processes < 1 or (gpus and processes > gpus):
+        limit = f"1 to {gpus}" if gpus else "at least 1"
+        raise ValueError(f"{option} must be {limit} on this machine, got {processes}")
 
 
 def _free_port() -> int:
@@ -104,33 +138,46 @@ def _worker(
     timeout: timedelta,
     errors: Any,
 ) -> None:
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(local_rank)
-    else:
+    if not torch.cuda.is_available():
         # Each worker would take all cores otherwise, and they would wait for one another.
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    rank = machine_rank * workers + local_rank
     try:
-        try:
-            dist.init_process_group(
-                backend="nccl" if gpu else "gloo",
-                init_method=dist_url,
-                world_size=world_size,
-                rank=machine_rank * workers + local_rank,
-                timeout=timeout,
-            )
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise OSError(
-                f"the processes cannot meet at --dist-url {dist_url}: {reason}"
-            ) from error
-        comm.create_local_process_group(workers)
-        # A rank that is late with loading must not count against the timeout of the first exchange.
-        comm.synchronize()
-        main_func(*args)
+        _run(main_func, args, local_rank, workers, dist_url, timeout, world_size, rank)
     except _USER_ERRORS as error:
         errors.put(_plain(error))
         raise
+
+
+def _run(
+    main_func: Callable[..., Any],
+    args: tuple[Any, ...],
+    local_rank: int,
+    workers: int,
+    dist_url: str | None,
+    timeout: timedelta,
+    world_size: int = -1,
+    rank: int = -1,
+) -> None:
+    """Join the process group, run the function and leave; -1 as torchrun's environment says."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group(
+            backend="nccl" if gpu else "gloo",
+            init_method=dist_url,
+            world_size=world_size,
+            rank=rank,
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"the processes cannot meet at --dist-url {dist_url}: {reason}") from error
+    comm.create_local_process_group(workers)
+    # A rank that is late with loading must not count against the timeout of the first exchange.
+    comm.synchronize()
+    main_func(*args)
     dist.destroy_process_group()
 
 
@@ -166,11 +213,30 @@ class CorruptCheckpointError(ValueError):
     """A checkpoint file that cannot be read: truncated, or no checkpoint at all."""
 
 
+def why_unreadable(path: str | os.PathLike, error: Exception) -> str:
+    """Why a file is no checkpoint; its reader's own error may be about something else altogether.
+
+    Args:
+        path: the file.
+        error: what its reader raised.
+    """
+    with open(path, "rb") as file:
+        start = file.read(20)
+    if not start:
+        return "it is empty"
+    # The directory of a zip archive, which torch.save writes, stands at its end.
+    if isinstance(error, EOFError) or (start[:2] == b"PK" and not zipfile.is_zipfile(path)):
+        return "it is truncated"
+    if isinstance(error, pickle.UnpicklingError) and start[:1] != b"\x80" and start[:2] != b"PK":
+        return f"neither torch.save nor pickle wrote it, it begins with {start!r}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class DetectionCheckpointer(provider.DetectionCheckpointer):
     """The provider's checkpointer, which never leaves a half-written file and survives one.
 
     A checkpoint is written under a temporary name and renamed once it is complete. On resume, one
-    that cannot be read is passed over, with a warning, for the one before.
+    that cannot be read or is not there is passed over, with a warning, for the one before.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -208,13 +274,17 @@ class DetectionCheckpointer(provider.DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             return super()._load_file(filename)
-        except (OSError, ValueError):
+        except PermissionError:
             raise
         except Exception as error:  # unpickling arbitrary bytes can fail in every way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = why_unreadable(filename, error)
             raise CorruptCheckpointError(
-                f"checkpoint {filename} is truncated or no checkpoint at all: {reason}"
+                f"checkpoint {filename} cannot be read: {reason}"
             ) from error
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to resume from, be it readable or not."""
+        return bool(self._checkpoints())
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Go on from the newest readable checkpoint of ``save_dir``, else load ``path``.
@@ -228,20 +298,33 @@ class DetectionCheckpointer(provider.DetectionCheckpointer):
         """
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
+        failures = []
         for candidate in self._checkpoints():
             try:
-                return self.load(candidate)
+                extra = self.load(candidate)
             except (CorruptCheckpointError, FileNotFoundError) as error:
-                logger.warning("%s; trying the checkpoint before", error)
-        raise CorruptCheckpointError(f"no checkpoint in {self.save_dir} can be read")
+                failures.append(str(error))
+                logger.warning("%s; trying the one before", error)
+                continue
+            if failures:
+                logger.warning("resuming from %s instead", candidate)
+            return extra
+        raise CorruptCheckpointError(
+            f"no checkpoint in {self.save_dir} can be read to resume from: {'; '.join(failures)}"
+        )
 
     def _checkpoints(self) -> list[str]:
-        """The checkpoints of this run, the tagged one first, then from the newest to the oldest."""
-        last = self.get_checkpoint_file()
-        prefix = os.path.basename(last).rpartition("_")[0]
+        """The tagged checkpoint, then the periodic ones of this run from the newest to the oldest.
+
+        A run that was killed between its first checkpoint and the tag left no tag.
+        """
+        tagged = self.get_checkpoint_file()
+        prefix = os.path.basename(tagged).rpartition("_")[0] or "model"
+        numbered = re.compile(rf"{re.escape(prefix)}_\d{{7,}}\.pth")
+        found = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
         others = [
             file
-            for file in self.get_all_checkpoint_files()
-            if file != last and os.path.basename(file).rpartition("_")[0] == prefix
+            for file in found
+            if file != tagged and numbered.fullmatch(os.path.basename(file))
         ]
-        return [last, *sorted(others, key=os.path.getmtime, reverse=True)]
+        return [tagged] * bool(tagged) + sorted(others, key=os.path.getmtime, reverse=True)

@@ -242,7 +242,8 @@ class ExpeditedSwinTransformer(Backbone):
             Maps by name, (B, C, H/4, W/4) for "res2" and half of that with each further stage,
             rounded up.
         """
-        x = self._embed(images)
+        with profiler_range("expedite_d2.stem", images):
+            x = self._embed(images)
         outputs = {}
         reduction, first = self._reduction, 0
         for i, stage in enumerate(self._stages()):
@@ -251,7 +252,7 @@ class ExpeditedSwinTransformer(Backbone):
             if reduction is not None:
                 full = min(max(reduction.alpha - first, 0), full)
             first += len(blocks)
-            with profiler_range(f"expedite_d2.swin.stage{i + 1}", x):
+            with profiler_range(f"expedite_d2.stage{i + 1}", x):
                 if full:
                     windows = stage.windows(x, self.cluster_window, self.token_positions)
                     x = self._run(blocks[:full], x, windows)
@@ -261,7 +262,9 @@ class ExpeditedSwinTransformer(Backbone):
                     windows = stage.windows(
                         low, clusters, self.cluster_positions, self.cluster_resample
                     )
-                    x = reconstruct(self._run(blocks[full:], low, windows), clustering)
+                    with profiler_range("expedite_d2.low_blocks", low):
+                        low = self._run(blocks[full:], low, windows)
+                    x = reconstruct(low, clustering)
                     reduction = None
             name = f"res{i + 2}"
             if name in self._out_features:

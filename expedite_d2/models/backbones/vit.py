@@ -176,18 +176,18 @@ class ExpeditedViT(Backbone):
     def _features(self, images: Tensor) -> ViTFeatures:
         if images.dim() != 4:
             raise ValueError(f"ViT expects images (B, 3, H, W), got {tuple(images.shape)}")
-        with profiler_range("expedite_d2.vit.embed", images):
+        with profiler_range("expedite_d2.stem", images):
             x, grid, stem = self._embed(images)
         reduction = self.reduction
         full = self._depth if reduction is None else min(reduction.alpha, self._depth)
         numbers = self._numbers()
         read: dict[int, Tensor] = {}
-        with profiler_range("expedite_d2.vit.full", x):
+        with profiler_range("expedite_d2.full_blocks", x):
             for number in range(full):
                 x = self._run(number, x, grid)
                 if number in numbers:
                     read[number] = x
-        with profiler_range("expedite_d2.vit.clusters", x):
+        with profiler_range("expedite_d2.low_blocks", x):
             for number in range(full, self._depth):
                 x = self._run(number, x, None)
                 if number in numbers:

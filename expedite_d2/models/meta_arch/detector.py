@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from expedite_d2.d2 import CfgNode, ImageList, Instances, build_backbone
+from expedite_d2.hourglass import profiler_range
 from expedite_d2.models.backbones.fpn import FeaturePyramid
 from expedite_d2.models.meta_arch.cascade import CascadeHeads, Stage
 from expedite_d2.models.meta_arch.detection_inference import Suppression, View, detect
-from expedite_d2.models.meta_arch.mask2former import nvtx_range
 from expedite_d2.models.meta_arch.regions import (
     RegionFeatures,
     RegionProposals,
@@ -84,9 +84,9 @@ class PyramidDetector(nn.Module):
 
     def pyramid(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W), normalised -> maps "p2" … "p6", float32."""
-        with nvtx_range("backbone", images.device):
+        with profiler_range("expedite_d2.backbone", images):
             features = self.backbone(images)
-        with nvtx_range("pyramid", images.device):
+        with profiler_range("expedite_d2.pyramid", images):
             return {name: level.float() for name, level in self.fpn(features).items()}
 
     def regions(self, maps: Mapping[str, Tensor]) -> RegionFeatures:
@@ -105,9 +105,9 @@ class PyramidDetector(nn.Module):
     ) -> list[View]:
         """Refined boxes and class scores of each image of a batch."""
         sizes = list(image_sizes)
-        with nvtx_range("proposals", self.device):
+        with profiler_range("expedite_d2.proposals", self.pixel_mean):
             proposals, _ = self.proposal_generator.propose(maps, sizes)
-        with nvtx_range("box_heads", self.device):
+        with profiler_range("expedite_d2.box_heads", self.pixel_mean):
             boxes, scores = self.roi_heads.boxes(regions, proposals, sizes)
         return [
             View(regions.image(i), boxes[i], scores[i], size, flipped)
@@ -173,5 +173,5 @@ class PyramidDetector(nn.Module):
         return thing_ids(self.dataset_name, self.num_classes)
 
     def _masks(self, features: RegionFeatures, boxes: list[Tensor], classes: Tensor) -> Tensor:
-        with self.arithmetic(), nvtx_range("mask_heads", self.device):
+        with self.arithmetic(), profiler_range("expedite_d2.mask_heads", boxes[0]):
             return self.roi_heads.masks(features, boxes, classes)

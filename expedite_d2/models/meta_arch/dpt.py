@@ -103,10 +103,13 @@ class ExpediteDPT(nn.Module):
         if self.training:
             return self._losses(images.tensor, [inputs["depth"] for inputs in batched_inputs])
         depths = self.depth(self.logits(images.tensor))
-        return [
-            {"depth": _resized(depth, size, inputs)}
-            for depth, size, inputs in zip(depths, images.image_sizes, batched_inputs, strict=True)
-        ]
+        with profiler_range("expedite_d2.post_processing", depths):
+            return [
+                {"depth": _resized(depth, size, inputs)}
+                for depth, size, inputs in zip(
+                    depths, images.image_sizes, batched_inputs, strict=True
+                )
+            ]
 
     def logits(self, images: Tensor) -> Tensor:
         """What the head predicts, before it becomes metres.
@@ -120,9 +123,9 @@ class ExpediteDPT(nn.Module):
         half = not self.training and self.eval_dtype != torch.float32
         with self._autocast() if half else contextlib.nullcontext():
             features, grid = self._features(images)
-            with profiler_range("expedite_d2.dpt.neck", images):
+            with profiler_range("expedite_d2.neck", images):
                 fused = self.neck(features, *grid)
-            with profiler_range("expedite_d2.dpt.head", images):
+            with profiler_range("expedite_d2.head", images):
                 return self.head(fused).float()
 
     def depth(self, logits: Tensor) -> Tensor:
@@ -142,7 +145,8 @@ class ExpediteDPT(nn.Module):
 
         Maps of the stem are (B, C, h, w), outputs of blocks (B, 1 + rows * columns, C).
         """
-        encoded: ViTFeatures = self.backbone(images, as_tokens=True)
+        with profiler_range("expedite_d2.backbone", images):
+            encoded: ViTFeatures = self.backbone(images, as_tokens=True)
         features = list(encoded.stem.values())
         for prefix, tokens in encoded.tokens.values():
             features.append(torch.cat([prefix[:, :1], tokens.flatten(1, 2)], dim=1))

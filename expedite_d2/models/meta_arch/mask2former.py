@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from expedite_d2.d2 import (
     MetadataCatalog,
     build_backbone,
 )
+from expedite_d2.hourglass import profiler_range
 from expedite_d2.models.meta_arch.mask2former_heads import (
     build_pixel_decoder,
     build_transformer_decoder,
@@ -132,7 +133,7 @@ class ExpediteMask2Former(nn.Module):
         if self.training:
             return self._losses(images.tensor, batched_inputs, size)
         class_logits, mask_logits = self.logits(images.tensor)
-        with nvtx_range("post_processing", self.device):
+        with profiler_range("expedite_d2.post_processing", mask_logits):
             return [
                 self._results(classes, masks, size, image_size, inputs)
                 for classes, masks, image_size, inputs in zip(
@@ -176,14 +177,17 @@ class ExpediteMask2Former(nn.Module):
 
     def _decode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Each layer's queries (Q, B, C) and mask logits; mask features (B, C, H/4, W/4)."""
-        with nvtx_range("backbone", images.device):
+        with profiler_range("expedite_d2.backbone", images):
             features = self.backbone(images)
         maps = [features[name].float() for name in self.in_features]
         # Always in float32, as Mask2Former's own: sampling points have the type of the features,
         # and half types cannot tell neighbouring pixels of a large map apart.
-        with nvtx_range("pixel_decoder", images.device), self._autocast(torch.float32):
+        with (
+            profiler_range("expedite_d2.pixel_decoder", images),
+            self._autocast(torch.float32),
+        ):
             pixels = self.pixel_decoder(maps)
-        with nvtx_range("transformer_decoder", images.device):
+        with profiler_range("expedite_d2.transformer_decoder", images):
             decoded = self.transformer_module(
                 multi_scale_features=pixels.multi_scale_features,
                 mask_features=pixels.mask_features,
@@ -288,13 +292,3 @@ class ExpediteMask2Former(nn.Module):
                 f"{self.dataset_name!r} has no thing_dataset_id_to_contiguous_id"
             )
         return set(cast(dict[int, int], ids).values())
-
-
-@contextlib.contextmanager
-def nvtx_range(name: str, device: torch.device) -> Iterator[None]:
-    """Name a span for Nsight Systems; nothing off CUDA."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.nvtx.range(name):
-        yield

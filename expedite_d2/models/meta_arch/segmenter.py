@@ -90,7 +90,7 @@ class ExpediteSegmenter(nn.Module):
             loss = semantic_loss(logits, batched_inputs, size, self.ignore_value)
             return {"loss_sem_seg": loss}
         results = []
-        with profiler_range("expedite_d2.segmenter.post_processing", logits):
+        with profiler_range("expedite_d2.post_processing", logits):
             for scores, image_size, inputs in zip(
                 logits, images.image_sizes, batched_inputs, strict=True
             ):
@@ -127,10 +127,10 @@ class ExpediteSegmenter(nn.Module):
 
     def _token_logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, h, w, K), the logits of each patch."""
-        with profiler_range("expedite_d2.segmenter.backbone", images):
+        with profiler_range("expedite_d2.backbone", images):
             features = self.backbone(images, as_tokens=True)
         _, tokens = features.tokens["last"]
-        with profiler_range("expedite_d2.segmenter.decoder", images):
+        with profiler_range("expedite_d2.decoder", images):
             logits = self.decoder(tokens)
             if features.clustering is None:
                 return logits
