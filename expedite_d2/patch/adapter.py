@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from expedite_d2.hourglass import Reduction
 from expedite_d2.patch.override import Override
-from expedite_d2.patch.travel import Travel, travel_of
+from expedite_d2.patch.travel import travel_of
+
+
+class BlockCall(NamedTuple):
+    """One block of the low-resolution span, and what it is called with.
+
+    Attributes:
+        encoder: whose block it is.
+        block: `owner` is the block, `original` its forward.
+        x: clusters, as the block takes its tokens.
+        grid: rows and columns of tokens.
+        cells: those of clusters; the same for an image that was too small to be reduced.
+        args: what the block was given beside its tokens.
+        kwargs: the same by name.
+    """
+
+    encoder: Any
+    block: Override
+    x: Tensor
+    grid: tuple[int, int]
+    cells: tuple[int, int]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Adapter(Protocol):
@@ -60,26 +82,8 @@ class Adapter(Protocol):
     def from_map(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
         """The inverse of `to_map`."""
 
-    def run(
-        self,
-        encoder: nn.Module,
-        block: Override,
-        x: Tensor,
-        travel: Travel,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        """Run one block on clusters.
-
-        Args:
-            encoder: whose block it is.
-            block: `owner` is the block, `original` its forward.
-            x: clusters, as the block takes its tokens.
-            travel: grids of tokens and clusters; both are the same for an image that was too small
-                to be reduced.
-            args: what the block was given beside its tokens.
-            kwargs: the same by name.
-        """
+    def run(self, call: BlockCall) -> Tensor:
+        """Run one block on clusters."""
 
 
 class SequenceAdapter:
@@ -122,18 +126,11 @@ class SequenceAdapter:
         tokens = tokens.flatten(1, 2)
         return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
 
-    def run(
-        self,
-        encoder: Any,
-        block: Override,
-        x: Tensor,
-        travel: Travel,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        if travel.cells != travel.grid:
-            refuse_masks(*args, kwargs.get("attn_mask"), kwargs.get("attention_mask"))
-        return block.original(x, *args, **kwargs)
+    def run(self, call: BlockCall) -> Tensor:
+        if call.cells != call.grid:
+            masks = (call.kwargs.get("attn_mask"), call.kwargs.get("attention_mask"))
+            refuse_masks(*call.args, *masks)
+        return call.block.original(call.x, *call.args, **call.kwargs)
 
 
 def refuse_masks(*masks: Any) -> None:

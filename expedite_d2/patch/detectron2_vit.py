@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expedite_d2.hourglass import Reduction
-from expedite_d2.patch.adapter import inherits, refuse_oblong
+from expedite_d2.patch.adapter import BlockCall, inherits, refuse_oblong
 from expedite_d2.patch.override import Override
 from expedite_d2.patch.relative_position import read_offsets
-from expedite_d2.patch.travel import Travel
 
 
 class Detectron2ViT:
@@ -60,33 +59,24 @@ class Detectron2ViT:
     def from_map(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
         return tokens
 
-    def run(
-        self,
-        encoder: Any,
-        block: Override,
-        x: Tensor,
-        travel: Travel,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        assert travel.cells is not None
-        owner: Any = block.owner
-        window = self.window(encoder)
-        if window is None and travel.cells == travel.grid:
-            return block.original(x, *args, **kwargs)
+    def run(self, call: BlockCall) -> Tensor:
+        owner: Any = call.block.owner
+        window = self.window(call.encoder)
+        if window is None and call.cells == call.grid:
+            return call.block.original(call.x, *call.args, **call.kwargs)
         changes: dict[str, Any] = {}
         if window is None:
-            spacing = _Spacing(travel.grid, travel.grid, travel.cells)
+            spacing = _Spacing(call.grid, call.grid, call.cells)
         else:
-            clusters = encoder.reduction.grid(*window)
+            clusters = call.encoder.reduction.grid(*window)
             # Global blocks see the cells of all windows, as far apart as those of one.
-            spacing = _Spacing(travel.grid, window, clusters)
+            spacing = _Spacing(call.grid, window, clusters)
             if owner.window_size:
                 spacing = _Spacing(window, window, clusters)
                 changes["window_size"] = clusters[0]
         if owner.attn.use_rel_pos:
             changes["attn"] = partial(owner.attn, spacing=spacing)
-        return block.original_seeing(changes, x, *args, **kwargs)
+        return call.block.original_seeing(changes, call.x, *call.args, **call.kwargs)
 
 
 class _Spacing(NamedTuple):

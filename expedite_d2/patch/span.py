@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from expedite_d2.hourglass import reconstruct, reduce
-from expedite_d2.patch.adapter import Adapter
+from expedite_d2.patch.adapter import Adapter, BlockCall
 from expedite_d2.patch.override import Override
 from expedite_d2.patch.travel import Travel, attach, travel_of
 
@@ -34,7 +34,8 @@ class SpanBlock(Override):
         low, travel = self._enter(x) if self.first else self._go_on(x)
         assert travel.cells is not None and travel.clustering is not None
         adapter, encoder = self.adapter, self.encoder
-        low = adapter.run(encoder, self, low, travel, args, kwargs)
+        call = BlockCall(encoder, self, low, travel.grid, travel.cells, args, kwargs)
+        low = adapter.run(call)
         if not self.full:
             return attach(low, travel._replace(low=None))
         prefix, low_map = adapter.to_map(encoder, low, travel.cells)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from expedite_d2.hourglass import Reduction
-from expedite_d2.patch.adapter import SequenceAdapter, refuse_oblong
+from expedite_d2.patch.adapter import BlockCall, SequenceAdapter, refuse_oblong
 from expedite_d2.patch.override import Override
 from expedite_d2.patch.relative_position import read_offsets
 from expedite_d2.patch.travel import Travel, attach
@@ -60,24 +60,15 @@ class OfficialSwin(SequenceAdapter):
         attentions = [_Attention(blocks[number].attn, "forward") for number in span]
         return [_Stage(stage, "forward"), *attentions]
 
-    def run(
-        self,
-        encoder: Any,
-        block: Override,
-        x: Tensor,
-        travel: Travel,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        assert travel.cells is not None
-        owner: Any = block.owner
-        rows, columns = travel.cells
-        side = encoder.reduction.grid(owner.window_size, owner.window_size)[0]
+    def run(self, call: BlockCall) -> Tensor:
+        owner: Any = call.block.owner
+        rows, columns = call.cells
+        side = call.encoder.reduction.grid(owner.window_size, owner.window_size)[0]
         shift = side // 2 if owner.shift_size else 0
         mask = None
         if shift:
             padded = (rows + -rows % side, columns + -columns % side)
-            mask = shift_mask(padded, (side, side), (shift, shift), x.device).squeeze(1)
+            mask = shift_mask(padded, (side, side), (shift, shift), call.x.device).squeeze(1)
         changes = {
             "H": rows,
             "W": columns,
@@ -86,7 +77,7 @@ class OfficialSwin(SequenceAdapter):
             "attn": partial(owner.attn, side=side),
         }
         # In the place of the stage's mask, which is for its tokens.
-        return block.original_seeing(changes, x, mask)
+        return call.block.original_seeing(changes, call.x, mask)
 
 
 class _Stage(Override):

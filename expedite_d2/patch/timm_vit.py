@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expedite_d2.patch.adapter import SequenceAdapter, inherits, refuse_masks
+from expedite_d2.patch.adapter import BlockCall, SequenceAdapter, inherits, refuse_masks
 from expedite_d2.patch.override import Override, PassOn
 from expedite_d2.patch.relative_position import relative_bias
 from expedite_d2.patch.travel import Travel, attach
@@ -55,19 +55,10 @@ class TimmBeit(SequenceAdapter):
                 overrides.append(_NoBias(attention, "_get_rel_pos_bias"))
         return overrides
 
-    def run(
-        self,
-        encoder: Any,
-        block: Override,
-        x: Tensor,
-        travel: Travel,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        assert travel.cells is not None
-        refuse_masks(*args)
-        bias = beit_bias(encoder, block.owner, travel.grid, travel.cells)
-        return block.original(x, **{**kwargs, "shared_rel_pos_bias": bias})
+    def run(self, call: BlockCall) -> Tensor:
+        refuse_masks(*call.args)
+        bias = beit_bias(call.encoder, call.block.owner, call.grid, call.cells)
+        return call.block.original(call.x, **{**call.kwargs, "shared_rel_pos_bias": bias})
 
 
 class _LastDropout(Override):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expedite_d2.patch.adapter import SequenceAdapter, inherits, refuse_masks
+from expedite_d2.patch.adapter import BlockCall, SequenceAdapter, inherits, refuse_masks
 from expedite_d2.patch.override import Override
 from expedite_d2.patch.relative_position import relative_bias
 from expedite_d2.patch.travel import Travel, attach
@@ -49,22 +49,14 @@ class TransformersBeit(TransformersViT):
             *(_NoBias(bias, "forward") for bias in own if bias is not None),
         ]
 
-    def run(
-        self,
-        encoder: Any,
-        block: Override,
-        x: Tensor,
-        travel: Travel,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        assert travel.cells is not None
-        mask = kwargs.get("attention_mask")
+    def run(self, call: BlockCall) -> Tensor:
+        mask = call.kwargs.get("attention_mask")
         # The shared bias arrives as a mask of one image; a mask of the caller's has one for each.
-        if encoder.shared_position_bias is None or (mask is not None and mask.shape[0] > 1):
-            refuse_masks(*args, mask)
-        bias = _bias(encoder, block.owner, travel.grid, travel.cells)
-        return block.original(x, **{**kwargs, "attention_mask": bias})
+        shared = call.encoder.shared_position_bias is not None
+        if not shared or (mask is not None and mask.shape[0] > 1):
+            refuse_masks(*call.args, mask)
+        bias = _bias(call.encoder, call.block.owner, call.grid, call.cells)
+        return call.block.original(call.x, **{**call.kwargs, "attention_mask": bias})
 
 
 class _Embeddings(Override):
