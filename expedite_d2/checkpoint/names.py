@@ -92,6 +92,11 @@ def from_mask2former(state: Mapping[str, Tensor]) -> State:
         if fused is None:
             translated[renamed] = tensor
             continue
+        if tensor.ndim == 0 or len(tensor) % 3:
+            raise ValueError(
+                f"{name} must hold three projections of as many rows each, got shape "
+                f"{tuple(tensor.shape)}"
+            )
         for letter, part in zip("qkv", tensor.chunk(3), strict=True):
             translated[f"{fused[1]}.{letter}_proj.{fused[2]}"] = part
     return translated
@@ -140,7 +145,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
             separate[f"{part[1]}.qkv.{part[3]}"][part[2]] = tensor
     for name, parts in separate.items():
         if len(parts) == 3:
-            translated[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+            translated[name] = _join(name, [parts["query"], parts["key"], parts["value"]])
         elif parts.keys() == {"query", "value"}:  # biases of Swin's second version
             translated[name.replace("qkv.bias", "q_bias")] = parts["query"]
             translated[name.replace("qkv.bias", "v_bias")] = parts["value"]
@@ -161,6 +166,17 @@ def from_ours(state: Mapping[str, Tensor]) -> State:
     return {name: tensor for name, tensor in state.items() if not _COMPUTED.search(name)}
 
 
+def _join(name: str, parts: list[Tensor]) -> Tensor:
+    """Projections below one another; what cannot be is no checkpoint."""
+    try:
+        return torch.cat(parts)
+    except (RuntimeError, TypeError) as error:
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(
+            f"the projections that make up {name} must differ in their rows alone, got {shapes}"
+        ) from error
+
+
 def _starts(*prefixes: str) -> Callable[[Iterable[str]], bool]:
     """All of ``prefixes`` occur, each at the start of some name."""
     return lambda names: all(any(n.startswith(p) for n in names) for p in prefixes)
@@ -172,7 +188,7 @@ def _all_start(prefix: str) -> Callable[[Iterable[str]], bool]:
 
 # The first format that recognises a checkpoint translates it; the last one recognises all.
 FORMATS = [
-    Format("Mask2Former", _starts("sem_seg_head.predictor."), from_mask2former, False),
+    Format("Mask2Former", _starts("sem_seg_head.predictor.transformer_"), from_mask2former, False),
     Format(
         "transformers' Mask2Former", _starts("model.pixel_level_module."), from_transformers, False
     ),
