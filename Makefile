@@ -10,10 +10,11 @@ PYTHON := $(ENVIRONMENT)/bin/python
 STAMP := $(ENVIRONMENT)/.expedite_d2.stamp
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test lint clean
+.PHONY: help build demo demo-all test lint clean
 
 help:
 	@echo "make demo    environment, build, and the demo: baseline against expedited on embedded scenes"
+	@echo "make demo-all  the same for every family of systems, on one page: output/demo/report.html"
 	@echo "make test    environment, build, and the whole test suite"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
 	@echo "make build   environment and build alone"
@@ -23,6 +24,9 @@ build: $(STAMP)
 
 demo: $(STAMP)
 	$(PYTHON) train_net.py --eval-only --compare --config-file $(CONFIG) OUTPUT_DIR output/demo
+
+demo-all: $(STAMP)
+	$(PYTHON) -m expedite_d2.evaluation.demo --output output/demo
 
 test: $(STAMP)
 	$(PYTHON) -m pytest $(PYTEST_ARGS)

@@ -183,7 +183,7 @@ def test_wheel_holds_configs_weights_and_data(tmp_path):
     assert result.returncode == 0, result.stderr
     package = tmp_path / "expedite_d2"
     assert files_below(ROOT / "configs") == files_below(package / "configs")
-    kinds = (".py", ".pth", ".safetensors", ".json", ".txt")
+    kinds = (".py", ".html", ".pth", ".safetensors", ".json", ".txt")
     expected = files_below(ROOT / "expedite_d2", *kinds)
     assert expected <= files_below(package)
     assert not files_below(package, ".so", ".pyc")

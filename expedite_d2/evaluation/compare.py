@@ -28,7 +28,7 @@ from expedite_d2.data import build_test_loader
 from expedite_d2.evaluation import build_evaluators
 from expedite_d2.evaluation.cost import count_gflops, expedite_settings
 from expedite_d2.evaluation.evaluator import DatasetEvaluator, Results
-from expedite_d2.evaluation.figure import Example, draw_comparison
+from expedite_d2.evaluation.figure import Example, draw_comparison, write_examples
 from expedite_d2.evaluation.latency import PeakMemory, time_call
 from expedite_d2.evaluation.report import (
     Measurement,
@@ -52,15 +52,17 @@ _WARMUP = 2
 _EXAMPLES = 3
 
 
-def compare(cfg: CfgNode) -> dict[str, Any]:
+def compare(cfg: CfgNode, command: str | None = None) -> dict[str, Any]:
     """Evaluate baseline and expedited model on ``DATASETS.TEST[0]``, image by image in turn.
 
     The model runs with ``MODEL.EXPEDITE.ENABLED`` on and off, from one set of weights, whatever the
     config says. With several ranks each one takes its share. The main rank writes
-    ``OUTPUT_DIR/comparison.json``, ``.md`` and ``.png`` once all is measured, and prints the table.
+    ``OUTPUT_DIR/comparison.json``, ``.md``, ``.png`` and the single pictures below ``examples/``
+    once all is measured, and prints the table.
 
     Args:
         cfg: The config, from ``load_config``.
+        command: The command line that ``comparison.md`` repeats; this process's own by default.
 
     Returns:
         What ``comparison.json`` holds on the main rank, {} on the others.
@@ -99,7 +101,8 @@ def compare(cfg: CfgNode) -> dict[str, Any]:
         _example(models, loader.dataset[index], cfg.INPUT.FORMAT)
         for index in choose_examples(DatasetCatalog.get(name))
     ]
-    _write(output, comparison, examples, MetadataCatalog.get(name), cfg.MODEL.WEIGHTS)
+    text = markdown(comparison, cfg.MODEL.WEIGHTS, command or _command_line())
+    _write(output, comparison, text, examples, MetadataCatalog.get(name))
     print(comparison_table(comparison), flush=True)
     logger.info("wrote %s", output / "comparison.{json,md,png}")
     return comparison
@@ -244,7 +247,9 @@ class _BackboneClock:
 @torch.inference_mode()
 def _alternate(runs: Sequence[_Run], loader: Iterable[list[dict[str, Any]]]) -> None:
     """Let every image pass through all models, another one first each time."""
-    bar = tqdm(loader, desc="comparing", unit="image", disable=not comm.is_main_process())
+    # Without a terminal a bar would be a line for every image.
+    hidden = None if comm.is_main_process() else True
+    bar = tqdm(loader, desc="comparing", unit="image", disable=hidden)
     for number, batch in enumerate(bar):
         step = max(int(getattr(runs[0].model, "size_divisibility", 1)), 1)
         height, width = (math.ceil(side / step) * step for side in batch[0]["image"].shape[-2:])
@@ -311,19 +316,20 @@ def _example(
 def _write(
     output: Path,
     comparison: Mapping[str, Any],
+    text: str,
     examples: Sequence[Example],
     metadata: Any,
-    weights: str,
 ) -> None:
-    """Write the three files; none is replaced before all three are complete."""
+    """Write the files; none of the three is replaced before all are complete."""
     with ExitStack() as stack:
-        text, numbers, picture = (
+        words, numbers, picture = (
             stack.enter_context(replacing(output / f"comparison.{suffix}"))
             for suffix in ("md", "json", "png")
         )
         draw_comparison(comparison, examples, metadata, picture)
         numbers.write_text(to_json(comparison), encoding="utf-8")
-        text.write_text(markdown(comparison, weights, _command_line()), encoding="utf-8")
+        words.write_text(text, encoding="utf-8")
+        write_examples(examples, metadata, output / "examples")
 
 
 def _command_line() -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from expedite_d2.evaluation.report import format_number, headline_metrics, is_error
+from expedite_d2.evaluation.report import (
+    claims,
+    format_number,
+    headline_metrics,
+    metric_title,
+)
+from expedite_d2.files import replacing
 from expedite_d2.visualize import (
     Prediction,
     disagreement,
@@ -22,7 +30,7 @@ from expedite_d2.visualize import (
     draw_predictions,
 )
 
-__all__ = ["Example", "draw_comparison"]
+__all__ = ["PANELS", "Example", "draw_comparison", "write_examples"]
 
 # All lengths are pixels of the finished picture.
 _WIDTH = 1600
@@ -42,14 +50,15 @@ _TRACK = "#dfe4ea"
 _BASELINE = "#7b8794"
 _EXPEDITED = "#0b7285"
 
-_COLUMN_TITLES = ("input and its clusters", "baseline", "expedited", "where they differ")
-_METRIC_TITLES = {
-    "panoptic_seg": "panoptic PQ",
-    "sem_seg": "semantic mIoU",
-    "segm": "mask AP",
-    "bbox": "box AP",
-    "depth": "depth RMSE, m",
+# The four pictures of an example, in their order.
+PANELS = {
+    "clusters": "input and its clusters",
+    "baseline": "baseline",
+    "expedited": "expedited",
+    "difference": "where they differ",
 }
+# Four of them stand side by side on a desktop, one fills a phone.
+_PANEL_SIDE = 400
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def draw_comparison(
         path: Where to write the PNG, 1600 pixels wide.
     """
     column = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
-    sizes = [_fit(example.image.shape[:2], column) for example in examples]
+    sizes = [_fit(example.image.shape[:2], column, _MAX_ROW) for example in examples]
     rows = sum(height + _GAP for height, _ in sizes) + (_CAPTION if examples else 0)
     total = _TITLE + _CHART_GAP // 2 + _CHARTS + _CHART_GAP + rows + _MARGIN // 2
     figure = Figure(figsize=(_WIDTH / _DPI, total / _DPI), dpi=_DPI, facecolor="white")
@@ -124,7 +133,7 @@ def draw_comparison(
 
     top += _CHARTS + _CHART_GAP
     if examples:
-        for index, text in enumerate(_COLUMN_TITLES):
+        for index, text in enumerate(PANELS.values()):
             write(_MARGIN + index * (column + _GAP), top, text, size=11, weight="bold", color=_INK)
         top += _CAPTION
     for example, (height, shown) in zip(examples, sizes, strict=True):
@@ -142,26 +151,45 @@ def draw_comparison(
     figure.savefig(path, dpi=_DPI, format="png")
 
 
-def _fit(size: tuple[int, ...], column: int) -> tuple[int, int]:
-    """Height and width of an image in a column; tall images are made narrower instead."""
+def write_examples(examples: Sequence[Example], metadata: Any, folder: Path) -> None:
+    """Write the pictures one by one, for pages that lay them out by themselves.
+
+    ``examples.json`` names them: a list with, for each image, {"panels": {panel: file name},
+    "differs": share of the pixels on which the two predictions differ}.
+
+    Args:
+        examples: The images to show.
+        metadata: Detectron2's metadata of the data set.
+        folder: Where to write; it is made.
+    """
+    folder.mkdir(exist_ok=True)
+    listed: list[dict[str, Any]] = []
+    for number, example in enumerate(examples, start=1):
+        files = {panel: f"{number}_{panel}.jpg" for panel in PANELS}
+        size = _fit(example.image.shape[:2], _PANEL_SIDE, _PANEL_SIDE)
+        for name, picture in zip(files.values(), _pictures(example, size, metadata), strict=True):
+            with replacing(folder / name) as partial:
+                Image.fromarray(picture).save(partial, quality=85)
+        share = float(disagreement(example.baseline, example.expedited).mean())
+        listed.append({"panels": files, "differs": share})
+    with replacing(folder / "examples.json") as partial:
+        partial.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    # What an earlier run with more images has left.
+    named = {name for entry in listed for name in entry["panels"].values()}
+    for panel in PANELS:
+        for path in folder.glob(f"[0-9]*_{panel}.jpg"):
+            if path.name not in named:
+                path.unlink()
+
+
+def _fit(size: tuple[int, ...], column: int, row: int) -> tuple[int, int]:
+    """Height and width of an image in a cell; tall images are made narrower instead."""
     height, width = size
-    scale = min(column / width, _MAX_ROW / height)
+    scale = min(column / width, row / height)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _titles(comparison: Mapping[str, Any]) -> tuple[str, str, str]:
-    ratio = comparison["ratio"]
-    claims = []
-    if ratio["gflops_backbone"] is not None:
-        claims.append(f"{100 * (1 - ratio['gflops_backbone']):.0f} % fewer backbone GFLOPs")
-    if ratio["speedup_model"] is not None:
-        claims.append(f"model {ratio['speedup_model']:.2f}x as fast")
-    for task, name in headline_metrics(comparison):
-        kept = ratio["metrics"][task][name]
-        if kept is not None:
-            label = "box AP" if task == "bbox" else name
-            change = f"{100 * (kept - 1):+.1f} %" if is_error(name) else f"{100 * kept:.1f} % kept"
-            claims.append(f"{label} {change}")
     settings = comparison["expedited"]["settings"]
     clusters = "x".join(str(c) for c in settings.get("clusters", []))
     subtitle = (
@@ -172,7 +200,7 @@ def _titles(comparison: Mapping[str, Any]) -> tuple[str, str, str]:
         f"alpha {settings.get('alpha')}, clusters {clusters}; {comparison['dtype']} on "
         f"{comparison['device']}"
     )
-    return ", ".join(claims) or "baseline and expedited", subtitle, setting
+    return ", ".join(claims(comparison)) or "baseline and expedited", subtitle, setting
 
 
 def _draw_costs(axes: Axes, comparison: Mapping[str, Any]) -> None:
@@ -235,7 +263,7 @@ def _draw_accuracy(axes: Axes, comparison: Mapping[str, Any], task: str, name: s
     axes.set_ylim(min(y0, y1) - room, max(y0, y1) + room)
     side_room = max(0.8 * abs(x1 - x0), 0.06 * max(x0, x1))
     axes.set_xlim(min(x0, x1) - side_room, max(x0, x1) + side_room)
-    axes.set_title(_METRIC_TITLES[task], loc="left", size=11, weight="bold", color=_INK)
+    axes.set_title(metric_title(task), loc="left", size=11, weight="bold", color=_INK)
     axes.set_xlabel("model latency, ms an image (median)", size=9.5, color=_FAINT)
     axes.grid(color="#eef1f4", linewidth=1)
     axes.set_axisbelow(True)

@@ -15,11 +15,17 @@ __all__ = [
     "Measurement",
     "Subject",
     "build_comparison",
+    "claims",
+    "comparison_rows",
     "comparison_table",
+    "describe_build",
+    "describe_settings",
     "format_number",
     "headline_metrics",
     "is_error",
     "markdown",
+    "metric_title",
+    "share_kept",
     "to_json",
 ]
 
@@ -32,6 +38,13 @@ _HEADLINES = {
     "depth": "RMSE",
 }
 _ERRORS = frozenset({"RMSE", "RMSE_log", "AbsRel", "SqRel", "SILog"})
+_TITLES = {
+    "panoptic_seg": "panoptic PQ",
+    "sem_seg": "semantic mIoU",
+    "segm": "mask AP",
+    "bbox": "box AP",
+    "depth": "depth RMSE, m",
+}
 
 
 @dataclass(frozen=True)
@@ -128,8 +141,45 @@ def is_error(name: str) -> bool:
     return name in _ERRORS
 
 
+def metric_title(task: str) -> str:
+    """What a task is judged by, in words, with its unit where it has one."""
+    return _TITLES[task]
+
+
+def share_kept(comparison: Mapping[str, Any], task: str, name: str) -> float | None:
+    """How much of the baseline's accuracy the expedited model keeps; 1 is all of it.
+
+    For an error, of which less is better, it is one less the error's relative increase, so that
+    98 % of any accuracy and 102 % of any error are the same share.
+    """
+    ratio = comparison["ratio"]["metrics"][task][name]
+    return ratio if ratio is None or not is_error(name) else 2.0 - ratio
+
+
+def claims(comparison: Mapping[str, Any]) -> list[str]:
+    """What was gained and what was kept, in a few words each; only what was measured."""
+    ratio = comparison["ratio"]
+    found = []
+    if ratio["gflops_backbone"] is not None:
+        found.append(f"{100 * (1 - ratio['gflops_backbone']):.0f} % fewer backbone GFLOPs")
+    if ratio["speedup_model"] is not None:
+        found.append(f"model {ratio['speedup_model']:.2f}x as fast")
+    for task, name in headline_metrics(comparison):
+        kept = ratio["metrics"][task][name]
+        if kept is not None:
+            label = "box AP" if task == "bbox" else name
+            change = f"{100 * (kept - 1):+.1f} %" if is_error(name) else f"{100 * kept:.1f} % kept"
+            found.append(f"{label} {change}")
+    return found
+
+
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """The numbers as a Markdown table whose columns are aligned, so that it also reads as text."""
+    return _aligned(comparison_rows(comparison))
+
+
+def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The numbers as words: a line of titles, then label, baseline, expedited and share kept."""
     baseline, expedited, ratio = (comparison[k] for k in ("baseline", "expedited", "ratio"))
     rows: list[tuple[str, ...]] = [("", "baseline", "expedited", "kept")]
     for part in ("backbone", "model"):
@@ -157,7 +207,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
                     kept,
                 )
             )
-    return _aligned(rows)
+    return rows
 
 
 def markdown(comparison: Mapping[str, Any], weights: str, command: str) -> str:
@@ -168,11 +218,7 @@ def markdown(comparison: Mapping[str, Any], weights: str, command: str) -> str:
         weights: The checkpoint, or "" for random weights.
         command: The command line that made it.
     """
-    extension = comparison["extension"]
-    build = ", ".join(f"{k} {_inline(v)}" for k, v in extension.items() if v) or "not built"
-    settings = ", ".join(
-        f"{name} {_inline(value)}" for name, value in comparison["expedited"]["settings"].items()
-    )
+    settings = ", ".join(" ".join(pair) for pair in describe_settings(comparison))
     spread = "; ".join(
         f"{kind} {part} {format_number(times['min'], 4)} to {format_number(times['max'], 4)}"
         for kind in ("baseline", "expedited")
@@ -191,13 +237,25 @@ warm-up; "kept" is expedited / baseline.
 - device: {comparison["device"]}
 - dtype: {comparison["dtype"]}
 - torch: {comparison["torch"]}
-- extension: {build}
+- extension: {describe_build(comparison)}
 - latency, ms, fastest to slowest image: {spread}
 
 ```
 {command}
 ```
 """
+
+
+def describe_build(comparison: Mapping[str, Any]) -> str:
+    """What the compiled operators tell of their build, in one line."""
+    extension = comparison["extension"]
+    return ", ".join(f"{k} {_inline(v)}" for k, v in extension.items() if v) or "not built"
+
+
+def describe_settings(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of the reduction, as words."""
+    settings = comparison["expedited"]["settings"]
+    return [(name, _inline(value)) for name, value in settings.items()]
 
 
 def to_json(comparison: Mapping[str, Any]) -> str:

@@ -130,11 +130,24 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
 
 def test_compare_writes_what_it_returns(ran: Ran) -> None:
     output = Path(ran.cfg.OUTPUT_DIR)
-    assert sorted(os.listdir(output)) == ["comparison.json", "comparison.md", "comparison.png"]
+    files = {"comparison.json", "comparison.md", "comparison.png", "examples"}
+    assert set(os.listdir(output)) == files
     assert json.loads((output / "comparison.json").read_text()) == ran.comparison
     table = (output / "comparison.md").read_text()
     for label in ("backbone GFLOPs", "model latency, ms", "mIoU"):
         assert label in table and label in ran.printed
+
+
+def test_compare_writes_the_pictures_one_by_one(ran: Ran) -> None:
+    folder = Path(ran.cfg.OUTPUT_DIR) / "examples"
+    listed = json.loads((folder / "examples.json").read_text())
+    assert len(listed) == len(SIZES)
+    names = [name for example in listed for name in example["panels"].values()]
+    assert sorted([*names, "examples.json"]) == sorted(os.listdir(folder))
+    for example in listed:
+        assert 0 <= example["differs"] <= 1
+        sizes = {Image.open(folder / name).size for name in example["panels"].values()}
+        assert len(sizes) == 1
 
 
 def test_compare_measures_both_models_on_all_images(ran: Ran) -> None:
