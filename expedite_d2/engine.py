@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from expedite_d2.checkpoint import load_weights
-from expedite_d2.config import load_config
+from expedite_d2.config import find_config, load_config
 from expedite_d2.d2 import (
     CfgNode,
     DetectionCheckpointer,
@@ -48,6 +48,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(distributed_rank=comm.get_rank())  # what load_config decides is logged, too
     cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
+    # Detectron2 logs the file, and knows nothing of configs that come with a package.
+    args = argparse.Namespace(**vars(args) | {"config_file": str(find_config(args.config_file))})
     default_setup(cfg, args)
     return cfg
 

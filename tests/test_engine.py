@@ -1,95 +1,151 @@
+"""Training, its checkpoints and what becomes of damaged ones; errors of the command line.
+
+With the real Detectron2 installed, these are tests of it.
+"""
+
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from engine_cases import CONFIG, few_scenes, make_cfg, train
 
-import expedite_d2.models  # noqa: F401 - registers the model that the config names
 import train_net
 from expedite_d2.checkpoint.export import export
-from expedite_d2.config import load_config
-from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog, build_model
-from expedite_d2.data.scenes import dataset, writer
+from expedite_d2.d2 import PROVIDER, build_model
 from expedite_d2.engine import do_test, do_train
 
-CONFIG = "scenes/panoptic/mask2former_swin_mini_expedited.yaml"
-TINY = [
-    "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "",
-    "MODEL.SWIN.EMBED_DIM", "16", "MODEL.SWIN.DEPTHS", "[1, 1, 2, 1]",
-    "MODEL.SWIN.NUM_HEADS", "[1, 1, 2, 2]", "MODEL.SWIN.WINDOW_SIZE", "4",
-    "MODEL.EXPEDITE.ALPHA", "2", "MODEL.EXPEDITE.CLUSTERS", "[3, 3]",
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "5", "MODEL.MASK_FORMER.DEC_LAYERS", "2",
-    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", "32", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1",
-    "INPUT.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0",
-    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1",
-    "SOLVER.CHECKPOINT_PERIOD", "2",
-]  # fmt: skip
+if PROVIDER == "detectron2":
+    pytestmark = pytest.mark.detectron2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The scenes' names stand for four training and two validation images meanwhile."""
-    names = ("scenes_train", "scenes_val")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EXPEDITE_D2_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for split, count in (("train", 4), ("val", 2)):
-            patch.setitem(writer.SPLITS, split, writer.Split(writer.SPLITS[split].seed, count))
-        _forget(names)
-        dataset.register_scenes()
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with few_scenes(tmp_path_factory.mktemp("cache")):
         yield
-    _forget(names)
-    dataset.register_scenes()
 
 
-def _forget(names: tuple[str, ...]) -> None:
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Text of the warnings so far."""
+    # Set-up of a run keeps the package's messages from the root logger, where caplog listens.
+    monkeypatch.setattr(logging.getLogger("expedite_d2"), "propagate", True)
+    return lambda: caplog.text
 
 
-def make_cfg(output: Path, *opts: str) -> CfgNode:
-    output.mkdir(exist_ok=True)
-    return load_config(CONFIG, [*TINY, "OUTPUT_DIR", str(output), *opts])
+def interrupt(iteration: int) -> None:
+    """The schedule spans MAX_ITER, so an interrupted run is one that fails before its end."""
+    if iteration == 3:
+        raise KeyboardInterrupt
 
 
-def train(cfg: CfgNode, resume: bool = False) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    do_train(cfg, model, resume=resume)
-    return model.state_dict()
-
-
-def test_resumed_training_is_the_run_it_would_have_been(tmp_path: Path) -> None:
-    whole = train(make_cfg(tmp_path / "whole"))
-    # The schedule spans MAX_ITER, so the interrupted run is one that fails after its checkpoint.
-    cfg = make_cfg(tmp_path / "parts")
-    calls = 0
-
-    def interrupt(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    model.register_forward_pre_hook(interrupt)
+def train_in_part(folder: Path, *opts: str) -> None:
+    """Leaves the checkpoints after the second and the third of four iterations."""
     with pytest.raises(KeyboardInterrupt):
-        do_train(cfg, model)
-    resumed = train(cfg, resume=True)
-    for name, value in whole.items():
-        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
-    records = (tmp_path / "parts" / "training.jsonl").read_text().splitlines()
+        train(make_cfg(folder, "SOLVER.CHECKPOINT_PERIOD", "1", *opts), before=interrupt)
+    names = sorted(path.name for path in folder.glob("*.pth"))
+    assert names == ["model_0000001.pth", "model_0000002.pth"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def whole(scenes: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of a training that nothing interrupted."""
+    return train(make_cfg(tmp_path_factory.mktemp("whole")))["state"]
+
+
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_resumed_training_is_the_run_it_would_have_been(
+    whole: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    train_in_part(tmp_path)
+    (tmp_path / ".model_0000003.pth-part").mkdir()  # as a kill in the middle of saving leaves it
+    resumed = train(make_cfg(tmp_path), resume=True)
+    assert len(resumed["images"]) == 1
+    assert not list(tmp_path.glob(".*"))
+    assert_same_weights(resumed["state"], whole)
+    records = (tmp_path / "training.jsonl").read_text().splitlines()
     assert json.loads(records[-1])["iteration"] == 4
 
 
+def test_resumed_training_without_a_seed_keeps_the_one_it_drew(tmp_path: Path) -> None:
+    np.random.seed(1)
+    whole = train(make_cfg(tmp_path / "whole", "SEED", "-1"))
+    np.random.seed(1)
+    train_in_part(tmp_path / "parts", "SEED", "-1")
+    resumed = train(make_cfg(tmp_path / "parts", "SEED", "-1"), resume=True)
+    assert resumed["images"] == whole["images"][3:]
+    assert_same_weights(resumed["state"], whole["state"])
+
+
+def damage_the_last(folder: Path) -> str:
+    truncate(folder / "model_0000002.pth")
+    return "model_0000002.pth cannot be read: it is truncated"
+
+
+def remove_the_last(folder: Path) -> str:
+    (folder / "model_0000002.pth").unlink()
+    return "model_0000002.pth does not exist"
+
+
+def empty_the_tag(folder: Path) -> str:
+    (folder / "model_0000002.pth").unlink()
+    (folder / "last_checkpoint").write_text("")
+    return "does not exist"
+
+
+@pytest.mark.parametrize("damage", [damage_the_last, remove_the_last, empty_the_tag])
+def test_resumed_training_takes_the_checkpoint_before_a_damaged_one(
+    damage: Callable[[Path], str],
+    whole: dict[str, torch.Tensor],
+    tmp_path: Path,
+    logged: Callable[[], str],
+) -> None:
+    train_in_part(tmp_path)
+    reason = damage(tmp_path)
+    resumed = train(make_cfg(tmp_path), resume=True)
+    assert len(resumed["images"]) == 2
+    assert_same_weights(resumed["state"], whole)
+    assert f"{reason}; trying the one before" in logged()
+    assert "resuming from " + str(tmp_path / "model_0000001.pth") in logged()
+
+
+def test_resumed_training_finds_a_checkpoint_that_was_not_yet_tagged(tmp_path: Path) -> None:
+    train_in_part(tmp_path)
+    (tmp_path / "last_checkpoint").unlink()
+    assert len(train(make_cfg(tmp_path), resume=True)["images"]) == 1
+
+
+@pytest.mark.parametrize("left", ["truncated", "none"])
+def test_resumed_training_without_a_checkpoint_left_is_refused(left: str, tmp_path: Path) -> None:
+    train(make_cfg(tmp_path, "SOLVER.MAX_ITER", "1"))
+    for path in tmp_path.glob("*.pth"):
+        truncate(path) if left == "truncated" else path.unlink()
+    reason = "cannot be read: it is truncated" if left == "truncated" else "does not exist"
+    message = f"no checkpoint in .* can be read to resume from: .*model_final.pth {reason}"
+    with pytest.raises(ValueError, match=message):
+        train(make_cfg(tmp_path), resume=True)
+
+
+def test_resume_without_any_checkpoint_begins(tmp_path: Path) -> None:
+    assert len(train(make_cfg(tmp_path, "SOLVER.MAX_ITER", "1"), resume=True)["images"]) == 1
+
+
 def test_evaluation_of_an_exported_checkpoint(tmp_path: Path) -> None:
-    cfg = make_cfg(tmp_path / "run", "SOLVER.MAX_ITER", "2")
-    trained = train(cfg)
+    trained = train(make_cfg(tmp_path / "run", "SOLVER.MAX_ITER", "2"))["state"]
     small = tmp_path / "small.pth"
     export(tmp_path / "run" / "model_final.pth", small)
     state = torch.load(small, weights_only=True)["model"]
@@ -156,11 +212,18 @@ def test_command_line_errors_are_one_sentence(
     assert "Traceback" not in error
 
 
-def test_compare_needs_eval_only(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [(["--compare"], "--eval-only"), (["--num-machines", "2"], "--dist-url tcp://HOST:PORT")],
+)
+def test_command_line_names_the_option_that_is_needed(
+    arguments: list[str],
+    needed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_net.py", "--compare", "--config-file", CONFIG])
+    monkeypatch.setattr(sys, "argv", ["train_net.py", *arguments, "--config-file", CONFIG])
     with pytest.raises(SystemExit) as caught:
         train_net.invoke_main()
     assert caught.value.code == 2
-    assert "--eval-only" in capsys.readouterr().err
+    assert needed in capsys.readouterr().err

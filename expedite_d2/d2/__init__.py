@@ -2,8 +2,8 @@
 
 Every name that must be Detectron2's (registries, config, structures, catalogs, samplers) comes from
 ``provider``. ``launch``, ``default_setup``, ``setup_logger`` and ``DetectionCheckpointer`` keep
-Detectron2's signatures, but are shared by both providers: they add training on CPUs, one-sentence
-errors and checkpoints that are never half written.
+Detectron2's signatures, but are shared by both providers: they add training on CPUs, torchrun,
+one-sentence errors and checkpoints that are never half written.
 """
 
 from expedite_d2.d2.common import (

@@ -7,10 +7,12 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import socket
 import zipfile
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -91,27 +93,34 @@ def launch(
     if dist_url == "auto":
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     errors = mp.get_context("spawn").SimpleQueue()
+    context = mp.start_processes(
+        _worker,
+        nprocs=num_gpus_per_machine,
+        args=(
+            main_func,
+            world_size,
+            num_gpus_per_machine,
+            machine_rank,
+            dist_url,
+            args,
+            timeout,
+            errors,
+        ),
+        join=False,
+    )
     try:
-        mp.start_processes(
-            _worker,
-            nprocs=num_gpus_per_machine,
-            args=(
-                main_func,
-                world_size,
-                num_gpus_per_machine,
-                machine_rank,
-                dist_url,
-                args,
-                timeout,
-                errors,
-            ),
-        )
+        while not context.join():
+            pass
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         if not errors.empty():
             raise errors.get() from None
         if isinstance(error, mp.ProcessExitedException):
             raise ChildProcessError(f"{error}; the others have been stopped") from None
         raise
+    finally:
+        # An interrupt that does not come from a terminal reaches this process alone.
+        for process in context.processes:
+            process.terminate()
 
 
 def _check_number(option: str, processes: int) -> None:
@@ -247,6 +256,9 @@ class DetectionCheckpointer(provider.DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("saving checkpoint %s", path)
         os.makedirs(self.save_dir, exist_ok=True)
+        # A run that is killed while it writes a checkpoint leaves the part behind.
+        for part in Path(self.save_dir).glob(f".{name.rpartition('_')[0]}_*.pth-*"):
+            shutil.rmtree(part, ignore_errors=True)
         with replacing(path) as partial:
             torch.save({"model": self.model.state_dict(), **states, **kwargs}, partial)
         self.tag_last_checkpoint(f"{name}.pth")
@@ -323,8 +335,6 @@ class DetectionCheckpointer(provider.DetectionCheckpointer):
         numbered = re.compile(rf"{re.escape(prefix)}_\d{{7,}}\.pth")
         found = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
         others = [
-            file
-            for file in found
-            if file != tagged and numbered.fullmatch(os.path.basename(file))
+            file for file in found if file != tagged and numbered.fullmatch(os.path.basename(file))
         ]
         return [tagged] * bool(tagged) + sorted(others, key=os.path.getmtime, reverse=True)

@@ -146,7 +146,7 @@ def test_checkpoint_truncated_is_passed_over(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "expedite_d2"):
         logging.getLogger("expedite_d2").propagate = True
         assert fresh.resume_or_load("", resume=True)["iteration"] == 0
-    assert "model_0000001.pth is truncated or no checkpoint at all" in caplog.text
+    assert "model_0000001.pth cannot be read: it is truncated" in caplog.text
     assert fresh.model.weight.unique().tolist() == [1.0]
 
 
