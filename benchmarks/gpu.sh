@@ -1,32 +1,44 @@
 #!/usr/bin/env bash
 # What a machine with a GPU has to show, in sections of less than nine minutes each:
 #
-#     benchmarks/gpu.sh tests        build, and all tests that run on the GPU
-#     benchmarks/gpu.sh sanitizers   the operators' tests under compute-sanitizer
-#     benchmarks/gpu.sh operators    kernels against twin, torch.compile and the dense formulation
-#     benchmarks/gpu.sh backbones    Swin-L, baseline against expedited
-#     benchmarks/gpu.sh models       Mask2Former up to its logits, baseline against expedited
+#     benchmarks/gpu.sh tests               build, and all tests that run on the GPU
+#     benchmarks/gpu.sh sanitizers          the operators' tests under compute-sanitizer
+#     benchmarks/gpu.sh operators           kernels against twin, torch.compile, dense formulation
+#     benchmarks/gpu.sh backbones           every backbone, baseline against expedited
+#     benchmarks/gpu.sh backbones-compiled  the same under torch.compile, Swin-L at 1152x1152 first
+#     benchmarks/gpu.sh models              whole models up to their logits, and transformers' own
+#     benchmarks/gpu.sh models-compiled     the same under torch.compile
+#     benchmarks/gpu.sh competitors         against token merging and average pooling; accuracy
 #
-# Results go to $OUT (default output/gpu) as JSON, with device, versions and commit. The active
+# Further arguments go to the section's benchmark: `gpu.sh backbones --systems dpt --batch 32`, and
+# `gpu.sh sanitizers racecheck` runs that tool alone. What there was no time for is listed in the
+# results under "skipped": name it in a second run.
+#
+# Results go to $OUT (default output/gpu) as JSON, with device, versions and commit; copied to
+# benchmarks/results they become docs/performance.md by `python -m benchmarks.report`. The active
 # environment is used; only this GPU's architecture is compiled, unless TORCH_CUDA_ARCH_LIST is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+SECTIONS="tests sanitizers operators backbones backbones-compiled models models-compiled competitors"
 section=${1:-}
-OUT=${OUT:-output/gpu}
-PYTHON=${PYTHON:-python3}
-LIMIT=530  # seconds
-
-case "$section" in
-  tests | sanitizers | operators | backbones | models) ;;
+case " $SECTIONS " in
+  *" ${section:-none} "*) shift ;;
   *)
-    echo "usage: benchmarks/gpu.sh tests|sanitizers|operators|backbones|models" >&2
+    echo "usage: benchmarks/gpu.sh ${SECTIONS// /|} [arguments]" >&2
     exit 2
     ;;
 esac
+OUT=${OUT:-output/gpu}
+PYTHON=${PYTHON:-python3}
+LIMIT=530  # seconds for all, the build included
+START=$SECONDS
 "$PYTHON" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no GPU here")'
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+
+left() { echo $((LIMIT - (SECONDS - START))); }
 
 build() {
   local arch
@@ -38,9 +50,9 @@ build() {
 
 describe() {
   "$PYTHON" - "$OUT/machine.json" <<'PY'
-import json, platform, subprocess, sys
+import json, subprocess, sys
 import torch
-from expedite_d2 import _ext
+from benchmarks.common import environment
 
 def output(*command):
     try:
@@ -49,53 +61,76 @@ def output(*command):
         return None
 
 query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
-json.dump(
-    {
-        "gpu": output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
-        "capability": torch.cuda.get_device_capability(),
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "extension": _ext.build_info(),
-        "commit": output("git", "describe", "--always", "--dirty"),
-    },
-    open(sys.argv[1], "w"),
-    indent=2,
-)
+facts = {
+    "gpu": output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+    "capability": torch.cuda.get_device_capability(),
+    **environment("cuda"),
+}
+json.dump(facts, open(sys.argv[1], "w"), indent=2)
 PY
   cat "$OUT/machine.json"
+  echo
+}
+
+# Begins nothing new in the last minute; what is under way then may still be killed, and what was
+# measured before stays.
+benchmark() {
+  local file=$1 name=$2
+  shift 2
+  timeout "$(left)" "$PYTHON" -m "benchmarks.$name" --device cuda \
+    --seconds $(($(left) - 60)) --output "$OUT/$file.json" "$@"
+}
+
+sanitize() {
+  local tool=$1 seconds=$2 sanitizer
+  sanitizer=$(command -v compute-sanitizer || true)
+  if [ -z "$sanitizer" ]; then
+    echo "error: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit" >&2
+    exit 1
+  fi
+  # PyTorch's caching allocator would hide reads beyond a tensor's end.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$seconds" \
+    "$sanitizer" --tool "$tool" --error-exitcode 9 --log-file "$OUT/$tool.log" \
+    "$PYTHON" -m pytest -q -x tests/ops -m cuda -k "kernel and float32" -p no:cacheprovider ||
+    { echo "error: $tool failed" >&2; tail -n 40 "$OUT/$tool.log" >&2; exit 1; }
 }
 
 build
 describe
 case "$section" in
   tests)
-    timeout "$LIMIT" "$PYTHON" -m pytest -q -rs tests/test_build.py tests/ops tests/test_hourglass.py \
+    timeout "$(left)" "$PYTHON" -m pytest -q -rs tests/test_build.py tests/ops tests/test_hourglass.py \
       --junit-xml="$OUT/tests.xml"
-    timeout "$LIMIT" "$PYTHON" -m pytest -q -rs -m cuda tests --ignore=tests/ops \
+    timeout "$(left)" "$PYTHON" -m pytest -q -rs -m cuda tests --ignore=tests/ops \
       --junit-xml="$OUT/tests_cuda.xml" || [ $? -eq 5 ]  # 5: no further test is marked
     ;;
   sanitizers)
-    sanitizer=$(command -v compute-sanitizer || true)
-    if [ -z "$sanitizer" ]; then
-      echo "error: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit" >&2
-      exit 1
-    fi
-    # PyTorch's caching allocator would hide reads beyond a tensor's end.
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    for tool in memcheck racecheck synccheck; do
-      timeout $((LIMIT / 3)) "$sanitizer" --tool "$tool" --error-exitcode 9 --log-file "$OUT/$tool.log" \
-        "$PYTHON" -m pytest -q -x tests/ops -m cuda -k "kernel and float32" -p no:cacheprovider ||
-        { tail -n 40 "$OUT/$tool.log" >&2; exit 1; }
+    tools=("$@")
+    [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck initcheck synccheck)
+    share=$(($(left) / ${#tools[@]}))
+    for tool in "${tools[@]}"; do
+      sanitize "$tool" "$share"
     done
     ;;
   operators)
-    timeout "$LIMIT" "$PYTHON" benchmarks/operators.py --device cuda --output "$OUT/operators.json"
+    benchmark operators operators --modes twin released "$@"
+    # Compiling takes longest, so it comes last.
+    benchmark operators-compiled operators --modes compiled \
+      --cases swin_l_1152 vit_l_640 swin_l_1152_batch8 dpt_352x1216 "$@"
     ;;
   backbones)
-    timeout "$LIMIT" "$PYTHON" benchmarks/models.py --part backbone --device cuda --output "$OUT/backbones.json"
+    benchmark "$section" models --part backbone --batch 1 8 "$@"
+    ;;
+  backbones-compiled)
+    benchmark "$section" models --part backbone --batch 1 8 --modes compiled "$@"
     ;;
   models)
-    timeout "$LIMIT" "$PYTHON" benchmarks/models.py --part model --device cuda --output "$OUT/models.json"
+    benchmark "$section" models --part model --systems panoptic segmenter dpt --batch 1 8 "$@"
+    ;;
+  models-compiled)
+    benchmark "$section" models --part model --systems panoptic segmenter dpt --modes compiled "$@"
+    ;;
+  competitors)
+    benchmark "$section" competitors --part accuracy speed --batch 1 8 --images 200 "$@"
     ;;
 esac

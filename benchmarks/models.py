@@ -1,112 +1,198 @@
-"""Times whole models, or their backbones alone: baseline against expedited, in one run.
+"""Times backbones and whole models up to their logits: baseline against expedited, in one run.
 
-    python benchmarks/models.py --part backbone --size 1152 1152 --dtype bfloat16
-    python benchmarks/models.py --part model --batch 4 --output models.json
+    python -m benchmarks.models --part backbone --systems panoptic --sizes 1152x1152
+    python -m benchmarks.models --part model --dtype bfloat16 --modes eager compiled --batch 1 8
 
-Weights are random unless MODEL.WEIGHTS is among the overrides: they do not change the work. The
-model part ends at the logits. Baseline and expedited alternate, so that drifting clocks hit both.
+Weights are random: they do not change the work. Baseline, expedited and, of a whole Mask2Former,
+transformers' own implementation run in turn, so that drifting clocks hit all alike. Before that
+ours are compared with transformers' outputs, and what was compiled with what was not.
+Efficiency is the measured speed-up divided by the ratio of the multiply-adds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
-from dataclasses import asdict
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from common import environment, write_json
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
-from expedite_d2.config import cli, load_config
-from expedite_d2.evaluation.compare import build_pair
+from benchmarks.common import DTYPES, Call, Recorder, compiled, difference, measure, parser
+from benchmarks.systems import SYSTEMS, TITLES, config, outside, pair, run, sizes
+from expedite_d2.config import cli
 from expedite_d2.evaluation.cost import count_gflops
-from expedite_d2.evaluation.latency import PeakMemory, measure_interleaved
+from expedite_d2.evaluation.latency import PeakMemory
 
-CONFIGS = [
-    "configs/coco/panoptic/mask2former_swin_large_expedited.yaml",
-    "configs/ade20k/semantic/mask2former_swin_large_expedited.yaml",
-    "configs/coco/instance/mask2former_swin_large_expedited.yaml",
-]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of a compiled output from the eager one in float32: sums in another order. In half types rounding
+# alone is more than that, and may be twice the eager output's own.
+TOLERANCE = 1e-3
 
 
-def forward(model: Any, part: str, images: Tensor, dtype: torch.dtype) -> Callable[[], object]:
-    """One call of the part that is timed."""
-    function = model.backbone if part == "backbone" else model.logits
-
-    def call() -> object:
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            return function(images)
-
-    return call
+def flattened(value: Any) -> list[Tensor]:
+    """All float tensors of an output."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for part in value or () for tensor in flattened(part)]
 
 
-def measure(config: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Latency, peak memory and multiply-adds of one config in one dtype."""
-    height, width = args.size
-    opts = ["MODEL.DEVICE", args.device, "TEST.DTYPE", dtype, *args.opts]
-    if "MODEL.WEIGHTS" not in args.opts:
-        opts += ["MODEL.WEIGHTS", ""]
-    pair: tuple[nn.Module, nn.Module] = build_pair(load_config(config, opts))
-    images = torch.randn(args.batch, 3, height, width, device=args.device)
-    calls = [forward(model, args.part, images, DTYPES[dtype]) for model in pair]
-    latencies = measure_interleaved(calls, args.device, repeats=args.repeats)
-    peaks = []
-    for call in calls:
-        with torch.inference_mode(), PeakMemory(args.device) as memory:
-            call()
-        peaks.append(memory.mib)
-    gflops = [count_gflops(model, height, width)[args.part] for model in pair]
-    runs = [
-        {"latency_ms": asdict(latency), "peak_memory_mb": peak, "gflops": cost}
-        for latency, peak, cost in zip(latencies, peaks, gflops, strict=True)
-    ]
+@torch.inference_mode()
+def calls_of(
+    models: Mapping[str, Any], job: Mapping[str, Any], images: Tensor
+) -> tuple[dict[str, Call], dict[str, float | None]]:
+    """A call of each model, and its peak memory; what was compiled is compared with the eager call.
+
+    Raises:
+        ValueError: a compiled model gives something else, or an output is not finite.
+    """
+    calls, peaks = {}, {}
+    part, dtype = job["part"], DTYPES[job["dtype"]]
+    torch._dynamo.reset()  # the number of shapes that it keeps is limited
+    for name, model in models.items():
+        calls[name] = run(model, part, dtype, images)
+        with PeakMemory(images.device) as memory:
+            plain = flattened(calls[name]())
+        if not all(tensor.isfinite().all() for tensor in plain):
+            raise ValueError(f"an output of {name} is not finite")
+        if job["mode"] == "compiled":
+            exact = flattened(run(model, part, torch.float32, images)())
+            # A backbone must be one graph; the heads around it are not all ours.
+            wrap = partial(compiled, fullgraph=part == "backbone")
+            calls[name] = run(model, part, dtype, images, wrap)
+            calls[name]()  # compiles, and has memory of its own for that
+            with PeakMemory(images.device) as memory:
+                outputs = flattened(calls[name]())
+            error = max(map(difference, outputs, exact))
+            allowed = TOLERANCE + 2 * max(map(difference, plain, exact))
+            if not error <= allowed:
+                raise ValueError(
+                    f"compiled and eager outputs of {name} differ by {error:.2g}, more than "
+                    f"{allowed:.2g}"
+                )
+        peaks[name] = memory.mib
+    return calls, peaks
+
+
+def measure_job(
+    models: Mapping[str, Any],
+    gflops: Mapping[str, float],
+    job: Mapping[str, Any],
+    args: Any,
+) -> dict[str, Any]:
+    """Latency and peak memory of each model, and what follows from them."""
+    height, width = job["size"]
+    images = torch.randn(job["batch"], 3, height, width, device=args.device)
+    calls, peaks = calls_of(models, job, images)
+    warmup = 0 if args.device == "cpu" else 2  # a CPU has nothing to warm up but what has run
+    times = measure(calls, args.device, args.rounds, warmup=warmup, quick=args.quick)
+    runs = {
+        name: {"latency_ms": times[name], "peak_memory_mb": peaks[name], "gflops": gflops.get(name)}
+        for name in calls
+    }
+    speedup = 1 / times["expedited"]["ratio"]
+    ratio = gflops["baseline"] / gflops["expedited"]
     return {
-        "config": config,
-        "part": args.part,
-        "dtype": dtype,
-        "size": [height, width],
-        "batch": args.batch,
-        "baseline": runs[0],
-        "expedited": runs[1],
-        "speedup": latencies[0].median / latencies[1].median,
-        "gflops_ratio": gflops[1] / gflops[0],
+        **job,
+        **runs,
+        "speedup": speedup,
+        "ratio_of_multiplyadds": ratio,
+        "efficiency": speedup / ratio,
     }
 
 
+def jobs(args: Any, name: str) -> list[dict[str, Any]]:
+    """What is measured of a system; what is compiled comes last, since it takes longest."""
+    wanted = args.sizes and {tuple(map(int, size.split("x"))) for size in args.sizes}
+    chosen = [s for s in sizes(SYSTEMS[name], args.quick) if not wanted or s in wanted]
+    axes = (args.modes, chosen, args.batch, args.dtype)
+    return [
+        {
+            "system": name,
+            "part": args.part,
+            "size": list(size),
+            "batch": batch,
+            "dtype": dtype,
+            "mode": mode,
+        }
+        for mode, size, batch, dtype in itertools.product(*axes)
+    ]
+
+
 @cli
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["backbone", "model"], default="backbone")
-    parser.add_argument("--config-files", nargs="+", default=CONFIGS, metavar="FILE")
-    parser.add_argument("--size", nargs=2, type=int, default=[1152, 1152], metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--output", metavar="FILE", help="write the results as JSON")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_args()
-    facts = environment(args.device)
-    print(json.dumps(facts))
-    results = [measure(config, dtype, args) for config in args.config_files for dtype in args.dtype]
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--part", choices=["backbone", "model"], default="backbone")
+    arguments.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    arguments.add_argument("--sizes", nargs="+", metavar="HxW", help="default: all of a system's")
+    arguments.add_argument("--batch", nargs="+", type=int, default=[1])
+    arguments.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    arguments.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"])
+    args = arguments.parse_args(argv)
+    # Random weights are meant, and operators that are not counted are named once elsewhere.
+    logging.getLogger("expedite_d2").setLevel(logging.ERROR)
+    recorder = Recorder("models", args)
+    failed: list[str] = []
+    for name in args.systems:
+        todo = [job for job in jobs(args, name) if not recorder.late(label(job))]
+        if not todo:
+            continue
+        cfg = config(SYSTEMS[name], args.device, args.quick)
+        models = pair(cfg)
+        gflops = {
+            size: {one: count_gflops(model, *size)[args.part] for one, model in models.items()}
+            for size in {tuple(job["size"]) for job in todo}
+        }
+        if args.part == "model" and "mask2former" in SYSTEMS[name].config:
+            models["transformers"] = outside(cfg, models)
+        for job in todo:
+            if recorder.late(label(job)):
+                continue
+            try:
+                row = measure_job(models, gflops[tuple(job["size"])], job, args)
+            except (RuntimeError, ValueError) as error:  # too large, not compiled, or wrong
+                failed.append(f"{label(job)}: {str(error).splitlines()[0]}")
+                recorder.skipped.append(failed[-1])
+                if args.device != "cpu":
+                    torch.cuda.empty_cache()
+                continue
+            recorder.add(row)
+            print(f"{label(job)}: {row['speedup']:.3f}, {row['efficiency']:.3f}", flush=True)
+    recorder.finish(table(recorder.results))
+    if failed:
+        raise ValueError("; ".join(failed))
+
+
+def label(job: Mapping[str, Any]) -> str:
+    """A job in one line."""
+    height, width = job["size"]
+    what = f"{job['system']} {job['part']} {height}x{width} batch {job['batch']}"
+    return f"{what} {job['dtype']} {job['mode']}"
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """One line a result."""
+    names = ("baseline", "expedited", "transformers")
     rows = [
         {
-            "config": result["config"].removeprefix("configs/"),
-            "dtype": result["dtype"],
-            "baseline ms": result["baseline"]["latency_ms"]["median"],
-            "expedited ms": result["expedited"]["latency_ms"]["median"],
-            "speed-up": result["speedup"],
-            "1 / gflops ratio": 1 / result["gflops_ratio"],
+            "system": TITLES[row["system"]],
+            "part": row["part"],
+            "size": "x".join(map(str, row["size"])),
+            "batch": row["batch"],
+            "dtype": row["dtype"],
+            "mode": row["mode"],
+            **{f"{n} ms": row[n]["latency_ms"]["median"] if n in row else None for n in names},
+            "speed-up": row["speedup"],
+            "multiply-adds": row["ratio_of_multiplyadds"],
+            "efficiency": row["efficiency"],
         }
-        for result in results
+        for row in results
     ]
-    print(tabulate(rows, headers="keys", floatfmt=".4g"))
-    if args.output:
-        write_json(args.output, {**facts, "results": results})
+    return tabulate(rows, headers="keys", floatfmt=".4g")
 
 
 if __name__ == "__main__":

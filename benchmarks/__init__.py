@@ -1,0 +1,1 @@
+"""Speed, and accuracy against other ways to the same end: see docs/performance.md."""

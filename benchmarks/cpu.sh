@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The benchmarks at sizes for a few quiet CPU cores, about ten minutes on two:
+#
+#     benchmarks/cpu.sh [operators|backbones|models|competitors ...]      default: all of them
+#
+# Results go to $OUT (default benchmarks/results) as cpu-SECTION.json: `python -m benchmarks.report`
+# makes docs/performance.md of them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=${OUT:-benchmarks/results}
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+
+sections=("$@")
+[ ${#sections[@]} -gt 0 ] || sections=(operators backbones models competitors)
+
+benchmark() {
+  local section=$1 name=$2
+  shift 2
+  "$PYTHON" -m "benchmarks.$name" --device cpu --output "$OUT/cpu-$section.json" "$@"
+}
+
+for section in "${sections[@]}"; do
+  case "$section" in
+    operators)
+      benchmark operators operators --rounds 3 --cases swin_l_1152 vit_l_640 dpt_352x1216 \
+        --modes twin released
+      # Compiling takes longest: one case shows what it brings.
+      benchmark operators-compiled operators --rounds 3 --cases swin_l_1152 --dtype float32 \
+        --modes compiled
+      ;;
+    backbones)
+      benchmark backbones models --part backbone --rounds 2 --systems panoptic --sizes 1152x1152
+      benchmark backbones-vit models --part backbone --rounds 2 --systems segmenter dpt
+      ;;
+    models)
+      benchmark models models --part model --rounds 2 --systems panoptic --sizes 1024x1024
+      ;;
+    competitors)
+      benchmark competitors competitors --part speed accuracy --systems segmenter --rounds 2 \
+        --dtype float32 --images 30
+      ;;
+    *)
+      echo "usage: benchmarks/cpu.sh [operators|backbones|models|competitors ...]" >&2
+      exit 2
+      ;;
+  esac
+done

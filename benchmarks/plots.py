@@ -1,0 +1,104 @@
+"""The plots of docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 (after the choice of backend)
+from matplotlib.figure import Figure  # noqa: E402
+
+from benchmarks.systems import TITLES  # noqa: E402
+from expedite_d2.files import replacing  # noqa: E402
+
+Row = Mapping[str, Any]
+
+_WHOLE = "all four"
+_VARIANTS = ("released", "twin", "compiled", "kernel", "floor")
+_DPI = 120
+
+
+def operators(rows: Sequence[Row]) -> Figure | None:
+    """Milliseconds of all four operators in a row, by case; one panel an arithmetic."""
+    rows = [row for row in rows if row["operator"] == _WHOLE]
+    if not rows:
+        return None
+    dtypes = sorted({row["dtype"] for row in rows})
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, panels = plt.subplots(
+        1, len(dtypes), figsize=(6.5 * len(dtypes), 4), sharey=True, squeeze=False
+    )
+    for panel, dtype in zip(panels[0], dtypes, strict=True):
+        found = {row["case"]: row for row in rows if row["dtype"] == dtype}
+        for place, variant in enumerate(_VARIANTS):
+            values = [_milliseconds(found.get(case), variant) for case in cases]
+            x = np.arange(len(cases)) + 0.16 * (place - 2)
+            panel.bar(x, values, 0.16, label=variant, color=f"C{place}")
+        panel.set_yscale("log")
+        panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
+        panel.set_title(f"spread, cluster, match and reconstruct, {dtype}")
+    panels[0][0].set_ylabel("milliseconds")
+    panels[0][0].legend()
+    return figure
+
+
+def _milliseconds(row: Row | None, variant: str) -> float:
+    if row is None:
+        return np.nan
+    if variant == "floor":
+        return row["floor_ms"]
+    return row["variants"].get(variant, {}).get("median", np.nan)
+
+
+def models(rows: Sequence[Row]) -> Figure | None:
+    """Speed-up over the ratio of multiply-adds: what is spared is felt on the diagonal."""
+    figure, panel = plt.subplots(figsize=(6.5, 5))
+    kinds = sorted({(row["dtype"], row["mode"]) for row in rows})
+    batches = sorted({row["batch"] for row in rows})
+    for row in rows:
+        kind = kinds.index((row["dtype"], row["mode"]))
+        marker = "osD^v*"[batches.index(row["batch"]) % 6]
+        point = (row["ratio_of_multiplyadds"], row["speedup"])
+        panel.plot(*point, marker, color=f"C{kind}", alpha=0.8)
+    for kind, (dtype, mode) in enumerate(kinds):
+        panel.plot([], [], "o", color=f"C{kind}", label=f"{dtype}, {mode}")
+    for place, batch in enumerate(batches):
+        panel.plot([], [], "osD^v*"[place % 6], color="0.5", label=f"batch {batch}")
+    ends = [1.0, 1.05 * max(max(r["ratio_of_multiplyadds"], r["speedup"]) for r in rows)]
+    panel.plot(ends, ends, "--", color="0.6", label="efficiency 1")
+    panel.set_xlabel("ratio of multiply-adds, baseline / expedited")
+    panel.set_ylabel("measured speed-up")
+    panel.legend()
+    return figure
+
+
+def competitors(rows: Sequence[Row]) -> Figure | None:
+    """Speed-up of each method, by system and arithmetic."""
+    rows = [row for row in rows if row["part"] == "speed"]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row["methods"]))[1:]
+    labels = [f"{TITLES[r['system']]}\n{r['dtype']}, batch {r['batch']}" for r in rows]
+    figure, panel = plt.subplots(figsize=(6.5, 1 + 0.9 * len(rows)))
+    for place, name in enumerate(names):
+        values = [row["methods"].get(name, {}).get("speedup", np.nan) for row in rows]
+        panel.barh(np.arange(len(rows)) + 0.25 * (place - 1), values, 0.25, label=name)
+    panel.axvline(1, color="0.6", linestyle="--")
+    panel.set_yticks(range(len(rows)), labels)
+    panel.invert_yaxis()
+    panel.set_xlabel("speed-up of the backbone at equal multiply-adds")
+    panel.legend()
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a plot, whole or not at all."""
+    figure.tight_layout()
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=_DPI)
+    plt.close(figure)

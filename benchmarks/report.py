@@ -1,0 +1,250 @@
+"""Writes docs/performance.md and its plots from all of benchmarks/results/*.json.
+
+    python -m benchmarks.report
+
+Where several files hold the same measurement on the same device, the latest one counts; of an
+operator, the latest one of each rival.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from benchmarks import plots
+from benchmarks.common import ROOT
+from benchmarks.competitors import headlines
+from benchmarks.systems import TITLES
+from expedite_d2.config import cli
+from expedite_d2.files import replacing
+
+Row = dict[str, Any]
+
+INTRODUCTION = """\
+# Performance
+
+This page is written by `python -m benchmarks.report` from the files in `benchmarks/results`: what
+is not in a table has not been measured. Each benchmark is one command (`python -m benchmarks.NAME
+--help`), `benchmarks/gpu.sh` and `benchmarks/cpu.sh` run them all.
+
+How the numbers come about:
+
+- What is compared runs in alternation in one process. Times are medians of the rounds, the spread
+  is that of the fastest and the slowest one, and ratios are medians of the rounds' own ratios. On a
+  GPU they are measured with events on the stream, on a CPU with `perf_counter`.
+- Before anything is timed its results are compared: operators with their PyTorch twin in float64,
+  ours with transformers' Mask2Former, compiled models with the ones that are not.
+- The floor of an operator is the time that its bytes (each input read once, each output written
+  once) or its multiply-adds alone would take, whichever is longer, at the bandwidth of a copy and
+  the rate of a matrix product that the same run measured. Inputs rotate through more than twice the
+  last cache. On a GPU the kernel's time for this is that of its replay in a CUDA graph.
+- Efficiency is the measured speed-up divided by the ratio of the multiply-adds: 1 where every
+  multiply-add that is spared is felt. Weights are random, which changes no work.
+"""
+
+# What makes two results the same measurement.
+IDENTITY = (
+    *("case", "operator", "part", "system", "size", "mode", "dtype", "batch"),
+    *("dataset", "images"),
+)
+
+EMPTY = "\nNo results have been recorded yet.\n"
+
+
+def load(files: Iterable[Path]) -> dict[str, dict[str, list[Row]]]:
+    """Device -> benchmark -> results, the latest of each measurement, with the run's facts.
+
+    Raises:
+        ValueError: a file that no benchmark wrote.
+    """
+    runs = []
+    for file in sorted(files):
+        try:
+            run = json.loads(file.read_text())
+            runs.append((run["date"], run["benchmark"], run["results"], run))
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise ValueError(f"{file} is not a result of benchmarks") from None
+    latest: dict[tuple[str, str, str], Row] = {}
+    for _, benchmark, results, run in sorted(runs, key=lambda one: one[0]):
+        facts = {k: v for k, v in run.items() if k not in ("results", "skipped", "benchmark")}
+        for row in results:
+            what = json.dumps({name: row.get(name) for name in IDENTITY})
+            key = (device_of(facts), benchmark, what)
+            merged_row = {**row, "run": facts}
+            if "variants" in row:  # an operator's rivals may have been timed in several runs
+                before = latest.get(key, {}).get("variants", {})
+                merged_row["variants"] = {**before, **row["variants"]}
+            latest[key] = merged_row
+    merged: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for (device, benchmark, _), row in sorted(latest.items()):
+        merged[device][benchmark].append(row)
+    return merged
+
+
+def device_of(facts: Mapping[str, Any]) -> str:
+    """The device in words."""
+    threads = f", {facts['threads']} threads" if facts["device_type"] == "cpu" else ""
+    quick = " (tiny sizes, no measurement)" if facts["quick"] else ""
+    return f"{facts['device']}{threads}{quick}"
+
+
+def table(rows: Sequence[Row], digits: str = ".3g") -> str:
+    """A Markdown table, numbers to the right."""
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=digits, missingval="")
+
+
+def milliseconds(times: Mapping[str, float] | None) -> str | None:
+    """Median and spread."""
+    if not times:
+        return None
+    return f"{times['median']:.3g} ({times['min']:.3g} to {times['max']:.3g})"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def environment_lines(results: Mapping[str, Sequence[Row]]) -> str:
+    """Versions and commits of the runs behind a device's tables."""
+    runs = [row["run"] for rows in results.values() for row in rows]
+    parts = []
+    for title, key in [("torch", "torch"), ("CUDA", "cuda"), ("commit", "commit")]:
+        found = sorted({str(run[key]) for run in runs if run.get(key)})
+        if found:
+            parts.append(f"{title} {', '.join(found)}")
+    dates = sorted({run["date"][:10] for run in runs})
+    return f"{'; '.join(parts)}; measured on {', '.join(dates)}."
+
+
+def operator_section(device: str, rows: Sequence[Row]) -> str:
+    """Every operator against its rivals."""
+    latest = max(rows, key=lambda row: row["run"]["date"])["run"]
+    rates = ", ".join(
+        f"{name} {rate / 1e3:.3g} T multiply-adds/s"
+        for name, rate in latest["gigamultiplyadds_per_second"].items()
+    )
+    lines = [f"Ceilings measured: {latest['gigabytes_per_second']:.4g} GB/s; {rates}."]
+    for dtype in sorted({row["dtype"] for row in rows}):
+        body = []
+        for row in (row for row in rows if row["dtype"] == dtype):
+            times = row["variants"]
+            others = ("twin", "compiled", "released")
+            body.append(
+                {
+                    "case": row["case"],
+                    "operator": row["operator"],
+                    "kernel, ms": milliseconds(times["kernel"]),
+                    "in a graph, ms": milliseconds(times.get("kernel in a graph")),
+                    "floor, ms": row["floor_ms"],
+                    "of the floor": percent(row["share_of_floor"]),
+                    "bound by": row["bound"],
+                    **{f"{o} / kernel": times[o]["ratio"] if o in times else None for o in others},
+                }
+            )
+        graphs = any(row["in a graph, ms"] for row in body)
+        if not graphs:
+            body = [{k: v for k, v in row.items() if k != "in a graph, ms"} for row in body]
+        lines += [f"{dtype}:", table(body)]
+    return "\n\n".join(lines)
+
+
+def model_section(rows: Sequence[Row], part: str) -> str:
+    """Baseline against expedited, and transformers' own where it ran."""
+    body = []
+    for row in (row for row in rows if row["part"] == part):
+        outside = row.get("transformers")
+        line = {
+            "system": TITLES[row["system"]],
+            "size": "×".join(map(str, row["size"])),
+            "batch": row["batch"],
+            "arithmetic": f"{row['dtype']}, {row['mode']}",
+            "baseline, ms": milliseconds(row["baseline"]["latency_ms"]),
+            "expedited, ms": milliseconds(row["expedited"]["latency_ms"]),
+            "speed-up": row["speedup"],
+            "multiply-adds": row["ratio_of_multiplyadds"],
+            "efficiency": row["efficiency"],
+        }
+        if part == "model":
+            line["transformers, ms"] = milliseconds(outside and outside["latency_ms"])
+            ratio = outside["latency_ms"]["ratio"] if outside else None
+            line["transformers / baseline"] = ratio
+        body.append(line)
+    return table(body)
+
+
+def competitor_section(rows: Sequence[Row]) -> str:
+    """Speed, then accuracy, of clustering, token merging and average pooling."""
+    speed, accuracy = [], []
+    for row in rows:
+        title = TITLES.get(row["system"], row["system"].replace("_", ", "))
+        for name, method in row["methods"].items():
+            head = {"system": title, "method": name, "G multiply-adds": method["gflops"]}
+            if row["part"] == "speed":
+                where = {"batch": row["batch"], "arithmetic": row["dtype"]}
+                times = {"ms": milliseconds(method["latency_ms"]), "speed-up": method["speedup"]}
+                speed.append({**head, **where, **times})
+            else:
+                accuracy.append({**head, "images": row["images"], **headlines(method["metrics"])})
+    parts = []
+    if speed:
+        parts += ["Latency of the backbone, random weights:", table(speed)]
+    if accuracy:
+        parts += ["Accuracy of the small models on the embedded scenes:", table(accuracy, ".4g")]
+    return "\n\n".join(parts)
+
+
+def page(results: Mapping[str, Mapping[str, list[Row]]], folder: Path, base: Path) -> str:
+    """The whole page; plots are written to `folder` and linked relative to `base`."""
+    sections = [INTRODUCTION]
+
+    def plot(figure: Figure | None, name: str) -> str:
+        if figure is None:
+            return ""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.png"
+        plots.save(figure, path)
+        return f"\n![{name.replace('-', ' ')}]({path.relative_to(base).as_posix()})\n"
+
+    for number, (device, found) in enumerate(results.items(), start=1):
+        sections.append(f"\n## {device}\n\n{environment_lines(found)}\n")
+        if found.get("operators"):
+            text = operator_section(device, found["operators"])
+            image = plot(plots.operators(found["operators"]), f"operators-{number}")
+            sections.append(f"\n### Operators\n\n{text}\n{image}")
+        models = found.get("models", [])
+        for part, title in [("backbone", "Backbones"), ("model", "Whole models")]:
+            chosen = [row for row in models if row["part"] == part]
+            if chosen:
+                image = plot(plots.models(chosen), f"{part}s-{number}")
+                sections.append(f"\n### {title}\n\n{model_section(models, part)}\n{image}")
+        if found.get("competitors"):
+            rows = found["competitors"]
+            image = plot(plots.competitors(rows), f"competitors-{number}")
+            text = competitor_section(rows)
+            sections.append(f"\n### Clustering, token merging, average pooling\n\n{text}\n{image}")
+    return "".join(sections if results else [*sections, EMPTY])
+
+
+@cli
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), metavar="DIR")
+    parser.add_argument("--output", default=str(ROOT / "docs" / "performance.md"), metavar="FILE")
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    results = load(Path(args.results).glob("*.json"))
+    text = page(results, output.parent / output.stem, output.parent)
+    with replacing(output) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

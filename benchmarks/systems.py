@@ -1,0 +1,177 @@
+"""The models that are timed, and the outside baseline of one of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
+
+from benchmarks.common import ROOT, difference
+from expedite_d2.checkpoint import load_weights
+from expedite_d2.config import load_config
+from expedite_d2.d2 import CfgNode
+from expedite_d2.evaluation.compare import build_pair
+from expedite_d2.models.meta_arch.mask2former_heads import transformers_config
+
+# Ours computes the same as transformers' up to the order of float32 sums.
+TOLERANCE = 1e-3
+
+
+class System(NamedTuple):
+    """A config, the sizes at which it is timed, and what makes it tiny for tests."""
+
+    config: str
+    sizes: Sequence[tuple[int, int]]
+    tiny: Sequence[Any] = ()
+
+
+_SWIN_SIZES = [(1152, 1152), (1024, 1024), (640, 640)]
+_TINY_SWIN = [
+    *("MODEL.SWIN.EMBED_DIM", 12, "MODEL.SWIN.DEPTHS", [1, 1, 2, 1]),
+    *("MODEL.SWIN.NUM_HEADS", [1, 1, 2, 2], "MODEL.SWIN.WINDOW_SIZE", 4),
+    *("MODEL.EXPEDITE.ALPHA", 3, "MODEL.EXPEDITE.CLUSTERS", [2, 2]),
+]
+_TINY_MASK2FORMER = [
+    *_TINY_SWIN,
+    *("MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, "MODEL.SEM_SEG_HEAD.MASK_DIM", 32),
+    *("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 1, "MODEL.MASK_FORMER.DEC_LAYERS", 2),
+    *("MODEL.MASK_FORMER.HIDDEN_DIM", 32, "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 5),
+    *("MODEL.MASK_FORMER.NHEADS", 4, "MODEL.MASK_FORMER.DIM_FEEDFORWARD", 32),
+]
+_TINY_VIT = [
+    *("MODEL.VIT.NAME", "vit_tiny_patch16_224", "MODEL.VIT.IMG_SIZE", 64),
+    *("MODEL.VIT.EMBED_DIM", 24, "MODEL.VIT.DEPTH", 4, "MODEL.VIT.NUM_HEADS", 2),
+    *("MODEL.EXPEDITE.ALPHA", 2, "MODEL.EXPEDITE.CLUSTERS", [3, 4]),
+]
+_TINY_SEGMENTER = [*_TINY_VIT, "MODEL.SEGMENTER.DEPTH", 1, "MODEL.SEGMENTER.NUM_HEADS", 2]
+_TINY_DPT = [
+    *_TINY_VIT,
+    *("MODEL.VIT.OUT_BLOCKS", [0, 1, 2, 3], "MODEL.DPT.NECK_CHANNELS", [8, 16, 24, 24]),
+    *("MODEL.DPT.REASSEMBLE_FACTORS", [4, 2, 1, 0.5], "MODEL.DPT.FUSION_CHANNELS", 16),
+]
+
+SYSTEMS = {
+    "panoptic": System(
+        "configs/coco/panoptic/mask2former_swin_large_expedited.yaml",
+        _SWIN_SIZES,
+        _TINY_MASK2FORMER,
+    ),
+    "semantic": System(
+        "configs/ade20k/semantic/mask2former_swin_large_expedited.yaml",
+        _SWIN_SIZES,
+        _TINY_MASK2FORMER,
+    ),
+    "instance": System(
+        "configs/coco/instance/mask2former_swin_large_expedited.yaml",
+        _SWIN_SIZES,
+        _TINY_MASK2FORMER,
+    ),
+    "segmenter": System(
+        "configs/ade20k/semantic/segmenter_vit_large_expedited.yaml",
+        [(640, 640)],
+        _TINY_SEGMENTER,
+    ),
+    "dpt": System("configs/kitti/depth/dpt_vit_hybrid_expedited.yaml", [(352, 1216)], _TINY_DPT),
+}
+TITLES = {
+    "panoptic": "Mask2Former Swin-L, COCO panoptic setting",
+    "semantic": "Mask2Former Swin-L, ADE20K semantic setting",
+    "instance": "Mask2Former Swin-L, COCO instance setting",
+    "segmenter": "Segmenter ViT-L, ADE20K setting",
+    "dpt": "DPT-hybrid, KITTI setting",
+}
+TINY_SIZE = (64, 96)
+
+
+def sizes(system: System, quick: bool) -> Sequence[tuple[int, int]]:
+    """Rows and columns of the images."""
+    return [TINY_SIZE] if quick else system.sizes
+
+
+def config(system: System, device: str, quick: bool, opts: Sequence[Any] = ()) -> CfgNode:
+    """The system's config on a device, with random weights."""
+    fixed = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "TEST.SLIDING_WINDOW.ENABLED", False]
+    tiny = system.tiny if quick else []
+    return load_config(str(ROOT / system.config), [*fixed, *tiny, *opts])
+
+
+def pair(cfg: CfgNode) -> dict[str, Any]:
+    """The baseline and the expedited model, on one set of random weights."""
+    torch.manual_seed(0)
+    models = build_pair(cfg)
+    for model in models:
+        model.requires_grad_(False)
+    return dict(zip(("baseline", "expedited"), models, strict=True))
+
+
+class Outside(nn.Module):
+    """transformers' own Mask2Former on Swin, with the same outputs as ours."""
+
+    def __init__(self, cfg: CfgNode, shapes: Sequence[Any]) -> None:
+        super().__init__()
+        swin = cfg.MODEL.SWIN
+        config = transformers_config(cfg, list(shapes))
+        config.backbone_config = SwinConfig(
+            image_size=swin.PRETRAIN_IMG_SIZE,
+            embed_dim=swin.EMBED_DIM,
+            depths=list(swin.DEPTHS),
+            num_heads=list(swin.NUM_HEADS),
+            window_size=swin.WINDOW_SIZE,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )
+        config.use_auxiliary_loss = True  # without, its forward pass fails
+        self.model = Mask2FormerForUniversalSegmentation(config)
+
+    def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4)."""
+        outputs = self.model(pixel_values=images)
+        return outputs.class_queries_logits, outputs.masks_queries_logits
+
+
+def outside(cfg: CfgNode, models: dict[str, Any]) -> Outside:
+    """transformers' model for ours, which are given its weights and must then give its outputs.
+
+    Raises:
+        ValueError: the weights do not fit, or the baseline's outputs differ from transformers'.
+    """
+    baseline = models["baseline"]
+    shapes = baseline.backbone.output_shape()
+    model = Outside(cfg, [shapes[name] for name in baseline.in_features])
+    model = model.to(cfg.MODEL.DEVICE).eval().requires_grad_(False)
+    # By way of a file: in memory, its names change from one release of transformers to the next.
+    with tempfile.TemporaryDirectory() as directory:
+        model.model.save_pretrained(directory)
+        load_weights(models["expedited"], directory)
+    baseline.load_state_dict(models["expedited"].state_dict(), assign=True)
+    images = torch.randn(1, 3, 128, 192, device=cfg.MODEL.DEVICE)
+    with torch.inference_mode():
+        ours, theirs = baseline.logits(images), model.logits(images)
+    error = max(map(difference, ours, theirs))
+    if not error <= TOLERANCE:
+        raise ValueError(f"the baseline differs from transformers' model by {error:.2g}")
+    return model
+
+
+def run(
+    model: Any,
+    part: str,
+    dtype: torch.dtype,
+    images: Tensor,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Callable[[], Any]:
+    """A call of the backbone or, up to its logits, of the whole model in one arithmetic."""
+    half = dtype != torch.float32
+    if hasattr(model, "eval_dtype"):
+        model.eval_dtype = dtype
+    function = wrap(model.backbone if part == "backbone" else model.logits)
+
+    def call() -> Any:
+        # Ours enters the same in `logits`, except where it keeps float32 on purpose.
+        with torch.autocast(images.device.type, dtype if half else None, enabled=half):
+            return function(images)
+
+    return call

@@ -1,0 +1,328 @@
+"""The benchmarks at tiny sizes, and the rivals that they time beside us."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks import common, competitors, models, operators, report, tome
+from benchmarks.operator_table import CASES, TOKENS, make_inputs
+from benchmarks.pooling import average_pool, average_pooled
+from benchmarks.systems import SYSTEMS, config
+from expedite_d2._ext import ext_error, has_ext
+from expedite_d2.evaluation.cost import analyse
+from expedite_d2.hourglass import Reduction, reconstruct
+from expedite_d2.models.backbones import swin
+
+timm = pytest.importorskip("timm")
+needs_kernels = pytest.mark.skipif(not has_ext(), reason=f"no kernels to time: {ext_error()}")
+QUICK = ["--quick", "--device", "cpu", "--rounds", "2"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(autouse=True)
+def cheap_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured as for inductor, which would take minutes to compile them."""
+    monkeypatch.setattr(common, "BACKEND", "eager")
+
+
+def run(benchmark: Any, results: Path, name: str, *arguments: str) -> dict[str, Any]:
+    path = results / f"{name}.json"
+    benchmark.main([*QUICK, "--output", str(path), *arguments])
+    return json.loads(path.read_text())
+
+
+@needs_kernels
+def test_operators_are_right_and_timed(results: Path, capsys: pytest.CaptureFixture[str]):
+    written = run(operators, results, "operators", "--modes", "twin", "released")
+    quick = [name for name in CASES if name.startswith("quick")]
+    measured = {(row["case"], row["dtype"], row["operator"]) for row in written["results"]}
+    expected = [
+        (case, dtype, operator)
+        for case in quick
+        for dtype in ("float32", "bfloat16")
+        for operator in TOKENS.operators
+    ]
+    assert measured >= set(expected)
+    for row in written["results"]:
+        assert row["floor_ms"] > 0 and row["share_of_floor"] > 0
+        assert all(times["min"] <= times["median"] for times in row["variants"].values())
+        assert row["errors"].keys() == row["variants"].keys()
+    # The released code has no spread, and ours has windows that its cannot cut.
+    dense = {(r["case"], r["operator"]) for r in written["results"] if "released" in r["variants"]}
+    assert ("quick_windows", "token_cluster") in dense
+    assert ("quick_ragged", "token_cluster") not in dense
+    assert "of the floor" in capsys.readouterr().out
+
+
+@needs_kernels
+def test_operators_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    last = {"all four": TOKENS.operators["all four"]}
+    monkeypatch.setattr(operators, "SUITES", [TOKENS._replace(operators=last)])
+    only = ["--cases", "quick_windows", "--dtype", "float32", "--modes", "compiled"]
+    written = run(operators, tmp_path, "compiled", *only)
+    assert all(row["variants"].keys() == {"kernel", "compiled"} for row in written["results"])
+
+
+def test_operator_that_is_wrong_is_not_timed():
+    inputs = make_inputs(CASES["quick_windows"], "cpu", torch.float32)
+    good = TOKENS.operators["token_spread"]
+    bad = good._replace(kernel=lambda *args: good.twin(*args) * 1.01)
+    calls = operators.variants(bad, [inputs], [])
+    with pytest.raises(SystemExit, match="some label: results differ.*kernel"):
+        operators.check("some label", bad, inputs, calls, "float32")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_work_is_at_most_the_dense_formulation(name: str):
+    case = CASES[name]
+    batch, height, width, channels = case.shape
+    tokens = torch.empty(case.shape, device="meta")
+    cells = [
+        -(-s * c // w) for s, c, w in zip((height, width), case.clusters, case.side, strict=True)
+    ]
+    centres = torch.empty(batch, *cells, channels, device="meta")
+    matches = torch.empty(batch, height, width, case.topk, device="meta")
+    inputs = make_inputs(CASES["quick_image"], "cpu", torch.float32)._replace(
+        case=case, tokens=tokens, centres=centres, indices=matches
+    )
+    work = TOKENS.operators["token_cluster"].work(inputs)
+    per_window = case.clusters[0] * case.clusters[1]
+    dense = 2 * case.iterations * batch * height * width * per_window * channels
+    assert 0 < work.operations <= dense
+    assert work.bytes == 4 * (tokens.numel() + centres.numel())
+
+
+def test_backbones(results: Path):
+    arguments = ["--part", "backbone", "--systems", "semantic", "segmenter"]
+    written = run(models, results, "backbones", *arguments)
+    assert len(written["results"]) == 4 and not written["skipped"]
+    for row in written["results"]:
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["ratio_of_multiplyadds"])
+        assert row["baseline"]["gflops"] > row["expedited"]["gflops"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["backbone", "model"])
+def test_models_compile(tmp_path: Path, part: str):
+    arguments = ["--part", part, "--systems", "panoptic", "segmenter", "--modes", "compiled"]
+    written = run(models, tmp_path, part, *arguments)
+    assert len(written["results"]) == 4 and not written["skipped"]
+
+
+def test_whole_models_and_the_outside_baseline(results: Path):
+    arguments = ["--part", "model", "--systems", "panoptic", "dpt", "--dtype", "float32"]
+    written = run(models, results, "models", *arguments)
+    rows = {row["system"]: row for row in written["results"]}
+    assert rows["panoptic"]["transformers"]["latency_ms"]["median"] > 0
+    assert "transformers" not in rows["dpt"]
+
+
+def test_time_that_is_up_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--systems", "segmenter", "--dtype", "float32", "--seconds", "-1"]
+    written = run(models, tmp_path, "late", *arguments)
+    assert not written["results"]
+    assert written["skipped"] == ["segmenter backbone 64x96 batch 1 float32 eager"]
+    assert "left out: segmenter backbone" in capsys.readouterr().out
+
+
+def test_model_that_fails_is_told_and_ends_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(models, "TOLERANCE", float("nan"))
+    arguments = ["--systems", "segmenter", "--dtype", "float32", "--modes", "compiled"]
+    with pytest.raises(SystemExit) as exit_:
+        run(models, tmp_path, "failed", *arguments)
+    assert exit_.value.code == 2
+    assert "compiled and eager outputs of baseline differ" in capsys.readouterr().err
+
+
+def test_competitors_cost_the_same(results: Path):
+    written = run(competitors, results, "competitors", "--dtype", "float32")
+    rows = {row["system"]: row["methods"] for row in written["results"]}
+    names = ["baseline", "clustering", "average pooling"]
+    assert list(rows["panoptic"]) == names
+    assert list(rows["segmenter"]) == [*names, "token merging"]
+    for methods in rows.values():
+        cost = {name: method["gflops"] for name, method in methods.items()}
+        assert cost["average pooling"] <= cost["clustering"] < cost["baseline"]
+    merging, clustering = (rows["segmenter"][n]["gflops"] for n in ("token merging", "clustering"))
+    # One pair more or less is a lot of 25 tokens.
+    assert 0.85 * clustering < merging <= clustering
+
+
+@needs_kernels
+def test_report_has_all_sections_and_plots(results: Path, tmp_path: Path):
+    page = tmp_path / "performance.md"
+    report.main(["--results", str(results), "--output", str(page)])
+    text = page.read_text()
+    sections = ["### Operators", "### Backbones", "### Whole models", "### Clustering, token"]
+    assert [text.count(section) for section in sections] == [1, 1, 1, 1]
+    assert "tiny sizes, no measurement" in text and "token_cluster" in text
+    linked = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert len(linked) == 4 and all((tmp_path / link).stat().st_size > 1000 for link in linked)
+
+
+def test_report_takes_the_latest(tmp_path: Path):
+    facts = {"device": "a", "device_type": "cuda", "quick": False, "benchmark": "models"}
+    for name, date, speed in [("b", "2026-01-01", 1.0), ("a", "2026-01-02", 2.0)]:
+        run = {
+            **facts,
+            "date": date,
+            "results": [{"system": "x", "size": [1, 2], "speedup": speed}],
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    (row,) = report.load(tmp_path.glob("*.json"))["a"]["models"]
+    assert row["speedup"] == 2.0
+    for name, rival in [("d", "twin"), ("e", "compiled")]:
+        row = {"case": "x", "operator": "y", "variants": {"kernel": {"median": 1}, rival: {}}}
+        run = {**facts, "benchmark": "operators", "date": name, "results": [row]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    (row,) = report.load(tmp_path.glob("*.json"))["a"]["operators"]
+    assert row["variants"].keys() == {"kernel", "twin", "compiled"}
+    (tmp_path / "c.json").write_text("[]")
+    with pytest.raises(ValueError, match="c.json is not a result"):
+        report.load(tmp_path.glob("*.json"))
+
+
+def test_report_without_results(tmp_path: Path):
+    report.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")])
+    assert report.EMPTY in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["gpu.sh", "cpu.sh"])
+def test_script_tells_its_sections(script: str):
+    command = ["bash", str(common.ROOT / "benchmarks" / script), "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "operators" in done.stderr
+
+
+# Average pooling
+
+
+def test_average_pooling_interpolates_between_the_cells():
+    tokens = torch.randn(2, 12, 8, 5)
+    low, clustering = average_pool(tokens, Reduction(0, (4, 4)))
+    pooled = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), (4, 4))
+    torch.testing.assert_close(low, pooled.permute(0, 2, 3, 1))
+    change = torch.randn_like(low)
+    raised = F.interpolate(change.permute(0, 3, 1, 2), (12, 8), mode="bilinear")
+    expected = tokens + raised.permute(0, 2, 3, 1)
+    torch.testing.assert_close(reconstruct(low + change, clustering), expected)
+
+
+def test_average_pooling_in_windows_has_one_map():
+    tokens = torch.randn(1, 7, 9, 3)  # ragged windows of 4
+    low, clustering = average_pool(tokens, Reduction(0, (2, 2)), (4, 4))
+    assert low.shape == (1, 4, 5, 3)
+    torch.testing.assert_close(low[:, 0, 0], tokens[:, :2, :2].mean((1, 2)))
+    torch.testing.assert_close(reconstruct(low, clustering), tokens)
+    torch.testing.assert_close(clustering.weights.sum(-1), torch.ones(1, 7, 9))
+
+
+def test_average_pooling_is_undone():
+    before = swin.reduce
+    with average_pooled():
+        assert swin.reduce is average_pool
+    assert swin.reduce is before
+
+
+# Token merging
+
+
+@pytest.fixture(scope="module")
+def vit() -> Any:
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="", **sizes).eval()
+
+
+@torch.inference_mode()
+def test_merging_nothing_changes_nothing(vit: Any):
+    images = torch.randn(2, 3, 64, 64)
+    expected = vit(images)
+    with tome.merging(vit, [0, 0, 0]):
+        torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vit(images), expected)
+    assert all("forward" not in vars(block) for block in vit.blocks)
+
+
+@torch.inference_mode()
+def test_merging_gives_every_token_a_value(vit: Any):
+    with tome.merging(vit, [3, 3, 2]):
+        out = vit(torch.randn(2, 3, 64, 64))
+    assert out.shape == (2, 17, 24) and out.isfinite().all()
+    # Eight of sixteen patches have become part of another one.
+    assert [len(one.unique(dim=0)) for one in out] == [9, 9]
+
+
+@torch.inference_mode()
+def test_merging_equal_tokens_is_exact(vit: Any):
+    """Proportional attention: what is equal may be merged without a loss."""
+    patch = torch.randn(1, 3, 16, 16)
+    images = patch.repeat(1, 1, 4, 4)
+    positions = vit.pos_embed.data
+    vit.pos_embed.data = torch.zeros_like(positions)
+    try:
+        expected = vit(images)
+        with tome.merging(vit, [5, 3, 0]):
+            torch.testing.assert_close(vit(images), expected, rtol=1e-3, atol=1e-4)
+    finally:
+        vit.pos_embed.data = positions
+
+
+def test_matching_leaves_prefixes_and_finds_the_nearest():
+    metric = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]]])
+    src, kept, dst = tome.matching(metric, 1, prefixes=1)
+    # Even tokens 0 (a prefix), 2, 4; odd tokens 1, 3: token 4 and token 3 have the cosine 0.96.
+    assert (src.tolist(), kept.tolist(), dst.tolist()) == ([[2]], [[0, 1]], [[1]])
+    x = torch.arange(5.0).view(1, 5, 1)
+    state = tome.Merged(torch.tensor([1.0, 1, 1, 3, 1]).view(1, 5, 1), torch.arange(5)[None])
+    merged, after = tome.merge(x, state, (src, kept, dst))
+    assert merged.flatten().tolist() == [0, 2, 1, pytest.approx((3 * 3 + 4) / 4)]
+    assert after.size.flatten().tolist() == [1, 1, 1, 4]
+    assert after.source.tolist() == [[0, 2, 1, 3, 3]]
+
+
+def test_multiplyadds_of_blocks_are_those_that_are_counted(vit: Any):
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = vit.blocks
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            x = images.flatten(1).view(1, 17, 24)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    counted = analyse(Blocks().to("meta"), 8, 17).by_operator()
+    products = sum(counted[name] for name in counted if name != "layer_norm")
+    assert tome.block_multiplyadds(vit, 17, [0, 0, 0]) == products
+
+
+def test_schedule_keeps_to_its_budget(vit: Any):
+    whole = tome.block_multiplyadds(vit, 17, [0, 0, 0])
+    schedule = tome.equal_schedule(vit, 17, 0.7 * whole)
+    assert tome.block_multiplyadds(vit, 17, schedule) <= 0.7 * whole
+    fewer = list(schedule)
+    fewer[schedule.index(max(schedule))] -= 1
+    assert tome.block_multiplyadds(vit, 17, fewer) > 0.65 * whole
+    with pytest.raises(ValueError, match="cannot go down to"):
+        tome.equal_schedule(vit, 17, 0.1 * whole)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_tiny_systems_are_expedited(name: str):
+    assert config(SYSTEMS[name], "cpu", quick=True).MODEL.EXPEDITE.ENABLED
