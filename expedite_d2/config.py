@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from expedite_d2.config_rules import COMMON_KEYS, check
 from expedite_d2.d2 import BACKBONE_REGISTRY, META_ARCH_REGISTRY, CfgNode, get_cfg
 
 logger = logging.getLogger(__name__)
@@ -219,6 +221,12 @@ _HTC_DEFAULTS: list[tuple[str, Any]] = [
     ("MODEL.HTC.SOFT_NMS_MIN_SCORE", 0.001),
 ]
 
+_TYPE_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(\w+)'> vs\. <class '(\w+)'>\) with values \((.*) vs\. (.*)\) "
+    r"for config key: (.*)",
+    re.DOTALL,
+)
+
 # What an official YAML names, and what stands in where that class is not registered.
 _BACKBONES = {"D2SwinTransformer": "ExpeditedSwinTransformer"}
 _TRANSLATIONS = {
@@ -300,7 +308,7 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
     except FileNotFoundError:
         raise
     except Exception as error:  # yaml's and yacs's errors have no common base
-        raise ValueError(f"{path} is not a valid config: {error}") from error
+        raise ValueError(f"{path} is not a valid config: {_reason(error)}") from error
     if len(opts) % 2:
         raise ValueError(
             f"config overrides are KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}"
@@ -309,6 +317,8 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
         cfg.merge_from_list(list(opts))
     except (AssertionError, KeyError) as error:
         raise KeyError(f"config override: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"config override: {_reason(error)}") from error
     _translate_official_names(cfg)
     _check(cfg)
     cfg.MODEL.WEIGHTS = find_weights(cfg.MODEL.WEIGHTS)
@@ -316,6 +326,15 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
         logger.info("MODEL.DEVICE is %s and no GPU is visible: using cpu", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def _reason(error: Exception) -> str:
+    """yacs's message about a value of another type in words; any other as it is."""
+    match = _TYPE_MISMATCH.fullmatch(str(error))
+    if match is None:
+        return str(error)
+    expected, actual, default, value, key = match.groups()
+    return f"{key} must be of type {expected}, such as {default}, got {value} of type {actual}"
 
 
 def find_config(path: str | os.PathLike) -> Path:
@@ -352,14 +371,20 @@ def _translate_official_names(cfg: CfgNode) -> None:
 
 
 def _check(cfg: CfgNode) -> None:
-    dtypes = ("float32", "bfloat16", "float16")
-    if dtypes.count(cfg.TEST.DTYPE) != 1:
-        raise ValueError(f"TEST.DTYPE must be one of {', '.join(dtypes)}, got {cfg.TEST.DTYPE!r}")
+    check(cfg, COMMON_KEYS)
     clusters = cfg.MODEL.EXPEDITE.CLUSTERS
     if len(clusters) != 2:
         raise ValueError(
             "MODEL.EXPEDITE.CLUSTERS must be two sizes or two ratios, e.g. [8, 8] or [0.5, 0.5], "
             f"got {clusters!r}"
+        )
+    swin = cfg.MODEL.SWIN
+    widths = [swin.EMBED_DIM * 2**stage for stage in range(len(swin.DEPTHS))]
+    fits = [width % heads == 0 for width, heads in zip(widths, swin.NUM_HEADS, strict=False)]
+    if len(swin.NUM_HEADS) != len(widths) or not all(fits):
+        raise ValueError(
+            "MODEL.SWIN.NUM_HEADS must be one divisor of each of the stages' widths "
+            f"{widths}, got {swin.NUM_HEADS!r}"
         )
 
 

@@ -28,7 +28,8 @@ ORDER = [
 LEAVES: dict[str, set[str]] = {
     "files": set(),
     "d2": {"files"},
-    "config": {"d2"},
+    "config": {"config_rules", "d2"},
+    "config_rules": set(),
     "visualize": set(),
     "muon": {"d2"},
     "solver": {"d2", "muon"},

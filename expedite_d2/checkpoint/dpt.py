@@ -10,10 +10,9 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from expedite_d2.checkpoint.names import Format, State, _rename, _rules, _starts
+from expedite_d2.checkpoint.names import Format, State, _join, _rename, _rules, _starts
 
 # timm's classifier, which the release kept without use.
 _CLASSIFIER = re.compile(r"^pretrained\.model\.head\.")
@@ -97,7 +96,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
             separate[f"{part[1]}.attn.qkv.{part[3]}"][part[2]] = tensor
     for name, parts in separate.items():
         if len(parts) == 3:
-            translated[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+            translated[name] = _join(name, [parts["query"], parts["key"], parts["value"]])
     return translated
 
 

@@ -58,7 +58,7 @@ def from_mmseg(state: Mapping[str, Tensor]) -> State:
         if _AUXILIARY.match(name):
             continue
         if transposed is not None:
-            translated[f"decoder.proj_{transposed[1]}"] = tensor.T
+            translated[f"decoder.proj_{transposed[1]}"] = tensor.t() if tensor.ndim == 2 else tensor
         elif not renamed.startswith("decoder.head."):
             translated[renamed] = tensor
         elif not mask_decoder:  # where there is one, this 1x1 convolution lies idle beside it

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from expedite_d2.data.categories import CITYSCAPES
@@ -24,6 +23,7 @@ from expedite_d2.data.coco_format import (
     register,
     require,
 )
+from expedite_d2.data.mappers import image_size, read_label_map
 from expedite_d2.data.semantic import register_semantic
 
 _IMAGE_SUFFIX = "_leftImg8bit.png"
@@ -105,7 +105,7 @@ def load_cityscapes_panoptic(
     require(label_root, name)
     entries = load_panoptic(name, panoptic_json, panoptic_root, image_root, metadata)
     for entry in entries:
-        stem = entry["image_id"]
+        stem = str(entry["image_id"])
         city = stem.split("_")[0]
         entry["file_name"] = str(image_root / city / f"{stem}{_IMAGE_SUFFIX}")
         entry["sem_seg_file_name"] = str(label_root / city / f"{stem}{_LABEL_SUFFIX}")
@@ -125,6 +125,7 @@ def load_cityscapes_instances(
 
     Raises:
         FileNotFoundError: if a folder or an annotation is missing.
+        ValueError: an annotation that is no map of labels of its image's size.
     """
     pairs = list(_pairs(image_root, label_root, _INSTANCE_SUFFIX, name))
     # 3 000 files of 2 megapixels: decoding releases the interpreter's lock.
@@ -133,8 +134,7 @@ def load_cityscapes_instances(
 
 
 def _instance_entry(image: Path, labels: Path, contiguous_ids: Mapping[int, int]) -> Entry:
-    with Image.open(labels) as file:
-        ids = np.asarray(file).astype(np.int32)
+    ids = read_label_map(labels, image_size(image)).astype(np.int32)
     annotations = []
     for number, mask in instance_masks(ids).items():
         crowd = number < _INSTANCE_DIVISOR

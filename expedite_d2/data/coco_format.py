@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,36 +173,39 @@ def load_panoptic(
     for folder in (panoptic_root, image_root, sem_seg_root, depth_root):
         if folder is not None:
             require(folder, name)
-    images = {image["id"]: image for image in content.get("images", [])}
     things = metadata["thing_dataset_id_to_contiguous_id"]
     stuff = metadata["stuff_dataset_id_to_contiguous_id"]
     instances = {}
     if instances_json is not None:
-        instances = _instances_by_image(name, _read_json(name, instances_json), things)
+        objects = _read_json(name, instances_json)
+        instances = _instances_by_image(name, instances_json, objects, things)
     entries = []
-    for annotation in content["annotations"]:
-        image = images.get(annotation["image_id"], {})
-        label = Path(annotation["file_name"])
-        segments = []
-        for segment in annotation["segments_info"]:
-            category = segment["category_id"]
-            isthing = category in things
-            number = _contiguous(name, category, things if isthing else stuff)
-            segments.append({**segment, "category_id": number, "isthing": isthing})
-        entry: Entry = {
-            "file_name": str(image_root / image.get("file_name", label.with_suffix(".jpg"))),
-            "image_id": annotation["image_id"],
-            "pan_seg_file_name": str(panoptic_root / label),
-            "segments_info": segments,
-        }
-        entry |= {side: image[side] for side in ("height", "width") if side in image}
-        if sem_seg_root is not None:
-            entry["sem_seg_file_name"] = str(sem_seg_root / label)
-        if depth_root is not None:
-            entry["depth_file_name"] = str(depth_root / label)
-        if instances_json is not None:
-            entry["annotations"] = instances.get(annotation["image_id"], [])
-        entries.append(entry)
+    with _coco_file(name, panoptic_json):
+        images = {image["id"]: image for image in content.get("images", [])}
+        for annotation in content["annotations"]:
+            image = images.get(annotation["image_id"], {})
+            label = Path(annotation["file_name"])
+            segments = []
+            for segment in annotation["segments_info"]:
+                category = segment["category_id"]
+                isthing = category in things
+                number = _contiguous(name, category, things if isthing else stuff)
+                known = {"id": segment["id"], "category_id": number, "isthing": isthing}
+                segments.append({**segment, **known})
+            entry: Entry = {
+                "file_name": str(image_root / image.get("file_name", label.with_suffix(".jpg"))),
+                "image_id": annotation["image_id"],
+                "pan_seg_file_name": str(panoptic_root / label),
+                "segments_info": segments,
+            }
+            entry |= {side: image[side] for side in ("height", "width") if side in image}
+            if sem_seg_root is not None:
+                entry["sem_seg_file_name"] = str(sem_seg_root / label)
+            if depth_root is not None:
+                entry["depth_file_name"] = str(depth_root / label)
+            if instances_json is not None:
+                entry["annotations"] = instances.get(annotation["image_id"], [])
+            entries.append(entry)
     return entries
 
 
@@ -225,34 +229,48 @@ def load_instances(
     """
     content = _read_json(name, json_file)
     require(image_root, name)
-    instances = _instances_by_image(name, content, contiguous_ids)
-    return [
-        {
-            "file_name": str(image_root / image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
-            "image_id": image["id"],
-            "annotations": instances.get(image["id"], []),
-        }
-        for image in sorted(content["images"], key=lambda image: image["id"])
-    ]
+    instances = _instances_by_image(name, json_file, content, contiguous_ids)
+    with _coco_file(name, json_file):
+        return [
+            {
+                "file_name": str(image_root / image["file_name"]),
+                "height": image["height"],
+                "width": image["width"],
+                "image_id": image["id"],
+                "annotations": instances.get(image["id"], []),
+            }
+            for image in sorted(content["images"], key=lambda image: image["id"])
+        ]
 
 
 def _instances_by_image(
-    name: str, content: dict[str, Any], contiguous_ids: Mapping[int, int]
+    name: str, path: Path, content: dict[str, Any], contiguous_ids: Mapping[int, int]
 ) -> dict[int, list[Entry]]:
     grouped: dict[int, list[Entry]] = defaultdict(list)
-    for annotation in content.get("annotations", []):
-        grouped[annotation["image_id"]].append(
-            {
-                "bbox": annotation["bbox"],
-                "bbox_mode": XYWH_ABS,
-                "category_id": _contiguous(name, annotation["category_id"], contiguous_ids),
-                "iscrowd": annotation.get("iscrowd", 0),
-                "segmentation": annotation["segmentation"],
-            }
-        )
+    with _coco_file(name, path):
+        for annotation in content.get("annotations", []):
+            grouped[annotation["image_id"]].append(
+                {
+                    "bbox": annotation["bbox"],
+                    "bbox_mode": XYWH_ABS,
+                    "category_id": _contiguous(name, annotation["category_id"], contiguous_ids),
+                    "iscrowd": annotation.get("iscrowd", 0),
+                    "segmentation": annotation["segmentation"],
+                }
+            )
     return grouped
+
+
+@contextmanager
+def _coco_file(name: str, path: Path) -> Iterator[None]:
+    """Tells of which file an entry is not what COCO's format says."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
+        raise ValueError(
+            f"data set {name!r}: {path} is not a COCO file: an entry {what}"
+        ) from error
 
 
 def _contiguous(name: str, category: int, ids: Mapping[int, int]) -> int:
@@ -262,6 +280,19 @@ def _contiguous(name: str, category: int, ids: Mapping[int, int]) -> int:
             f"metadata lists, got {category}"
         )
     return ids[category]
+
+
+def read_lines(path: Path, name: str) -> list[str]:
+    """Lines of a list of files that belongs to a data set.
+
+    Raises:
+        FileNotFoundError: naming the data set, the path and the environment variable.
+        ValueError: not a text file.
+    """
+    try:
+        return require(path, name).read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"data set {name!r}: {path} is not a text file: {error}") from error
 
 
 def _read_json(name: str, path: Path) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from expedite_d2.config_rules import FLIPS, check, check_crop
 from expedite_d2.d2 import CfgNode
 from expedite_d2.data.mappers import (
     _crop_size,
     _image_format,
     _jitter_colours,
     _read_labels,
+    image_size,
     read_image,
     to_tensor,
 )
@@ -111,6 +113,9 @@ class DepthTestMapper:
             and with "crop" (top, left, rows, columns) where there was a crop.
         """
         image = read_image(entry["file_name"], self.image_format)
+        if "depth_file_name" in entry:
+            # Before the crop: cut to one size, two maps that do not lie over each other would pass.
+            _check_size(entry["depth_file_name"], image_size(entry["depth_file_name"]), image)
         sample = dict(entry)
         if "benchmark_crop" in entry:
             size = entry["benchmark_crop"]
@@ -129,6 +134,8 @@ class DepthTrainMapper:
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check(cfg, {"INPUT.RANDOM_FLIP": FLIPS})
+        check_crop(cfg)
         self.input = cfg.INPUT
         self.image_format = _image_format(cfg)
 
@@ -138,11 +145,12 @@ class DepthTrainMapper:
         Raises:
             ValueError: the data set has no depth.
         """
-        if "depth_file_name" not in entries[0]:
-            raise ValueError(
-                f"INPUT.DATASET_MAPPER_NAME is {DEPTH_MAPPER_NAME!r}, which needs "
-                f"'depth_file_name' in the data set; {name!r} has none"
-            )
+        for field in ("depth_file_name", "depth_scale"):
+            if field not in entries[0]:
+                raise ValueError(
+                    f"INPUT.DATASET_MAPPER_NAME is {DEPTH_MAPPER_NAME!r}, which needs "
+                    f"{field!r} in the data set; {name!r} has none"
+                )
         return entries
 
     def __call__(self, entry: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -158,11 +166,7 @@ class DepthTrainMapper:
         """
         image = read_image(entry["file_name"], self.image_format)
         depth = read_depth(entry["depth_file_name"], entry["depth_scale"])
-        if depth.shape != image.shape[:2]:
-            raise ValueError(
-                f"{entry['depth_file_name']} must have the image's size {image.shape[:2]}, "
-                f"got {depth.shape}"
-            )
+        _check_size(entry["depth_file_name"], depth.shape, image)
         if "benchmark_crop" in entry:
             size = entry["benchmark_crop"]
             origin = crop_origin(depth.shape, size, entry["file_name"])
@@ -182,6 +186,11 @@ class DepthTrainMapper:
             "image": to_tensor(image),
             "depth": torch.from_numpy(np.ascontiguousarray(depth)),
         }
+
+
+def _check_size(path: str | Path, size: Sequence[int], image: NDArray[np.uint8]) -> None:
+    if tuple(size) != image.shape[:2]:
+        raise ValueError(f"{path} must have the image's size {image.shape[:2]}, got {tuple(size)}")
 
 
 def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

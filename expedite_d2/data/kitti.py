@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expedite_d2.data.coco_format import Entry, datasets_root, register, require
+from expedite_d2.data.coco_format import Entry, datasets_root, read_lines, register, require
 
 #: What the benchmark, and DPT's release, cut out of each image: rows and columns.
 BENCHMARK_CROP = (352, 1216)
@@ -82,10 +82,10 @@ def read_file_list(name: str, file_list: Path) -> list[tuple[str, str]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line without two names.
+        ValueError: a line without two names, or not a text file.
     """
     pairs = []
-    for number, line in enumerate(require(file_list, name).read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(file_list, name), 1):
         words = line.split()
         if not words:
             continue

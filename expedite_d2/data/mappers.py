@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
+from expedite_d2.config_rules import FLIPS, POSITIVE, check, check_crop, each, one_of, whole
 from expedite_d2.d2 import CfgNode, Instances
 
 Task = Literal["panoptic", "instance", "semantic"]
@@ -25,6 +26,15 @@ _TASKS: dict[str, Task] = {
     "coco_instance_lsj": "instance",
     "mask_former_instance": "instance",
     "mask_former_semantic": "semantic",
+}
+_TRAIN_KEYS = {
+    "INPUT.RANDOM_FLIP": FLIPS,
+    "INPUT.IMAGE_SIZE": whole(1),
+    "INPUT.MIN_SCALE": POSITIVE,
+    "INPUT.MAX_SCALE": POSITIVE,
+    "INPUT.MIN_SIZE_TRAIN": each(whole(1)),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("choice", "range"),
+    "INPUT.MAX_SIZE_TRAIN": whole(1),
 }
 #: What an entry must have to be trained on.
 _ANNOTATION: dict[Task, str] = {
@@ -50,12 +60,53 @@ def _read_labels(path: str | Path) -> NDArray[Any]:
     return _decode(path, lambda image: image)
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(H, W) of an image file as it is stored, from its header alone.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file that is not an image.
+    """
+    height, width = _decode(path, lambda image: image.size[::-1]).tolist()
+    return height, width
+
+
+def read_label_map(path: str | Path, size: tuple[int, int], colours: bool = False) -> NDArray[Any]:
+    """Reads the labels of an image's pixels.
+
+    Args:
+        path: a PNG of whole numbers; an image file.
+        size: (H, W) of the image.
+        colours: whether three channels hold a number, as in panoptic PNGs.
+
+    Returns:
+        (H, W), or (H, W, 3 or 4) with `colours`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a map of labels, or of another size.
+    """
+    labels = _read_labels(path)
+    channels = [(3,), (4,)] if colours else [()]
+    if (
+        labels.shape[:2] != size
+        or labels.shape[2:] not in channels
+        or labels.dtype.kind not in "iu"
+    ):
+        kind = "colours" if colours else "whole numbers"
+        raise ValueError(
+            f"{path} must hold {kind} of {size[0]}x{size[1]} pixels, its image's size, got "
+            f"{labels.dtype} values of shape {labels.shape}"
+        )
+    return labels
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _decode(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> NDArray[Any]:
+def _decode(path: str | Path, convert: Callable[[Image.Image], Any]) -> NDArray[Any]:
     try:
         with Image.open(path) as image:
             return np.asarray(convert(image))
@@ -134,7 +185,14 @@ class TrainMapper:
         name = cfg.INPUT.DATASET_MAPPER_NAME
         if name not in _TASKS:
             raise ValueError(
-                f"INPUT.DATASET_MAPPER_NAME must be one of {', '.join(_TASKS)}, got {name!r}"
+                f"INPUT.DATASET_MAPPER_NAME must be one of {', '.join(_TASKS)}, depth, got {name!r}"
+            )
+        check(cfg, _TRAIN_KEYS)
+        check_crop(cfg)
+        if cfg.INPUT.MIN_SCALE > cfg.INPUT.MAX_SCALE:
+            raise ValueError(
+                f"INPUT.MIN_SCALE must not exceed INPUT.MAX_SCALE {cfg.INPUT.MAX_SCALE}, got "
+                f"{cfg.INPUT.MIN_SCALE}"
             )
         self.task = _TASKS[name]
         self.large_scale_jitter = name.endswith("_lsj")
@@ -173,16 +231,17 @@ class TrainMapper:
         height, width = image.shape[:2]
         crop = self._draw_crop(height, width, rng)
         if self.task == "semantic":
-            labels = crop.labels(_read_labels(entry["sem_seg_file_name"]), self.ignore)
+            whole_map = read_label_map(entry["sem_seg_file_name"], (height, width))
+            labels = crop.labels(whole_map, self.ignore)
             for _ in range(9):
                 if self._varied(labels):
                     break
                 crop = self._draw_crop(height, width, rng)
-                labels = crop.labels(_read_labels(entry["sem_seg_file_name"]), self.ignore)
+                labels = crop.labels(whole_map, self.ignore)
             classes = np.setdiff1d(labels, [self.ignore]).astype(np.int64)
             masks = labels[None] == classes[:, None, None]
         elif self.task == "panoptic":
-            labels, masks, classes = self._panoptic(entry, crop)
+            labels, masks, classes = self._panoptic(entry, (height, width), crop)
         else:
             masks, classes = _instance_masks(entry, (height, width), crop)
 
@@ -201,10 +260,11 @@ class TrainMapper:
         return sample
 
     def _panoptic(
-        self, entry: dict[str, Any], crop: _Crop
+        self, entry: dict[str, Any], size: tuple[int, int], crop: _Crop
     ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.int64]]:
         """Class labels (h, w); masks (N, h, w) and classes (N,) of the segments, without crowds."""
-        colours = crop.labels(_read_labels(entry["pan_seg_file_name"]), 0).astype(np.int32)
+        segments = read_label_map(entry["pan_seg_file_name"], size, colours=True)
+        colours = crop.labels(segments, 0).astype(np.int32)
         ids = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
         labels = np.full(ids.shape, self.ignore, np.int64)
         masks, classes = [np.zeros((0, *ids.shape), bool)], []
@@ -327,20 +387,40 @@ def _instance_masks(
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Masks (N, h, w), which may overlap, and classes (N,) of the objects, without crowds."""
     kept = [a for a in entry["annotations"] if not a.get("iscrowd", 0)]
-    masks = [crop.labels(decode_segmentation(a["segmentation"], *size), 0) for a in kept]
+    try:
+        whole_masks = [decode_segmentation(a["segmentation"], *size) for a in kept]
+    except ValueError as error:
+        raise ValueError(f"annotations of {entry['file_name']}: {error}") from error
+    masks = [crop.labels(mask, 0) for mask in whole_masks]
     classes = np.array([a["category_id"] for a in kept], np.int64)
     return np.stack(masks).astype(bool), classes
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """COCO polygons or run-length encoding -> (H, W), 0 or 1."""
-    if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        rle = segmentation
-    return coco_mask.decode(rle)
+    """COCO polygons or run-length encoding -> (H, W), 0 or 1.
+
+    Raises:
+        ValueError: neither, or a mask of another size.
+    """
+    try:
+        if isinstance(segmentation, list):
+            rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        elif isinstance(segmentation["counts"], list):
+            rle = coco_mask.frPyObjects(segmentation, height, width)
+        else:
+            rle = segmentation
+        mask = coco_mask.decode(rle)
+    except Exception as error:  # pycocotools raises errors of every kind, also bare ones
+        raise ValueError(
+            f"a segmentation must be polygons or run lengths, got {str(segmentation)[:60]} "
+            f"({error})"
+        ) from error
+    if mask.shape != (height, width):
+        raise ValueError(
+            f"a segmentation must have its image's size {height}x{width}, got "
+            f"{mask.shape[0]}x{mask.shape[1]}"
+        )
+    return mask
 
 
 def _jitter_colours(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from expedite_d2.data.categories import PASCAL_CONTEXT
-from expedite_d2.data.coco_format import datasets_root, require
+from expedite_d2.data.coco_format import datasets_root, read_lines, require
 from expedite_d2.data.semantic import register_semantic
 
 
@@ -33,8 +33,8 @@ def register_pascal_context(root: Path | None = None) -> None:
 
 def _pairs(voc: Path, split: str, name: str) -> Iterator[tuple[Path, Path]]:
     """The images that the split's list names, one a line."""
-    listing = require(voc / f"ImageSets/SegmentationContext/{split}.txt", name)
-    for stem in listing.read_text().split():
+    lines = read_lines(voc / f"ImageSets/SegmentationContext/{split}.txt", name)
+    for stem in filter(None, map(str.strip, lines)):
         yield (
             require(voc / f"JPEGImages/{stem}.jpg", name),
             voc / f"SegmentationClassContext/{stem}.png",

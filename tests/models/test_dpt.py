@@ -196,7 +196,7 @@ def test_it_learns_one_image() -> None:
     ("opts", "message"),
     [
         (["MODEL.VIT.OUT_BLOCKS", "[1, 2, 3]"], "fuses four features.*got block1, block2, block3"),
-        (["MODEL.DPT.NECK_CHANNELS", "[8, 16]"], "must have four entries each"),
+        (["MODEL.DPT.NECK_CHANNELS", "[8, 16]"], "must be a list of 4 values"),
         ([*HYBRID, "MODEL.DPT.NECK_CHANNELS", "[8, 512, 24, 24]"], "expected 256 at 0"),
         (["MODEL.BACKBONE.NAME", "ExpeditedSwinTransformer"], "needs MODEL.BACKBONE.NAME"),
     ],

@@ -80,9 +80,15 @@ class ExpeditedViT(Backbone):
         self.vit = cast(Any, vit)
         blocks = len(self.vit.blocks)
         numbers = [i for i in out_blocks if i != "last"]
-        if not out_blocks or not all(isinstance(i, int) and 0 <= i < blocks for i in numbers):
+        known = all(type(i) is int and 0 <= i < blocks for i in numbers)
+        if not out_blocks or not known:
             raise ValueError(
                 f"out_blocks must be 'last' or numbers of blocks, 0 to {blocks - 1}, got "
+                f"{list(out_blocks)}"
+            )
+        if list(out_blocks) != [*sorted(set(numbers)), *["last"] * ("last" in out_blocks)]:
+            raise ValueError(
+                f"out_blocks must rise, each block once and 'last' at the end, got "
                 f"{list(out_blocks)}"
             )
         if pos_interpolation not in get_args(PosInterpolation):
@@ -340,4 +346,17 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
         changes["dynamic_img_size"] = True
     if "distilled" not in vit.NAME:  # which must have a head
         changes["global_pool"] = ""
-    return timm.create_model(vit.NAME, num_classes=0, in_chans=in_chans, **changes)
+    try:
+        model = timm.create_model(vit.NAME, num_classes=0, in_chans=in_chans, **changes)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # whatever timm met
+        given = ", ".join(f"{name} {value}" for name, value in changes.items())
+        raise ValueError(
+            f"MODEL.VIT must be a variant of {vit.NAME} that timm can build, got {given}"
+            + (f": {error}" if str(error) else "")
+        ) from error
+    if min(model.patch_embed.grid_size) < 1:
+        raise ValueError(
+            "MODEL.VIT.IMG_SIZE must be at least MODEL.VIT.PATCH_SIZE, got "
+            f"{vit.IMG_SIZE} and {vit.PATCH_SIZE}"
+        )
+    return model

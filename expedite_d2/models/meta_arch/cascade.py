@@ -78,8 +78,6 @@ class BoxHead(nn.Module):
         super().__init__()
         box = cfg.MODEL.ROI_BOX_HEAD
         norm = _norm(box.NORM, "MODEL.ROI_BOX_HEAD", box.CONV_DIM, box.NUM_CONV)
-        if box.NUM_FC < 1:
-            raise ValueError(f"MODEL.ROI_BOX_HEAD.NUM_FC must be at least 1, got {box.NUM_FC}")
         size = box.POOLER_RESOLUTION
         self.layers = FastRCNNConvFCHead(
             (channels, size, size), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, norm
@@ -117,10 +115,6 @@ class MaskHead(nn.Module):
         mask = cfg.MODEL.ROI_MASK_HEAD
         width = mask.CONV_DIM
         norm = _norm(mask.NORM, "MODEL.ROI_MASK_HEAD", width, mask.NUM_CONV)
-        if mask.NUM_CONV < 1:
-            raise ValueError(
-                f"MODEL.ROI_MASK_HEAD.NUM_CONV must be at least 1, got {mask.NUM_CONV}"
-            )
         if flow:
             self.flow = Conv2dNormActivation(width, channels, 1, norm_layer=None)
         self.convs = MaskRCNNHeads(channels, [width] * mask.NUM_CONV, 1, norm)

@@ -21,6 +21,7 @@ from expedite_d2.models.meta_arch.regions import (
     ground_truth,
     thing_ids,
 )
+from expedite_d2.models.meta_arch.sliding_window import refuse_sliding_window
 
 
 class PyramidDetector(nn.Module):
@@ -40,12 +41,19 @@ class PyramidDetector(nn.Module):
 
     def __init__(self, cfg: CfgNode, stages: Sequence[Stage], suppression: Suppression) -> None:
         super().__init__()
+        refuse_sliding_window(cfg)
         heads = cfg.MODEL.ROI_HEADS
         self.backbone = build_backbone(cfg)
         self.fpn = FeaturePyramid.from_config(cfg, self.backbone.output_shape())
         self.shapes = self.fpn.output_shape()
         check_features("MODEL.ROI_HEADS.IN_FEATURES", heads.IN_FEATURES, self.shapes)
         self.region_levels = list(heads.IN_FEATURES)
+        strides = [self.shapes[name].stride or 0 for name in self.region_levels]
+        if strides != [strides[0] * 2**i for i in range(len(strides))]:
+            raise ValueError(
+                "MODEL.ROI_HEADS.IN_FEATURES must have strides that double from one to the next, "
+                f"got {self.region_levels}"
+            )
         self.proposal_generator = RegionProposals(cfg, self.shapes)
         self.roi_heads = CascadeHeads(cfg, cfg.MODEL.FPN.OUT_CHANNELS, stages)
         self.num_classes = heads.NUM_CLASSES
@@ -173,5 +181,5 @@ class PyramidDetector(nn.Module):
         return thing_ids(self.dataset_name, self.num_classes)
 
     def _masks(self, features: RegionFeatures, boxes: list[Tensor], classes: Tensor) -> Tensor:
-        with self.arithmetic(), profiler_range("expedite_d2.mask_heads", boxes[0]):
+        with self.arithmetic(), profiler_range("expedite_d2.mask_heads", self.pixel_mean):
             return self.roi_heads.masks(features, boxes, classes)

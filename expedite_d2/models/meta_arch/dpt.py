@@ -16,12 +16,14 @@ from transformers.models.dpt.modeling_dpt import DPTDepthEstimationHead, DPTNeck
 
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
 from expedite_d2.hourglass import profiler_range
+from expedite_d2.models.backbones.settings import check_clusters
 from expedite_d2.models.backbones.vit import ExpeditedViT, ViTFeatures
 from expedite_d2.models.meta_arch.dpt_loss import (
     gradient_loss,
     scale_invariant_loss,
     stack_depths,
 )
+from expedite_d2.models.meta_arch.sliding_window import refuse_sliding_window
 
 # Least inverse depth, as in the release: no depth beyond it is ever told apart.
 _LEAST_INVERSE = 1e-8
@@ -48,12 +50,19 @@ class ExpediteDPT(nn.Module):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         dpt = cfg.MODEL.DPT
+        refuse_sliding_window(cfg)
+        if cfg.TEST.AUG.ENABLED:
+            raise ValueError(
+                "TEST.AUG averages scores of classes, which ExpediteDPT has none of: ENABLED must "
+                "be False, got True"
+            )
         self.backbone = build_backbone(cfg)
         if not isinstance(self.backbone, ExpeditedViT):
             raise ValueError(
                 "ExpediteDPT needs MODEL.BACKBONE.NAME ExpeditedViT, got "
                 f"{type(self.backbone).__name__}"
             )
+        check_clusters(self.backbone, dpt.TEST_SIZE, "MODEL.DPT.TEST_SIZE")
         config = transformers_config(cfg, self.backbone)
         self.neck = DPTNeck(config)
         self.head = DPTDepthEstimationHead(config)
@@ -101,7 +110,7 @@ class ExpediteDPT(nn.Module):
         """
         images = self._preprocess(batched_inputs)
         if self.training:
-            return self._losses(images.tensor, [inputs["depth"] for inputs in batched_inputs])
+            return self._losses(images.tensor, _truths(batched_inputs))
         depths = self.depth(self.logits(images.tensor))
         with profiler_range("expedite_d2.post_processing", depths):
             return [
@@ -184,11 +193,6 @@ def transformers_config(cfg: CfgNode, backbone: ExpeditedViT) -> DPTConfig:
         )
     if backbone.vit.num_prefix_tokens == 0:
         raise ValueError(f"ExpediteDPT needs a class token, {cfg.MODEL.VIT.NAME} has none")
-    if len(dpt.NECK_CHANNELS) != 4 or len(dpt.REASSEMBLE_FACTORS) != 4:
-        raise ValueError(
-            "MODEL.DPT.NECK_CHANNELS and REASSEMBLE_FACTORS must have four entries each, got "
-            f"{dpt.NECK_CHANNELS} and {dpt.REASSEMBLE_FACTORS}"
-        )
     for i in stem:
         channels = shapes[f"stem{i}"].channels
         if dpt.NECK_CHANNELS[i] != channels:
@@ -205,6 +209,16 @@ def transformers_config(cfg: CfgNode, backbone: ExpeditedViT) -> DPTConfig:
         reassemble_factors=list(dpt.REASSEMBLE_FACTORS),
         fusion_hidden_size=dpt.FUSION_CHANNELS,
     )
+
+
+def _truths(batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
+    for inputs in batched_inputs:
+        if "depth" not in inputs:
+            raise ValueError(
+                "training needs inputs with 'depth', as INPUT.DATASET_MAPPER_NAME 'depth' makes "
+                f"them, got the keys {sorted(inputs)}"
+            )
+    return [inputs["depth"] for inputs in batched_inputs]
 
 
 def _resized(depth: Tensor, image_size: tuple[int, int], inputs: dict[str, Any]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from expedite_d2.config_rules import DETECTOR_KEYS, check, each, whole
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList
 from expedite_d2.models.meta_arch.cascade import cascade_stages
 from expedite_d2.models.meta_arch.detection_inference import Suppression, View, augmented
@@ -33,6 +34,9 @@ class ExpediteHTC(PyramidDetector):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check(cfg, DETECTOR_KEYS)
+        if cfg.TEST.AUG.ENABLED:
+            check(cfg, {"TEST.AUG.MIN_SIZES": each(whole(1)), "TEST.AUG.MAX_SIZE": whole(1)})
         super().__init__(cfg, cascade_stages(cfg), Suppression.from_config(cfg, soft=True))
         self.semantic_branch = (
             SemanticBranch(cfg, self.shapes) if cfg.MODEL.HTC.SEMANTIC_ON else None

@@ -205,7 +205,8 @@ class ExpediteMask2Former(nn.Module):
         if not self.deep_supervision:
             hidden, masks = hidden[-1:], masks[-1:]
         classes = [self.class_predictor(layer.transpose(0, 1)).float() for layer in hidden]
-        targets, labels = prepare_targets(batched_inputs, size, images.device)
+        count = classes[0].shape[-1] - 1
+        targets, labels = prepare_targets(batched_inputs, size, count, images.device)
         with self._autocast(torch.float32):
             losses = self.criterion([mask.float() for mask in masks], classes, targets, labels)
             if self.sem_aux_weight > 0:

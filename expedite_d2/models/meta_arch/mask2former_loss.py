@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,10 @@ class MaskClassificationLoss(Mask2FormerLoss):
 
 
 def prepare_targets(
-    batched_inputs: list[dict[str, Any]], size: tuple[int, int], device: torch.device
+    batched_inputs: list[dict[str, Any]],
+    size: tuple[int, int],
+    num_classes: int,
+    device: torch.device,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Masks, zero-padded to the batch's size, and classes of each image.
 
@@ -92,13 +95,14 @@ def prepare_targets(
         batched_inputs: dicts with ``"instances"``: ``gt_masks`` (N, h, w) bool or BitMasks and
             ``gt_classes`` (N,).
         size: (H, W) of the padded batch.
+        num_classes: K.
         device: where the targets go.
 
     Returns:
         masks: of each image (N, H, W) float32; labels: of each image (N,) int64.
 
     Raises:
-        ValueError: an image without ``"instances"``.
+        ValueError: an image without ``"instances"``, or an object of no class.
     """
     masks, labels = [], []
     for inputs in batched_inputs:
@@ -108,6 +112,7 @@ def prepare_targets(
                 f"{sorted(inputs)}"
             )
         instances = inputs["instances"]
+        _check_labels(instances.gt_classes, num_classes, inputs)
         mask = getattr(instances.gt_masks, "tensor", instances.gt_masks).to(device)
         height, width = mask.shape[-2:]
         masks.append(F.pad(mask.float(), (0, size[1] - width, 0, size[0] - height)))
@@ -133,7 +138,7 @@ def semantic_loss(
         The mean over the pixels that count, a differentiable scalar; 0 where there are none.
 
     Raises:
-        ValueError: an image without ``"sem_seg"``.
+        ValueError: an image without ``"sem_seg"``, or a label that is no class.
     """
     stride = size[0] // logits.shape[-2]
     targets = []
@@ -142,10 +147,25 @@ def semantic_loss(
             raise ValueError(
                 f"the per-pixel loss needs inputs with 'sem_seg', got the keys {sorted(inputs)}"
             )
-        label = inputs["sem_seg"].to(logits.device)
+        label = inputs["sem_seg"]
+        _check_labels(label[label != ignore_value], logits.shape[1], inputs, ignore_value)
+        label = label.to(logits.device)
         height, width = label.shape
         label = F.pad(label, (0, size[1] - width, 0, size[0] - height), value=ignore_value)
         targets.append(label[stride // 2 :: stride, stride // 2 :: stride])  # centres of the cells
     target = torch.stack(targets)  # (B, H/s, W/s)
     total = F.cross_entropy(logits, target, ignore_index=ignore_value, reduction="sum")
     return total / (target != ignore_value).sum().clamp(min=1)
+
+
+def _check_labels(
+    labels: Tensor, classes: int, inputs: Mapping[str, Any], ignore_value: int | None = None
+) -> None:
+    """Raise for a label that is no class: on a GPU the loss itself would end the process."""
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        void = "" if ignore_value is None else f" or {ignore_value} (ignored)"
+        wrong = int(labels.max()) if int(labels.max()) >= classes else int(labels.min())
+        raise ValueError(
+            f"labels of {inputs.get('file_name', 'an image')} must be below the {classes} classes "
+            f"of MODEL.SEM_SEG_HEAD.NUM_CLASSES{void}, got {wrong}"
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expedite_d2.config_rules import DETECTOR_KEYS, check
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, Instances
 from expedite_d2.models.meta_arch.cascade import Stage
 from expedite_d2.models.meta_arch.detection_inference import Suppression
@@ -35,6 +36,7 @@ class ExpeditePanopticFPN(PyramidDetector):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check(cfg, DETECTOR_KEYS)
         heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
         if len(heads.IOU_THRESHOLDS) != 1:
             raise ValueError(
@@ -48,6 +50,7 @@ class ExpeditePanopticFPN(PyramidDetector):
         super().__init__(cfg, [stage], Suppression.from_config(cfg, soft=False))
         self.sem_seg_head = SemanticFPN(cfg, self.shapes)
         combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
+        self.combine = combine.ENABLED
         self.combine_overlap_threshold = combine.OVERLAP_THRESH
         self.combine_stuff_area_limit = combine.STUFF_AREA_LIMIT
         self.combine_score_threshold = combine.INSTANCES_CONFIDENCE_THRESH
@@ -62,7 +65,8 @@ class ExpeditePanopticFPN(PyramidDetector):
 
         Returns:
             Training: a dict of scalar losses. Evaluation: of each image a dict with ``"sem_seg"``
-            (K, H, W), ``"instances"`` and ``"panoptic_seg"`` (ids (H, W) int32, segments).
+            (K, H, W), ``"instances"`` and, with ``MODEL.PANOPTIC_FPN.COMBINE.ENABLED``,
+            ``"panoptic_seg"`` (ids (H, W) int32, segments).
         """
         images = self.preprocess([inputs["image"] for inputs in batched_inputs])
         size = (images.tensor.shape[-2], images.tensor.shape[-1])
@@ -81,15 +85,17 @@ class ExpeditePanopticFPN(PyramidDetector):
         for view, scores, inputs in zip(views, semantic, batched_inputs, strict=True):
             instances = self.instances([view], inputs, view.size)
             sem_seg = resize_masks(upsample(scores, size), view.size, *instances.image_size)
-            panoptic = combine_semantic_and_instance_outputs(
-                instances,
-                sem_seg.argmax(0),
-                set(self.thing_ids()),
-                self.combine_overlap_threshold,
-                self.combine_stuff_area_limit,
-                self.combine_score_threshold,
-            )
-            results.append({"sem_seg": sem_seg, "instances": instances, "panoptic_seg": panoptic})
+            result: dict[str, Any] = {"sem_seg": sem_seg, "instances": instances}
+            if self.combine:
+                result["panoptic_seg"] = combine_semantic_and_instance_outputs(
+                    instances,
+                    sem_seg.argmax(0),
+                    set(self.thing_ids()),
+                    self.combine_overlap_threshold,
+                    self.combine_stuff_area_limit,
+                    self.combine_score_threshold,
+                )
+            results.append(result)
         return results
 
     def dense_logits(self, maps: Mapping[str, Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
 from expedite_d2.hourglass import profiler_range, reconstruct
+from expedite_d2.models.backbones.settings import check_clusters
 from expedite_d2.models.meta_arch.mask2former_inference import resize_masks
 from expedite_d2.models.meta_arch.mask2former_loss import semantic_loss
 from expedite_d2.models.meta_arch.segmenter_decoders import LinearDecoder, MaskDecoder
@@ -51,6 +52,11 @@ class ExpediteSegmenter(nn.Module):
         self.ignore_value = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         self.size_divisibility = self.backbone.size_divisibility
         self.sliding_window = SlidingWindow.from_config(cfg)
+        if self.sliding_window is not None:
+            check_clusters(self.backbone, self.sliding_window.crop, "TEST.SLIDING_WINDOW.CROP")
+        elif cfg.INPUT.MIN_SIZE_TEST > 0:
+            largest = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+            check_clusters(self.backbone, largest, "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST")
         self.placement: Placement = cfg.MODEL.SEGMENTER.PLACEMENT
         if self.placement not in get_args(Placement):
             raise ValueError(

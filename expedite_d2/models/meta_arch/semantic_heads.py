@@ -58,10 +58,10 @@ class SemanticFPN(_SemanticHead):
         super().__init__(cfg, shapes)
         width = cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM
         finest = min(shapes[name].stride or 0 for name in self.in_features)
-        if self.stride > finest:
+        if finest % self.stride:
             raise ValueError(
-                "MODEL.SEM_SEG_HEAD.COMMON_STRIDE must not exceed the strides of its IN_FEATURES, "
-                f"{finest}, got {self.stride}"
+                "MODEL.SEM_SEG_HEAD.COMMON_STRIDE must divide the strides of its IN_FEATURES, "
+                f"{finest} and more, got {self.stride}"
             )
         self.scales = nn.ModuleList()
         for name in self.in_features:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expedite_d2.config_rules import each, whole
 from expedite_d2.d2 import CfgNode
 
 
@@ -33,8 +34,9 @@ class SlidingWindow(NamedTuple):
         if not settings.ENABLED:
             return None
         crop, stride = tuple(settings.CROP), tuple(settings.STRIDE)
-        sides = len(crop) == len(stride) == 2 and min(*crop, *stride) >= 1
-        if not sides or any(s > c for s, c in zip(stride, crop, strict=True)):
+        sides = each(whole(1), 2)
+        two = sides.holds(crop) and sides.holds(stride)
+        if not two or any(s > c for s, c in zip(stride, crop, strict=True)):
             raise ValueError(
                 "TEST.SLIDING_WINDOW needs CROP and STRIDE of two positive sides each, the stride "
                 f"at most the crop, got CROP {list(crop)} and STRIDE {list(stride)}"
@@ -72,6 +74,15 @@ class SlidingWindow(NamedTuple):
         total /= _coverage(rows, size[0], height, images.device)[:, None]
         total /= _coverage(columns, size[1], width, images.device)
         return total
+
+
+def refuse_sliding_window(cfg: CfgNode) -> None:
+    """Raises where a model that does not slide a window is asked to."""
+    if cfg.TEST.SLIDING_WINDOW.ENABLED:
+        raise ValueError(
+            "TEST.SLIDING_WINDOW is for semantic segmentation by ExpediteSegmenter and "
+            f"ExpediteMask2Former, got ENABLED True for {cfg.MODEL.META_ARCHITECTURE}"
+        )
 
 
 def offsets(length: int, crop: int, stride: int) -> list[int]:

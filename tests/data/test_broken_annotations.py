@@ -1,0 +1,145 @@
+"""Annotations that are not what their format says: one sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from expedite_d2.d2 import CfgNode, DatasetCatalog
+from expedite_d2.data import TrainMapper
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def change_json(path: Path, change: Change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def without(field: str, where: str = "annotations") -> Change:
+    def change(content: dict[str, Any]) -> None:
+        for entry in content[where]:
+            del entry[field]
+
+    return change
+
+
+def segments_without(field: str) -> Change:
+    def change(content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            for segment in entry["segments_info"]:
+                del segment[field]
+
+    return change
+
+
+def no_list(content: dict[str, Any]) -> None:
+    content["annotations"] = {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("image_id"), "an entry lacks 'image_id'"),
+        (without("segments_info"), "an entry lacks 'segments_info'"),
+        (without("id", "images"), "an entry lacks 'id'"),
+        (segments_without("id"), "an entry lacks 'id'"),
+        (segments_without("category_id"), "an entry lacks 'category_id'"),
+        (no_list, "an entry is malformed"),
+    ],
+)
+def test_panoptic_json(ade20k: Path, change: Change, message: str) -> None:
+    change_json(ade20k / "ADEChallengeData2016/ade20k_panoptic_val.json", change)
+    match = f"'ade20k_panoptic_val': .*panoptic_val.json is not a COCO file: {message}"
+    with pytest.raises(ValueError, match=match):
+        DatasetCatalog.get("ade20k_panoptic_val")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("segmentation"), "an entry lacks 'segmentation'"),
+        (without("height", "images"), "an entry lacks 'height'"),
+        (lambda content: content.pop("images"), "an entry lacks 'images'"),
+    ],
+)
+def test_instance_json(ade20k: Path, change: Change, message: str) -> None:
+    change_json(ade20k / "ADEChallengeData2016/ade20k_instance_val.json", change)
+    match = f"instance_val.json is not a COCO file: {message}"
+    with pytest.raises(ValueError, match=match):
+        DatasetCatalog.get("ade20k_instance_val")
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[1, 2]], r"must be polygons or run lengths, got \[\[1, 2\]\]"),
+        ([], r"must be polygons or run lengths, got \[\]"),
+        (None, "must be polygons or run lengths, got None"),
+        ({"size": [5, 5], "counts": [1, 24]}, "must have its image's size 40x60, got 5x5"),
+    ],
+)
+def test_segmentations(cfg: CfgNode, ade20k: Path, segmentation: Any, message: str) -> None:
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
+    entry = DatasetCatalog.get("ade20k_instance_val")[0]
+    entry["annotations"][0]["segmentation"] = segmentation
+    with pytest.raises(ValueError, match=f"annotations of .*000000000001.jpg: .*{message}"):
+        TrainMapper(cfg)(entry, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "pixels", "message"),
+    [
+        ("semantic", "sem_seg_file_name", np.zeros((40, 60, 3), np.uint8), r"\(40, 60, 3\)"),
+        ("semantic", "sem_seg_file_name", np.zeros((20, 30), np.uint8), r"\(20, 30\)"),
+        ("semantic", "sem_seg_file_name", np.zeros((80, 90), np.uint8), r"\(80, 90\)"),
+        ("panoptic", "pan_seg_file_name", np.zeros((40, 60), np.uint8), r"\(40, 60\)"),
+        ("panoptic", "pan_seg_file_name", np.zeros((20, 30, 3), np.uint8), r"\(20, 30, 3\)"),
+    ],
+)
+def test_label_maps(
+    cfg: CfgNode, ade20k: Path, task: str, field: str, pixels: np.ndarray, message: str
+) -> None:
+    cfg.INPUT.DATASET_MAPPER_NAME = f"mask_former_{task}"
+    entry = DatasetCatalog.get("ade20k_panoptic_val")[0]
+    Image.fromarray(pixels).save(entry[field])
+    match = f"{Path(entry[field]).name} must hold .* of 40x60 pixels.*got uint8 values of shape "
+    with pytest.raises(ValueError, match=match + message):
+        TrainMapper(cfg)(entry, np.random.default_rng(0))
+
+
+def test_instance_maps_of_cityscapes(datasets: Path) -> None:
+    root = datasets / "cityscapes"
+    image = root / "leftImg8bit/val/ulm/ulm_0_1_leftImg8bit.png"
+    labels = root / "gtFine/val/ulm/ulm_0_1_gtFine_instanceIds.png"
+    for path, pixels in (
+        (image, np.zeros((40, 60, 3), np.uint8)),
+        (labels, np.zeros((20, 30), np.uint16)),
+    ):
+        path.parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(path)
+    with pytest.raises(ValueError, match=r"instanceIds.png must hold .*40x60.*\(20, 30\)"):
+        DatasetCatalog.get("cityscapes_fine_instance_seg_val")
+    labels.write_text("no image")
+    with pytest.raises(ValueError, match="instanceIds.png cannot be read"):
+        DatasetCatalog.get("cityscapes_fine_instance_seg_val")
+
+
+def test_list_of_pascal_context(datasets: Path) -> None:
+    voc = datasets / "VOCdevkit/VOC2010"
+    for folder in ("JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"):
+        (voc / folder).mkdir(parents=True)
+    listing = voc / "ImageSets/SegmentationContext/val.txt"
+    listing.write_bytes(b"\xff\x89PNG\n")
+    with pytest.raises(ValueError, match="'pascal_context_val': .*val.txt is not a text file"):
+        DatasetCatalog.get("pascal_context_val")
+    listing.write_text("2008_000001\n")
+    with pytest.raises(FileNotFoundError, match="2008_000001.jpg not found; set DETECTRON2_DATA"):
+        DatasetCatalog.get("pascal_context_val")
