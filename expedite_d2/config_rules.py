@@ -31,6 +31,21 @@ def check(cfg: Any, rules: Mapping[str, Rule]) -> None:
             raise ValueError(f"{key} must be {rule.words}, got {value!r}")
 
 
+def check_training_input(cfg: Any) -> None:
+    """Hold ``INPUT``, as segmentation is trained with it, against its rules.
+
+    Raises:
+        ValueError: naming the first key whose value is wrong, what it should be and what it is.
+    """
+    check(cfg, _TRAINING_KEYS)
+    if cfg.INPUT.MIN_SCALE > cfg.INPUT.MAX_SCALE:
+        raise ValueError(
+            f"INPUT.MIN_SCALE must not exceed INPUT.MAX_SCALE {cfg.INPUT.MAX_SCALE}, got "
+            f"{cfg.INPUT.MIN_SCALE}"
+        )
+    check_crop(cfg)
+
+
 def check_crop(cfg: Any) -> None:
     """Hold ``INPUT.CROP``, where it is enabled, against what its type asks for."""
     if cfg.INPUT.CROP.ENABLED:
@@ -98,6 +113,16 @@ _CROP_SIZES = {
     ),
     "relative": each(_PART, 2),
     "relative_range": each(_PART, 2),
+}
+
+_TRAINING_KEYS: dict[str, Rule] = {
+    "INPUT.RANDOM_FLIP": FLIPS,
+    "INPUT.IMAGE_SIZE": whole(1),
+    "INPUT.MIN_SCALE": POSITIVE,
+    "INPUT.MAX_SCALE": POSITIVE,
+    "INPUT.MIN_SIZE_TRAIN": each(whole(1)),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("choice", "range"),
+    "INPUT.MAX_SIZE_TRAIN": whole(1),
 }
 
 #: Keys that every config has.

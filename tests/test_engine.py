@@ -17,6 +17,7 @@ import torch
 from engine_cases import CONFIG, few_scenes, make_cfg, train
 
 import train_net
+from expedite_d2.checkpoint import load_weights
 from expedite_d2.checkpoint.export import export
 from expedite_d2.d2 import PROVIDER, build_model
 from expedite_d2.engine import do_test, do_train
@@ -138,6 +139,24 @@ def test_resumed_training_without_a_checkpoint_left_is_refused(left: str, tmp_pa
     message = f"no checkpoint in .* can be read to resume from: .*model_final.pth {reason}"
     with pytest.raises(ValueError, match=message):
         train(make_cfg(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (None, "it is truncated"),
+        (b"<html>not found", "neither torch.save nor pickle wrote it, it begins with b'<html>"),
+    ],
+)
+def test_weights_that_are_no_checkpoint_say_why(
+    content: bytes | None, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"weight": torch.zeros(9999)}, path)
+    truncate(path) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"weights.pth is not a readable checkpoint: {reason}"):
+        load_weights(torch.nn.Linear(1, 1), path)
 
 
 def test_resume_without_any_checkpoint_begins(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_settings_that_do_not_fit_each_other_are_named(
         (["INPUT.MIN_SIZE_TRAIN", "()"], r"INPUT.MIN_SIZE_TRAIN must be .*got \(\)"),
         (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "all"], "SAMPLING must be one of 'choice', 'range'"),
         (["INPUT.IMAGE_SIZE", "0"], "INPUT.IMAGE_SIZE must be .*got 0"),
-        (["INPUT.MIN_SCALE", "3.0"], "INPUT.MIN_SCALE must not exceed INPUT.MAX_SCALE 2.0, got 3.0"),
+        (["INPUT.MIN_SCALE", "3.0"], "MIN_SCALE must not exceed INPUT.MAX_SCALE 2.0, got 3.0"),
         (["INPUT.CROP.TYPE", "square"], "INPUT.CROP.TYPE must be one of .*got 'square'"),
         (
             ["INPUT.CROP.TYPE", "absolute_range", "INPUT.CROP.SIZE", "[64, 32]"],

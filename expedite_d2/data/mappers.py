@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from expedite_d2.config_rules import FLIPS, POSITIVE, check, check_crop, each, one_of, whole
+from expedite_d2.config_rules import check_training_input
 from expedite_d2.d2 import CfgNode, Instances
 
 Task = Literal["panoptic", "instance", "semantic"]
@@ -26,15 +26,6 @@ _TASKS: dict[str, Task] = {
     "coco_instance_lsj": "instance",
     "mask_former_instance": "instance",
     "mask_former_semantic": "semantic",
-}
-_TRAIN_KEYS = {
-    "INPUT.RANDOM_FLIP": FLIPS,
-    "INPUT.IMAGE_SIZE": whole(1),
-    "INPUT.MIN_SCALE": POSITIVE,
-    "INPUT.MAX_SCALE": POSITIVE,
-    "INPUT.MIN_SIZE_TRAIN": each(whole(1)),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("choice", "range"),
-    "INPUT.MAX_SIZE_TRAIN": whole(1),
 }
 #: What an entry must have to be trained on.
 _ANNOTATION: dict[Task, str] = {
@@ -187,13 +178,7 @@ class TrainMapper:
             raise ValueError(
                 f"INPUT.DATASET_MAPPER_NAME must be one of {', '.join(_TASKS)}, depth, got {name!r}"
             )
-        check(cfg, _TRAIN_KEYS)
-        check_crop(cfg)
-        if cfg.INPUT.MIN_SCALE > cfg.INPUT.MAX_SCALE:
-            raise ValueError(
-                f"INPUT.MIN_SCALE must not exceed INPUT.MAX_SCALE {cfg.INPUT.MAX_SCALE}, got "
-                f"{cfg.INPUT.MIN_SCALE}"
-            )
+        check_training_input(cfg)
         self.task = _TASKS[name]
         self.large_scale_jitter = name.endswith("_lsj")
         self.input = cfg.INPUT

@@ -164,9 +164,10 @@ def summarise(events: Iterable[Any], images: int) -> Profile:
 
 def report(profiles: Mapping[str, Profile], device: torch.device) -> str:
     """Ranges of all models in one table, then each one's longest operators."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if gpu else "CPU"
+    count = torch.get_num_threads()
+    threads = "" if gpu else f", {count} thread{'s' if count > 1 else ''}"
     tables = [
         f"{where}{threads}, torch {torch.__version__}; milliseconds an image"
         + (" of the GPU, and of the host" if gpu else ""),
