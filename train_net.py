@@ -2,7 +2,7 @@
 """Train, evaluate or compare a model from a config, with Detectron2's command line.
 
 python train_net.py --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
-python train_net.py --config-file FILE --eval-only [--compare] [KEY VALUE ...]
+python train_net.py --config-file FILE --eval-only [--compare | --profile] [KEY VALUE ...]
 torchrun --nproc-per-node N train_net.py --config-file FILE ...
 """
 
@@ -14,12 +14,15 @@ from expedite_d2.config import cli
 from expedite_d2.d2 import build_model, default_argument_parser, launch
 from expedite_d2.engine import build_trained_model, do_test, do_train, setup
 from expedite_d2.evaluation.compare import compare
+from expedite_d2.evaluation.profile import profile
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     if args.compare:
         compare(cfg)
+    elif args.profile:
+        profile(cfg)
     elif args.eval_only:
         do_test(cfg, build_trained_model(cfg))
     else:
@@ -36,9 +39,17 @@ def invoke_main() -> None:
         action="store_true",
         help="with --eval-only: evaluate baseline and expedited side by side on the same images",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="with --eval-only: write where the time of a few images goes, as a trace and a table",
+    )
     args = parser.parse_args()
-    if args.compare and not args.eval_only:
-        parser.error("--compare evaluates only: add --eval-only")
+    if args.compare and args.profile:
+        parser.error("--compare times what --profile would slow: choose one of them")
+    for option in ("compare", "profile"):
+        if getattr(args, option) and not args.eval_only:
+            parser.error(f"--{option} evaluates only: add --eval-only")
     if not args.config_file:
         parser.error("--config-file is required")
     if args.num_machines > 1 and args.dist_url == parser.get_default("dist_url"):
