@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from expedite_d2.checkpoint.names import Format, State, _join, _rename, _rules, _starts
+from expedite_d2.checkpoint.names import Format, State, join, rename, rules_of, starts
 
 # timm's classifier, which the release kept without use.
 _CLASSIFIER = re.compile(r"^pretrained\.model\.head\.")
@@ -25,7 +25,7 @@ _REASSEMBLE_PARTS = {
 }
 _CONVOLUTION = re.compile(r"^scratch\.layer([1-4])_rn\.(.*)$")
 _FUSION = re.compile(r"^scratch\.refinenet([1-4])\.(.*)$")
-_RELEASE = _rules(
+_RELEASE = rules_of(
     [
         (r"^pretrained\.model\.", "backbone.vit."),
         (r"^scratch\.output_conv\.", "head.head."),
@@ -41,7 +41,7 @@ _RELEASE = _rules(
 def from_release(state: Mapping[str, Tensor]) -> State:
     """The original release's checkpoints (github.com/isl-org/DPT), with or without a hybrid."""
     return {
-        _rename(_count_from_zero(name), _RELEASE): tensor
+        rename(_count_from_zero(name), _RELEASE): tensor
         for name, tensor in state.items()
         if not _CLASSIFIER.match(name)
     }
@@ -60,7 +60,7 @@ def _count_from_zero(name: str) -> str:
 
 _BIT = r"^backbone\.vit\.embeddings\.backbone\.bit"
 _STEM = "backbone.vit.patch_embed.backbone"
-_TRANSFORMERS = _rules(
+_TRANSFORMERS = rules_of(
     [
         (r"^dpt\.", "backbone.vit."),
         (_BIT + r"\.embedder\.convolution\.", _STEM + ".stem.conv."),
@@ -88,7 +88,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
     translated: State = {}
     separate: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in state.items():
-        renamed = _rename(name, _TRANSFORMERS)
+        renamed = rename(name, _TRANSFORMERS)
         part = _SEPARATE.match(renamed)
         if part is None:
             translated[renamed] = tensor
@@ -96,11 +96,11 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
             separate[f"{part[1]}.attn.qkv.{part[3]}"][part[2]] = tensor
     for name, parts in separate.items():
         if len(parts) == 3:
-            translated[name] = _join(name, [parts["query"], parts["key"], parts["value"]])
+            translated[name] = join(name, [parts["query"], parts["key"], parts["value"]])
     return translated
 
 
 DPT_FORMATS = [
-    Format("DPT", _starts("pretrained.model.", "scratch."), from_release, False),
-    Format("transformers' DPT", _starts("dpt.embeddings.", "neck."), from_transformers, False),
+    Format("DPT", starts("pretrained.model.", "scratch."), from_release, False),
+    Format("transformers' DPT", starts("dpt.embeddings.", "neck."), from_transformers, False),
 ]

@@ -30,11 +30,11 @@ class Format(NamedTuple):
     backbone_only: bool
 
 
-def _rules(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
+def rules_of(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in pairs]
 
 
-def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+def rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
     for pattern, replacement in rules:
         name = pattern.sub(replacement, name)
     return name
@@ -43,7 +43,7 @@ def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
 _PREDICTOR_LAYER = r"^sem_seg_head\.predictor\.transformer_{}_layers\.(\d+)\."
 _SELF, _CROSS, _FFN = map(_PREDICTOR_LAYER.format, ("self_attention", "cross_attention", "ffn"))
 _LAYER = r"transformer_module.decoder.layers.\1."
-_MASK2FORMER = _rules(
+_MASK2FORMER = rules_of(
     [
         # The first releases had no pixel_decoder level and called the queries static_query.
         (r"^sem_seg_head\.(?!predictor\.|pixel_decoder\.)", "sem_seg_head.pixel_decoder."),
@@ -87,7 +87,7 @@ def from_mask2former(state: Mapping[str, Tensor]) -> State:
     for name, tensor in state.items():
         if _COMPUTED.search(name):
             continue
-        renamed = _rename(name, _MASK2FORMER)
+        renamed = rename(name, _MASK2FORMER)
         fused = _FUSED.match(renamed)
         if fused is None:
             translated[renamed] = tensor
@@ -102,7 +102,7 @@ def from_mask2former(state: Mapping[str, Tensor]) -> State:
     return translated
 
 
-_TRANSFORMERS = _rules(
+_TRANSFORMERS = rules_of(
     [
         (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."),
         (r"^model\.transformer_module\.", "transformer_module."),
@@ -137,7 +137,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
     for name, tensor in state.items():
         if _COMPUTED.search(name):
             continue
-        renamed = _rename(name, _TRANSFORMERS)
+        renamed = rename(name, _TRANSFORMERS)
         part = _SEPARATE.match(renamed)
         if part is None and not _UNUSED.match(renamed):
             translated[renamed] = tensor
@@ -145,7 +145,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
             separate[f"{part[1]}.qkv.{part[3]}"][part[2]] = tensor
     for name, parts in separate.items():
         if len(parts) == 3:
-            translated[name] = _join(name, [parts["query"], parts["key"], parts["value"]])
+            translated[name] = join(name, [parts["query"], parts["key"], parts["value"]])
         elif parts.keys() == {"query", "value"}:  # biases of Swin's second version
             translated[name.replace("qkv.bias", "q_bias")] = parts["query"]
             translated[name.replace("qkv.bias", "v_bias")] = parts["value"]
@@ -166,7 +166,7 @@ def from_ours(state: Mapping[str, Tensor]) -> State:
     return {name: tensor for name, tensor in state.items() if not _COMPUTED.search(name)}
 
 
-def _join(name: str, parts: list[Tensor]) -> Tensor:
+def join(name: str, parts: list[Tensor]) -> Tensor:
     """Projections below one another; what cannot be is no checkpoint."""
     try:
         return torch.cat(parts)
@@ -177,7 +177,7 @@ def _join(name: str, parts: list[Tensor]) -> Tensor:
         ) from error
 
 
-def _starts(*prefixes: str) -> Callable[[Iterable[str]], bool]:
+def starts(*prefixes: str) -> Callable[[Iterable[str]], bool]:
     """All of ``prefixes`` occur, each at the start of some name."""
     return lambda names: all(any(n.startswith(p) for n in names) for p in prefixes)
 
@@ -188,13 +188,13 @@ def _all_start(prefix: str) -> Callable[[Iterable[str]], bool]:
 
 # The first format that recognises a checkpoint translates it; the last one recognises all.
 FORMATS = [
-    Format("Mask2Former", _starts("sem_seg_head.predictor.transformer_"), from_mask2former, False),
+    Format("Mask2Former", starts("sem_seg_head.predictor.transformer_"), from_mask2former, False),
     Format(
-        "transformers' Mask2Former", _starts("model.pixel_level_module."), from_transformers, False
+        "transformers' Mask2Former", starts("model.pixel_level_module."), from_transformers, False
     ),
-    Format("transformers' Swin", _starts("swin."), from_transformers, True),
-    Format("transformers' Swin", _starts("swinv2."), from_transformers, True),
-    Format("Swin classification", _starts("patch_embed.", "layers.0.blocks."), from_swin, True),
+    Format("transformers' Swin", starts("swin."), from_transformers, True),
+    Format("transformers' Swin", starts("swinv2."), from_transformers, True),
+    Format("Swin classification", starts("patch_embed.", "layers.0.blocks."), from_swin, True),
     Format("expedite_d2 backbone", _all_start("backbone."), from_ours, True),
     Format("expedite_d2", lambda names: True, from_ours, False),
 ]

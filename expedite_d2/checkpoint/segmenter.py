@@ -10,23 +10,23 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from expedite_d2.checkpoint.names import Format, State, _rename, _rules, _starts
+from expedite_d2.checkpoint.names import Format, State, rename, rules_of, starts
 
 # ImageNet's classifier, which the release kept without use.
 _CLASSIFIER = re.compile(r"^encoder\.head(_dist)?\.")
-_RELEASE = _rules([(r"^encoder\.", "backbone.vit.")])
+_RELEASE = rules_of([(r"^encoder\.", "backbone.vit.")])
 
 
 def from_release(state: Mapping[str, Tensor]) -> State:
     """The original release's checkpoints (github.com/rstrudel/segmenter), either decoder."""
     return {
-        _rename(name, _RELEASE): tensor
+        rename(name, _RELEASE): tensor
         for name, tensor in state.items()
         if not _CLASSIFIER.match(name)
     }
 
 
-_MMSEG = _rules(
+_MMSEG = rules_of(
     [
         (r"^backbone\.", "backbone.vit."),
         (r"^decode_head\.", "decoder."),
@@ -53,7 +53,7 @@ def from_mmseg(state: Mapping[str, Tensor]) -> State:
     translated: State = {}
     mask_decoder = "decode_head.cls_emb" in state
     for name, tensor in state.items():
-        renamed = _rename(name, _MMSEG)
+        renamed = rename(name, _MMSEG)
         transposed = _TRANSPOSED.match(renamed)
         if _AUXILIARY.match(name):
             continue
@@ -67,8 +67,8 @@ def from_mmseg(state: Mapping[str, Tensor]) -> State:
 
 
 SEGMENTER_FORMATS = [
-    Format("Segmenter", _starts("encoder.blocks.", "decoder."), from_release, False),
+    Format("Segmenter", starts("encoder.blocks.", "decoder."), from_release, False),
     Format(
-        "MMSegmentation's Segmenter", _starts("backbone.layers.", "decode_head."), from_mmseg, False
+        "MMSegmentation's Segmenter", starts("backbone.layers.", "decode_head."), from_mmseg, False
     ),
 ]

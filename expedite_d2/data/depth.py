@@ -14,12 +14,11 @@ from PIL import Image
 from expedite_d2.config_rules import FLIPS, check, check_crop
 from expedite_d2.d2 import CfgNode
 from expedite_d2.data.mappers import (
-    _crop_size,
-    _image_format,
-    _jitter_colours,
-    _read_labels,
+    crop_size,
     image_size,
+    jitter_colours,
     read_image,
+    read_labels,
     to_tensor,
 )
 
@@ -41,7 +40,7 @@ def read_depth(path: str | Path, scale: float) -> NDArray[np.float32]:
         FileNotFoundError: there is no such file.
         ValueError: not a depth map.
     """
-    units = _read_labels(path)
+    units = read_labels(path)
     if units.ndim != 2 or units.dtype.kind not in "iu" or units.dtype == np.uint8:
         raise ValueError(
             f"{path} is not a depth map: expected one channel of 16 bits, "
@@ -98,7 +97,7 @@ class DepthTestMapper:
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        self.image_format = _image_format(cfg)
+        self.image_format = cfg.INPUT.FORMAT
         self.target = cfg.MODEL.DPT.TEST_SIZE
 
     def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +136,7 @@ class DepthTrainMapper:
         check(cfg, {"INPUT.RANDOM_FLIP": FLIPS})
         check_crop(cfg)
         self.input = cfg.INPUT
-        self.image_format = _image_format(cfg)
+        self.image_format = cfg.INPUT.FORMAT
 
     def usable(self, name: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """All entries.
@@ -172,14 +171,14 @@ class DepthTrainMapper:
             origin = crop_origin(depth.shape, size, entry["file_name"])
             image, depth = cut(image, origin, size), cut(depth, origin, size)
         if self.input.CROP.ENABLED:
-            size = _crop_size(self.input.CROP, (depth.shape[0], depth.shape[1]), rng)
+            size = crop_size(self.input.CROP, (depth.shape[0], depth.shape[1]), rng)
             spare = (depth.shape[0] - size[0], depth.shape[1] - size[1])
             origin = (int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1)))
             image, depth = cut(image, origin, size), cut(depth, origin, size)
         if self.input.RANDOM_FLIP == "horizontal" and rng.random() < 0.5:
             image, depth = image[:, ::-1], depth[:, ::-1]
         if self.input.COLOR_AUG_SSD:
-            image = _jitter_colours(image, rng)
+            image = jitter_colours(image, rng)
         dropped = ("annotations", "segments_info")
         sample = {field: value for field, value in entry.items() if field not in dropped}
         return sample | {

@@ -46,7 +46,7 @@ def read_image(path: str | Path, image_format: str = "RGB") -> NDArray[np.uint8]
     return pixels[:, :, ::-1] if image_format == "BGR" else pixels
 
 
-def _read_labels(path: str | Path) -> NDArray[Any]:
+def read_labels(path: str | Path) -> NDArray[Any]:
     """Reads a label or segment PNG as it is, (H, W) or (H, W, 3)."""
     return _decode(path, lambda image: image)
 
@@ -77,7 +77,7 @@ def read_label_map(path: str | Path, size: tuple[int, int], colours: bool = Fals
         FileNotFoundError: there is no such file.
         ValueError: not a map of labels, or of another size.
     """
-    labels = _read_labels(path)
+    labels = read_labels(path)
     channels = [(3,), (4,)] if colours else [()]
     if (
         labels.shape[:2] != size
@@ -138,19 +138,13 @@ def to_tensor(image: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def _image_format(cfg: CfgNode) -> str:
-    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', got {cfg.INPUT.FORMAT!r}")
-    return cfg.INPUT.FORMAT
-
-
 class TestMapper:
     """Reads an image and resizes it by ``INPUT.MIN_SIZE_TEST`` and ``INPUT.MAX_SIZE_TEST``."""
 
     __test__ = False  # not a test, whatever its name tells pytest
 
     def __init__(self, cfg: CfgNode) -> None:
-        self.image_format = _image_format(cfg)
+        self.image_format = cfg.INPUT.FORMAT
         self.shortest = cfg.INPUT.MIN_SIZE_TEST
         self.longest = cfg.INPUT.MAX_SIZE_TEST
 
@@ -182,7 +176,7 @@ class TrainMapper:
         self.task = _TASKS[name]
         self.large_scale_jitter = name.endswith("_lsj")
         self.input = cfg.INPUT
-        self.image_format = _image_format(cfg)
+        self.image_format = cfg.INPUT.FORMAT
         self.ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
 
     def usable(self, name: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -231,7 +225,7 @@ class TrainMapper:
             masks, classes = _instance_masks(entry, (height, width), crop)
 
         if self.input.COLOR_AUG_SSD:
-            image = _jitter_colours(image, rng)
+            image = jitter_colours(image, rng)
         image = crop.image(image)
         visible = masks.reshape(len(masks), -1).any(axis=1)
         instances = Instances(image.shape[:2])
@@ -283,7 +277,7 @@ class TrainMapper:
             else:
                 shortest = int(rng.choice(sides))
             scaled = shortest_edge_size(height, width, shortest, self.input.MAX_SIZE_TRAIN)
-            window = _crop_size(self.input.CROP, scaled, rng) if self.input.CROP.ENABLED else scaled
+            window = crop_size(self.input.CROP, scaled, rng) if self.input.CROP.ENABLED else scaled
             least = max(self.input.SIZE_DIVISIBILITY, 1)
             out = (max(window[0], least), max(window[1], least))
         top = rng.integers(max(scaled[0] - window[0], 0) + 1)
@@ -292,7 +286,7 @@ class TrainMapper:
         return _Crop((height, width), scaled, (int(top), int(left)), window, out, flip)
 
 
-def _crop_size(crop: CfgNode, scaled: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+def crop_size(crop: CfgNode, scaled: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
     """Detectron2's crop types: pixels or a share of the image, fixed or drawn from a range."""
     first, second = crop.SIZE
     if crop.TYPE == "absolute":
@@ -408,7 +402,7 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[n
     return mask
 
 
-def _jitter_colours(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+def jitter_colours(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Brightness, contrast, saturation and hue, each with probability 1/2, as SSD's augmentation.
 
     Contrast comes before or after saturation and hue, again with probability 1/2.

@@ -230,14 +230,7 @@ def test_colour_jitter_changes_the_image_alone(cfg: CfgNode, scene: dict[str, An
     assert all(torch.equal(sample["sem_seg"], plain["sem_seg"]) for sample in samples)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("DATASET_MAPPER_NAME", "no_such", "DATASET_MAPPER_NAME must be one of"),
-        ("FORMAT", "L", "INPUT.FORMAT must be 'RGB' or 'BGR', got 'L'"),
-    ],
-)
-def test_wrong_settings_are_named(cfg: CfgNode, key: str, value: str, message: str) -> None:
-    cfg.INPUT[key] = value
-    with pytest.raises(ValueError, match=message):
+def test_an_unknown_mapper_is_named(cfg: CfgNode) -> None:
+    cfg.INPUT.DATASET_MAPPER_NAME = "no_such"
+    with pytest.raises(ValueError, match="DATASET_MAPPER_NAME must be one of"):
         TrainMapper(cfg)
