@@ -152,8 +152,12 @@ def graphed(calls: Sequence[Call]) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]
-    # The graph writes to the results' memory as long as it is replayed.
-    return lambda: (graph.replay(), kept)
+
+    def replay() -> Any:
+        graph.replay()
+        return kept  # the graph writes to the results' memory as long as it is replayed
+
+    return replay
 
 
 def elapsed(call: Call, device: str, calls: int) -> float:

@@ -50,7 +50,8 @@ def calls_of(
     Raises:
         ValueError: a compiled model gives something else, or an output is not finite.
     """
-    calls, peaks = {}, {}
+    calls: dict[str, Call] = {}
+    peaks: dict[str, float | None] = {}
     part, dtype = job["part"], DTYPES[job["dtype"]]
     torch._dynamo.reset()  # the number of shapes that it keeps is limited
     for name, model in models.items():

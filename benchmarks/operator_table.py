@@ -27,10 +27,6 @@ class Work(NamedTuple):
     bytes: float
     operations: float
 
-    def __add__(self, other: object) -> Work:
-        assert isinstance(other, Work)
-        return Work(self.bytes + other.bytes, self.operations + other.operations)
-
 
 class Operator(NamedTuple):
     """One row of the table.
@@ -134,12 +130,12 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype) -> Inputs:
     detail = torch.randn(batch, height, width, channels, device=device)
     tokens = (smooth.permute(0, 2, 3, 1) + 0.3 * detail).to(dtype).contiguous()
     spread = reference.token_spread_ref(tokens, *_grid(case), case.neighbourhood)
-    centres = reference.token_cluster_ref(tokens, *_cluster_settings(case), spread)
-    indices, weights = reference.token_match_ref(tokens, centres, *_match_settings(case), spread)
+    centres = reference.token_cluster_ref(tokens, *[*_cluster_settings(case), spread])
+    indices, weights = reference.token_match_ref(tokens, centres, *[*_match_settings(case), spread])
     gained = (0.1 * torch.randn(centres.shape, device=device)).to(dtype)
     dense = torch.empty(0)
     if case.divisible:
-        dense = released.dense_weights(tokens, centres, *_dense_settings(case), spread)
+        dense = released.dense_weights(tokens, centres, *[*_dense_settings(case), spread])
     refined = centres + gained
     return Inputs(case, tokens, spread, centres, indices, weights, refined, gained, dense)
 
@@ -210,9 +206,10 @@ def _reconstruct_work(x: Inputs) -> Work:
 
 def _hourglass_work(x: Inputs) -> Work:
     """All four; the tokens are read once before the low-resolution blocks, and once after."""
-    parts = _spread_work(x) + _cluster_work(x) + _match_work(x) + _reconstruct_work(x)
+    parts = (_spread_work(x), _cluster_work(x), _match_work(x), _reconstruct_work(x))
     s = _sizes(x)
-    return Work(3 * s.tokens + 3 * s.centres + 2 * s.matches, parts.operations)
+    moved = 3 * s.tokens + 3 * s.centres + 2 * s.matches
+    return Work(moved, sum(part.operations for part in parts))
 
 
 def _same_weights(result: Any, expected: Any) -> float:
@@ -238,14 +235,14 @@ def _dense_cluster(x: Inputs) -> Callable[[], Any] | None:
     settings = (case.clusters, case.window, *_cluster_settings(case)[2:])
     if not case.divisible:
         return None
-    return lambda: released.cluster(x.tokens, *settings, x.spread)
+    return lambda: released.cluster(x.tokens, *[*settings, x.spread])
 
 
 def _dense_match(x: Inputs) -> Callable[[], Any] | None:
-    settings = (*_dense_settings(x.case), x.spread)
+    settings = _dense_settings(x.case)
     if not x.case.divisible:
         return None
-    return lambda: released.dense_weights(x.tokens, x.centres, *settings)
+    return lambda: released.dense_weights(x.tokens, x.centres, *[*settings, x.spread])
 
 
 def _dense_reconstruct(x: Inputs) -> Callable[[], Any] | None:
@@ -263,8 +260,8 @@ def _dense_hourglass(x: Inputs) -> Callable[[], Any] | None:
     cluster = (case.clusters, case.window, *_cluster_settings(case)[2:])
 
     def call() -> Tensor:
-        centres = released.cluster(x.tokens, *cluster, x.spread)
-        dense = released.dense_weights(x.tokens, centres, *_dense_settings(case), x.spread)
+        centres = released.cluster(x.tokens, *[*cluster, x.spread])
+        dense = released.dense_weights(x.tokens, centres, *[*_dense_settings(case), x.spread])
         shape = (case.clusters, case.window)
         return released.reconstruct(centres + x.gained, dense, *shape, x.tokens, centres)
 
@@ -277,8 +274,8 @@ def _hourglass(operators: Any) -> Callable[..., Tensor]:
 
     def call(tokens: Tensor, gained: Tensor, case: Case) -> Tensor:
         spread = spread_of(tokens, *_grid(case), case.neighbourhood)
-        centres = cluster(tokens, *_cluster_settings(case), spread)
-        indices, weights = match(tokens, centres, *_match_settings(case), spread)
+        centres = cluster(tokens, *[*_cluster_settings(case), spread])
+        indices, weights = match(tokens, centres, *[*_match_settings(case), spread])
         return reconstruct(centres + gained, indices, weights, tokens, centres)
 
     return call

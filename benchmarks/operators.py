@@ -6,14 +6,13 @@
 Compared are the kernel (on a GPU also replayed in a CUDA graph, which is its time on the device),
 its PyTorch twin, the twin under torch.compile, and the dense formulation of the method's released
 code (benchmarks/released.py). First all results are compared with the twin's in float64: where one
-differs, the run ends with an error. The floor is the time that the bytes or the multiply-adds of
-the operator alone would take at the bandwidth and the rate that this run measured with a copy and
-a matrix product. Inputs rotate through more memory than the cache holds.
+differs, nothing is timed, and the run ends with an error. The floor is the time that the bytes or
+the multiply-adds of the operator alone would take at the bandwidth and the rate that this run
+measured with a copy and a matrix product. Inputs rotate through more memory than the cache holds.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -37,9 +36,11 @@ from benchmarks.common import (
 )
 from benchmarks.operator_table import SUITES, Operator
 from expedite_d2 import _ext
+from expedite_d2.config import cli
 
-# Relative to the norm of the float64 result: float32 sums, or the rounding of inputs and outputs.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 2e-3}
+# Relative to the norm of the float64 result: what rounding makes of sums and outputs. Of float32
+# sums that is 1e-6, but rounds of sharp k-means let single tokens change sides.
+TOLERANCE = {"float32": 5e-3, "bfloat16": 1e-2, "float16": 5e-3}
 # Enough to turn over any cache, few enough for small machines.
 MOST_SETS = 8
 
@@ -94,12 +95,16 @@ def variants(
 def check(
     label: str, operator: Operator, inputs: Any, calls: dict[str, list[Call]], dtype: str
 ) -> dict[str, float]:
-    """Relative differences from the float64 result; the end of the run if one is too large."""
+    """Relative differences from the float64 result.
+
+    Raises:
+        ValueError: one is too large.
+    """
     expected = operator.twin(*in_float64(operator.arguments(inputs)))
     errors = {name: operator.difference(group[0](), expected) for name, group in calls.items()}
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}
     if wrong:
-        sys.exit(f"error: {label}: results differ from the float64 one: {wrong}")
+        raise ValueError(f"{label}: results differ from the float64 one: {wrong}")
     return errors
 
 
@@ -115,6 +120,7 @@ def time_operator(
     return measure(timed, device, rounds, steps=steps, quick=quick)
 
 
+@cli
 def main(argv: Sequence[str] | None = None) -> None:
     cases = [name for suite in SUITES for name in suite.cases]
     modes = ["twin", "compiled", "released"]
@@ -125,9 +131,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse_args(argv)
     key = "CPU" if args.device == "cpu" else "CUDA"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("expedite_d2::token_spread", key):
-        sys.exit(f"error: no {key} kernels are built that could be timed ({_ext.ext_error()})")
+        raise ValueError(f"no {key} kernels are built that could be timed ({_ext.ext_error()})")
     chosen = args.cases or [name for name in cases if name.startswith("quick") == args.quick]
     torch.manual_seed(0)
+    failed: list[str] = []
     with exact_products(), torch.inference_mode():
         recorder = Recorder("operators", args, **ceilings(args.device, args.dtype, args.quick))
         for suite in SUITES:
@@ -140,12 +147,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                         if recorder.late(label):
                             continue
                         calls = variants(operator, sets, args.modes)
-                        errors = check(label, operator, inputs, calls, dtype)
+                        try:
+                            errors = check(label, operator, inputs, calls, dtype)
+                        except ValueError as error:
+                            recorder.skipped.append(str(error))
+                            failed.append(str(error))
+                            continue
                         times = time_operator(calls, args.device, args.rounds, args.quick)
                         row = {"case": case, "dtype": dtype, "operator": name}
                         shares = floor(operator.work(inputs), dtype, recorder.head, times)
                         recorder.add({**row, "variants": times, "errors": errors, **shares})
     recorder.finish(table(recorder.results))
+    if failed:
+        raise ValueError("; ".join(failed))
 
 
 def floor(

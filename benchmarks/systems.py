@@ -115,7 +115,8 @@ class Outside(nn.Module):
         super().__init__()
         swin = cfg.MODEL.SWIN
         config = transformers_config(cfg, list(shapes))
-        config.backbone_config = SwinConfig(
+        swin_config: Any = SwinConfig  # some of its keywords are not in its signature
+        config.backbone_config = swin_config(
             image_size=swin.PRETRAIN_IMG_SIZE,
             embed_dim=swin.EMBED_DIM,
             depths=list(swin.DEPTHS),

@@ -278,7 +278,7 @@ def _add_defaults(cfg: CfgNode, defaults: Sequence[tuple[str, Any]]) -> None:
             node[leaf] = list(value) if isinstance(value, list) else value
 
 
-def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> CfgNode:
     """Read a YAML file and ``KEY VALUE`` pairs into a checked, unfrozen config.
 
     Args:
@@ -311,7 +311,8 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
         raise ValueError(f"{path} is not a valid config: {_reason(error)}") from error
     if len(opts) % 2:
         raise ValueError(
-            f"config overrides are KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}"
+            f"config overrides are KEY VALUE pairs, got {len(opts)} words: "
+            + " ".join(map(str, opts))
         )
     try:
         cfg.merge_from_list(list(opts))
