@@ -77,12 +77,22 @@ def _weights_of_directory(path: Path) -> list[Path]:
         if whole.is_file():
             return [whole]
         if index.is_file():
-            shards = json.loads(index.read_text())["weight_map"].values()
-            return [path / shard for shard in sorted(set(shards))]
+            return [path / shard for shard in _shards(index)]
     raise FileNotFoundError(
         f"{path} holds no weights: expected model.safetensors or pytorch_model.bin beside "
         "config.json"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index of shards lists, each once."""
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{index} is no index of shards: expected JSON with a "weight_map" of names to files '
+            f"({error})"
+        ) from error
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
