@@ -173,9 +173,7 @@ class _Run:
             self.model(batch)
         if memory.mib is not None:
             self.peak_memory_mb.append(memory.mib)
-        # Kernels are counted in a thread that is not in this mode, and some work in place.
-        with torch.inference_mode(False):
-            self.gflops[size] = count_gflops(self.model, *size)
+        self.gflops[size] = count_gflops(self.model, *size)
 
     def measure(self, batch: list[dict[str, Any]], size: tuple[int, int]) -> None:
         """Time one batch of one image, and evaluate what came out."""

@@ -51,6 +51,8 @@ _SETTINGS = (
 )
 
 
+# The trace runs in a thread that is not in inference mode, and some layers work in place.
+@torch.inference_mode(False)
 def count_gflops(cfg: CfgNode | nn.Module, height: int, width: int) -> Gflops:
     """Giga multiply-adds of one image's forward pass.
 

@@ -242,3 +242,12 @@ def test_command_names_what_is_wrong(capsys, words, message):
         cost.main(words)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_count_in_inference_mode() -> None:
+    # This stem standardises its weights in place.
+    cfg = load_config("scenes/semantic/segmenter_vit_mini.yaml", ["MODEL.WEIGHTS", ""])
+    model = build_model(cfg).eval()
+    with torch.inference_mode():
+        inside = cost.count_gflops(model, 64, 64)
+    assert inside == cost.count_gflops(model, 64, 64)
