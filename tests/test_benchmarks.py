@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cheap_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are captured as for inductor, which would take minutes to compile them."""
     monkeypatch.setattr(common, "BACKEND", "eager")
+
+
+@pytest.fixture(autouse=True)
+def unchanged_logger() -> Iterator[None]:
+    """The benchmarks' commands silence the package's messages in their process: here, in ours."""
+    logger = logging.getLogger("expedite_d2")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def run(benchmark: Any, results: Path, name: str, *arguments: str) -> dict[str, Any]:
