@@ -326,5 +326,3 @@ TOKENS = Suite(
         ),
     },
 )
-
-SUITES = [TOKENS]

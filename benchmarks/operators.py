@@ -21,6 +21,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks.attention_table import ATTENTION
 from benchmarks.common import (
     DTYPES,
     Call,
@@ -34,10 +35,11 @@ from benchmarks.common import (
     parser,
     rotating,
 )
-from benchmarks.operator_table import SUITES, Operator
+from benchmarks.operator_table import TOKENS, Operator
 from expedite_d2 import _ext
 from expedite_d2.config import cli
 
+SUITES = (TOKENS, ATTENTION)
 # Relative to the norm of the float64 result: what rounding makes of sums and outputs. Of float32
 # sums that is 1e-6, but rounds of sharp k-means let single tokens change sides.
 TOLERANCE = {"float32": 5e-3, "bfloat16": 1e-2, "float16": 5e-3}

@@ -127,4 +127,51 @@ inline void check_reconstruct(const char* op, const at::Tensor& refined, const a
   }
 }
 
+// Checks all tensors of ms_deform_attn: value (B, S, heads, D), sampling_locations (B, Q, heads,
+// levels, points, 2), attention_weights (B, Q, heads, levels, points), and that every level, with
+// sizes h0, w0, h1, w1 ... and its first row, lies within S.
+inline void check_deform(const char* op, const at::Tensor& value, at::IntArrayRef spatial_shapes,
+                         at::IntArrayRef level_start, const at::Tensor& locations,
+                         const at::Tensor& weights) {
+  check_tokens(op, "value", value);
+  const auto type = locations.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == value.scalar_type(), op,
+                   ": expected sampling_locations of float32 or the type of value, got ", type);
+  check_same_device(op, "sampling_locations", locations, "value", value);
+  const auto levels = static_cast<int64_t>(level_start.size());
+  TORCH_CHECK_VALUE(locations.dim() == 6 && locations.size(0) == value.size(0) &&
+                        locations.size(2) == value.size(2) && locations.size(3) == levels &&
+                        locations.size(5) == 2,
+                    op,
+                    ": expected sampling_locations of shape (B, Q, heads, levels, points, 2) "
+                    "with B = ",
+                    value.size(0), ", ", value.size(2), " heads and ", levels, " levels, got ",
+                    locations.sizes());
+  check_same_device(op, "attention_weights", weights, "value", value);
+  check_same_type(op, "attention_weights", weights, "sampling_locations", locations);
+  check_shape(op, "attention_weights", weights, locations.sizes().slice(0, 5));
+  // Rows of maps, and the two rows and columns that the kernels step outside, are 32-bit numbers.
+  TORCH_CHECK_VALUE(value.size(1) < (1 << 29), op, ": expected value of less than 2**29 rows, got ",
+                    value.size(1));
+  TORCH_CHECK_VALUE(static_cast<int64_t>(spatial_shapes.size()) == 2 * levels, op,
+                    ": expected spatial_shapes to be two sizes for each of ", levels,
+                    " levels, got ", spatial_shapes);
+  for (int64_t level = 0; level < levels; ++level) {
+    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
+    const int64_t start = level_start[level];
+    TORCH_CHECK_VALUE(height >= 1 && width >= 1 && start >= 0 && start < value.size(1) &&
+                          height <= (value.size(1) - start) / width,
+                      op, ": expected level_start and spatial_shapes within the ", value.size(1),
+                      " rows of value, got ", height, " x ", width, " rows from ", start);
+  }
+}
+
+// (B, Q, heads * D), of the type of value.
+inline void check_deform_gradient(const char* op, const at::Tensor& grad, const at::Tensor& value,
+                                  const at::Tensor& locations) {
+  check_same_device(op, "grad", grad, "value", value);
+  check_same_type(op, "grad", grad, "value", value);
+  check_shape(op, "grad", grad, {value.size(0), locations.size(1), value.size(2) * value.size(3)});
+}
+
 }  // namespace expedite_d2

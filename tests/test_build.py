@@ -18,7 +18,14 @@ from torch.utils import cpp_extension
 from expedite_d2 import _ext
 
 ROOT = Path(__file__).resolve().parents[1]
-OPERATORS = ["token_spread", "token_cluster", "token_match", "token_reconstruct"]
+OPERATORS = [
+    "token_spread",
+    "token_cluster",
+    "token_match",
+    "token_reconstruct",
+    "ms_deform_attn",
+    "_ms_deform_attn_backward",
+]
 # What a block may have without asking the driver; the kernels ask for more only at run time.
 STATIC_SHARED_MEMORY = 48 * 1024
 

@@ -82,4 +82,38 @@ cudaError_t launch_token_reconstruct(const Reconstruction& sizes,
                                      const void* centres,     // (B, K, C) or null
                                      void* out);              // (B, N, C)
 
+// Sizes for all of ms_deform_attn's tensors. Those of the levels go to the kernel by value: nothing
+// is copied to the device.
+constexpr int kMostLevels = 16;
+struct Deformation {
+  Type type;
+  int64_t batch;
+  int64_t rows;  // S, of all maps
+  int64_t queries;
+  int64_t heads;
+  int channels;  // D, of one head
+  int stride;    // heads * D, of one row
+  int levels;
+  int points;
+  int32_t height[kMostLevels];
+  int32_t width[kMostLevels];
+  int32_t start[kMostLevels];  // first row of the level's map
+  cudaStream_t stream;
+};
+// `locations` and their gradient are aligned to 8 bytes.
+cudaError_t launch_ms_deform_attn(const Deformation& sizes,
+                                  const void* value,       // (B, S, heads, D)
+                                  const float* locations,  // (B, Q, heads, levels, points, 2)
+                                  const float* weights,    // (B, Q, heads, levels, points)
+                                  void* out);              // (B, Q, heads, D)
+cudaError_t launch_ms_deform_attn_backward(
+    const Deformation& sizes,
+    const void* grad,        // (B, Q, heads, D)
+    const void* value,       // (B, S, heads, D)
+    const float* locations,  // (B, Q, heads, levels, points, 2)
+    const float* weights,    // (B, Q, heads, levels, points)
+    float* grad_value,       // (B, S, heads, D), zero at first
+    float* grad_locations,   // (B, Q, heads, levels, points, 2)
+    float* grad_weights);    // (B, Q, heads, levels, points)
+
 }  // namespace expedite_d2::cuda

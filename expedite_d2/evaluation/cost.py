@@ -241,6 +241,12 @@ def _token_reconstruct(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(_shape(inputs[1])) * _shape(inputs[0])[-1]
 
 
+def _ms_deform_attn(inputs: list[Any], outputs: list[Any]) -> int:
+    """What fvcore counts for the same samples by grid_sample: 4 for each sampled value."""
+    channels, samples = _shape(inputs[0])[-1], _shape(inputs[3])[:-1]
+    return math.prod(samples) * channels * 4
+
+
 def _roi_align(inputs: list[Any], outputs: list[Any]) -> int:
     """Each output value is the mean of samples, each of them blended from four values."""
     ratio = inputs[5].toIValue()
@@ -272,6 +278,7 @@ HANDLES: dict[str, Handle | None] = {f"aten::{name}": None for name in _NOT_COUN
     "expedite_d2::token_cluster": _token_cluster,
     "expedite_d2::token_match": _token_match,
     "expedite_d2::token_reconstruct": _token_reconstruct,
+    "expedite_d2::ms_deform_attn": _ms_deform_attn,
 }
 
 

@@ -1,13 +1,20 @@
-"""The operators of token reduction.
+"""The operators of token reduction, and the attention of the pixel decoder.
 
 Each is a dispatcher operator ``torch.ops.expedite_d2.<name>`` whose default implementation is its
 PyTorch twin in :mod:`expedite_d2.ops.reference`; the compiled extension adds CPU and CUDA kernels.
 """
 
 from expedite_d2 import _ext as _ext  # loads the kernels
+from expedite_d2.ops.ms_deform_attn import ms_deform_attn
 from expedite_d2.ops.token_cluster import token_cluster
 from expedite_d2.ops.token_match import token_match
 from expedite_d2.ops.token_reconstruct import token_reconstruct
 from expedite_d2.ops.token_spread import token_spread
 
-__all__ = ["token_cluster", "token_match", "token_reconstruct", "token_spread"]
+__all__ = [
+    "ms_deform_attn",
+    "token_cluster",
+    "token_match",
+    "token_reconstruct",
+    "token_spread",
+]

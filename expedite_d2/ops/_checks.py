@@ -126,3 +126,89 @@ def check_device(op: str, name: str, x: Tensor, other: Tensor, of: str) -> None:
         raise ValueError(
             f"{op}: expected {name} on the device of {of}, {other.device}, got {x.device}"
         )
+
+
+def _integers(op: str, name: str, value: object, kind: str) -> list:
+    """Sizes of levels as a list, from a list or from a tensor in the CPU's memory."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.device.type != "cpu":
+            # From a device they could only be read by waiting for it.
+            raise TypeError(
+                f"{op}: expected {name} to be {kind} or an integer tensor on the CPU, "
+                f"got {_got(value)}"
+            )
+        return value.tolist()
+    if not isinstance(value, (tuple, list)) or len(value) == 0:
+        raise ValueError(f"{op}: expected {name} to be {kind}, got {_got(value)}")
+    return list(value)
+
+
+def _size(value: object) -> object:
+    """Sizes are tensors of no axes while a model is traced."""
+    return int(value) if isinstance(value, Tensor) and value.dim() == 0 else value
+
+
+def check_levels(
+    op: str,
+    value: Tensor,
+    spatial_shapes: Sequence[Sequence[int]] | Tensor,
+    level_start: Sequence[int] | Tensor | None,
+) -> tuple[list[int], list[int]]:
+    """Requires levels that lie within ``value`` (B, S, heads, D).
+
+    Returns:
+        their sizes h0, w0, h1, w1 ... and their first rows.
+    """
+    shapes: list[int] = []
+    for pair in _integers(op, "spatial_shapes", spatial_shapes, "(h, w) of each level"):
+        sides = [_size(side) for side in pair] if isinstance(pair, (tuple, list)) else pair
+        shapes += _pair(op, "spatial_shapes", sides)  # type: ignore[arg-type]
+    rows, sizes = value.shape[1], [h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True)]
+    if level_start is None:
+        starts = [sum(sizes[:level]) for level in range(len(sizes))]
+        if sum(sizes) != rows:
+            raise ValueError(
+                f"{op}: expected value of {sum(sizes)} rows, the sum of spatial_shapes, got {rows}"
+            )
+        return shapes, starts
+    starts = [
+        _size(start)  # type: ignore[misc]
+        for start in _integers(op, "level_start", level_start, "one row for each level")
+    ]
+    if len(starts) != len(sizes):
+        raise ValueError(
+            f"{op}: expected level_start to be one row for each of the {len(sizes)} levels of "
+            f"spatial_shapes, got {starts!r}"
+        )
+    for start, size in zip(starts, sizes, strict=True):
+        check_int(op, "level_start", start, 0)
+        if start + size > rows:
+            raise ValueError(
+                f"{op}: expected level_start and spatial_shapes within the {rows} rows of value, "
+                f"got {size} rows from {start}"
+            )
+    return shapes, starts
+
+
+def check_samples(op: str, value: Tensor, levels: int, locations: Tensor) -> None:
+    """Requires sampling locations (B, Q, heads, levels, points, 2) for ``value``."""
+    name, letters = "sampling_locations", "(B, Q, heads, levels, points, 2)"
+    if not isinstance(locations, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor {letters}, got {_got(locations)}")
+    if locations.dtype not in (torch.float32, value.dtype):
+        raise TypeError(
+            f"{op}: expected {name} of type float32 or that of value, {value.dtype}, "
+            f"got {locations.dtype}"
+        )
+    batch, _, heads, _ = value.shape
+    shape = tuple(locations.shape)
+    if (
+        len(shape) != 6
+        or shape[:1] + shape[2:4] + shape[5:] != (batch, heads, levels, 2)
+        or 0 in shape[1:]
+    ):
+        raise ValueError(
+            f"{op}: expected {name} of shape {letters} with B = {batch}, {heads} heads, {levels} "
+            f"levels and at least one query and point, got {list(shape)}"
+        )
+    check_device(op, name, locations, value, "value")

@@ -15,6 +15,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from expedite_d2.d2 import CfgNode, ShapeSpec
+from expedite_d2.models.meta_arch.pixel_decoder import use_operator
 
 PIXEL_DECODER_FEEDFORWARD = 1024  # Mask2Former fixes it in code, its configs have no key
 
@@ -104,6 +105,7 @@ def build_pixel_decoder(
         # Its advice on head sizes is about a CUDA kernel that transformers does not ship.
         warnings.filterwarnings("ignore", message="You'd better set embed_dim")
         decoder = Mask2FormerPixelDecoder(config, [shape.channels for shape in shapes])
+    use_operator(decoder)
     _initialise(decoder, config)
     # transformers draws these from a normal of 0.02 whatever their width; Mask2Former does not, and
     # from scratch that starts narrow decoders with mask features close to zero.

@@ -1,0 +1,79 @@
+"""The attention of Mask2Former's pixel decoder through this project's operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoder,
+    Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
+)
+
+from expedite_d2.ops import ms_deform_attn
+
+
+class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
+    """transformers' module and parameters; the samples come from one kernel.
+
+    transformers samples every level with ``grid_sample``, through copies of the maps and of all
+    samples that take most of the pixel decoder's time.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        position_embeddings: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes_list: Sequence[tuple[int, int]] = (),
+        level_start_index: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Attends to the maps around each query's reference point.
+
+        Args:
+            hidden_states: (B, Q, C), the queries.
+            attention_mask: (B, S), True where a map has no content.
+            encoder_hidden_states: (B, S, C), the maps of all levels.
+            encoder_attention_mask: not used, as in transformers.
+            position_embeddings: (B, Q, C), added to the queries.
+            reference_points: (B, Q, levels, 2), x and y from 0 to 1.
+            spatial_shapes_list: (h, w) of each level.
+            level_start_index: not used; the levels follow one another.
+            output_attentions: not used; the weights are always returned.
+
+        Returns:
+            the queries' new states (B, Q, C) and the weights (B, Q, heads, levels, points).
+        """
+        assert encoder_hidden_states is not None and reference_points is not None
+        queries = hidden_states
+        if position_embeddings is not None:
+            queries = queries + position_embeddings
+        value = self.value_proj(encoder_hidden_states)
+        if attention_mask is not None:
+            value = value.masked_fill(attention_mask[..., None], 0.0)
+        value = value.unflatten(-1, (self.n_heads, -1))
+
+        points = (self.n_heads, self.n_levels, self.n_points)
+        weights = self.attention_weights(queries).unflatten(-1, (self.n_heads, -1)).softmax(-1)
+        weights = weights.unflatten(-1, points[1:])
+        offsets = self.sampling_offsets(queries).unflatten(-1, (*points, 2))  # in pixels
+        sizes = torch.tensor(
+            [[width, height] for height, width in spatial_shapes_list], device=offsets.device
+        )
+        locations = reference_points[:, :, None, :, None] + offsets / sizes[:, None]
+        samples = ms_deform_attn(value, spatial_shapes_list, None, locations, weights)
+        return self.output_proj(samples), weights
+
+
+def use_operator(decoder: Mask2FormerPixelDecoder) -> None:
+    """Gives the decoder's attention layers the operator; names and weights stay."""
+    layers: Any = decoder.encoder.layers
+    for layer in layers:
+        # Another class for the same instance: a new module would draw initial weights again.
+        layer.self_attn.__class__ = DeformableAttention

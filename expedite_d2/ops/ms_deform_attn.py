@@ -1,0 +1,128 @@
+"""Multi-scale deformable attention: a few points of feature maps, weighted, for every query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expedite_d2.ops._checks import check_levels, check_like, check_map, check_samples
+from expedite_d2.ops.reference import ms_deform_attn_backward_ref, ms_deform_attn_ref
+
+_NAME = "expedite_d2::ms_deform_attn"
+_BACKWARD = "expedite_d2::_ms_deform_attn_backward"
+# spatial_shapes as h0, w0, h1, w1 ...: schemas have no nested lists.
+_ARGUMENTS = (
+    "Tensor value, SymInt[] spatial_shapes, SymInt[] level_start, Tensor sampling_locations, "
+    "Tensor attention_weights"
+)
+
+torch.library.define(_NAME, f"({_ARGUMENTS}) -> Tensor")
+torch.library.impl(_NAME, "default", ms_deform_attn_ref)
+
+torch.library.define(_BACKWARD, f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+torch.library.impl(_BACKWARD, "default", ms_deform_attn_backward_ref)
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    level_start: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    batch, _, heads, channels = value.shape
+    return value.new_empty((batch, sampling_locations.shape[1], heads * channels))
+
+
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    level_start: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (value, sampling_locations, attention_weights)
+    value, locations, weights = (x.new_empty(x.shape) for x in inputs)
+    return value, locations, weights
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    value, spatial_shapes, level_start, locations, weights = inputs
+    ctx.save_for_backward(value, locations, weights)
+    ctx.levels = spatial_shapes, level_start
+
+
+def _backward(ctx, grad: Tensor):
+    value, locations, weights = ctx.saved_tensors
+    grads = _ms_deform_attn_backward(grad, value, *ctx.levels, locations, weights)
+    needs = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    value, locations, weights = (x if need else None for x, need in zip(grads, needs, strict=True))
+    return value, None, None, locations, weights
+
+
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+
+_ms_deform_attn_backward = torch.ops.expedite_d2._ms_deform_attn_backward.default
+_ms_deform_attn = torch.ops.expedite_d2.ms_deform_attn.default
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Sequence[Sequence[int]] | Tensor,
+    level_start: Sequence[int] | Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Sums, for each query and head, bilinear samples of feature maps of several sizes.
+
+    The sum over levels l and points p of A * V_l(phi), with the attention weight A and the value
+    V_l at the sampling location phi ("Deformable DETR", arXiv 2010.04159, equation 3, between its
+    two projections). Pixel centres lie at (i + 1/2) / size and outside a map there are zeros, as
+    in ``grid_sample`` with ``align_corners=False``.
+
+    Args:
+        value: (B, S, heads, D), the maps of all levels, each flattened row by row; float32,
+            bfloat16, float16 or float64, of any stride.
+        spatial_shapes: (h, w) of each level, as integers. They are part of the call, so that no
+            kernel can read beyond a map and none has to be waited for: an integer tensor (levels,
+            2) is taken too, but only from the CPU's memory, and not under ``torch.compile``.
+        level_start: the row of ``value`` with which each level begins, in the same form; None:
+            the levels follow one another from the first row and fill ``value``.
+        sampling_locations: (B, Q, heads, levels, points, 2), x and y, from 0 to 1 over the map;
+            float32 or of the type of ``value``. Half types cannot tell neighbouring pixels of a
+            large map apart.
+        attention_weights: (B, Q, heads, levels, points), of the type of ``sampling_locations``.
+
+    Returns:
+        (B, Q, heads * D), of the type of ``value``. Differentiable in ``value``,
+        ``sampling_locations`` and ``attention_weights``.
+
+    Raises:
+        ValueError, TypeError: For an argument of wrong shape, value or type.
+
+    Note:
+        Coordinates and sums are float32 (float64 for float64 values), also under autocast. A NaN
+        among the locations or weights of a query and head makes its output NaN; an infinite
+        location is outside. Deterministic, but for the gradient of ``value`` on CUDA, which adds in
+        no fixed order and says so to ``torch.use_deterministic_algorithms``.
+    """
+    op = "ms_deform_attn"
+    check_map(op, "value", value, "(B, S, heads, D)")
+    shapes, starts = check_levels(op, value, spatial_shapes, level_start)
+    check_samples(op, value, len(starts), sampling_locations)
+    check_like(
+        op,
+        "attention_weights",
+        attention_weights,
+        sampling_locations.shape[:-1],
+        sampling_locations,
+        "sampling_locations",
+    )
+    # The kernels are for the types that models run in; float64 serves tests of gradients.
+    run = ms_deform_attn_ref if value.dtype == torch.float64 else _ms_deform_attn
+    return run(value, shapes, starts, sampling_locations, attention_weights)
