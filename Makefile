@@ -10,12 +10,13 @@ PYTHON := $(ENVIRONMENT)/bin/python
 STAMP := $(ENVIRONMENT)/.expedite_d2.stamp
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo demo-all test lint clean
+.PHONY: help build demo demo-all test sanitize lint clean
 
 help:
 	@echo "make demo    environment, build, and the demo: baseline against expedited on embedded scenes"
 	@echo "make demo-all  the same for every family of systems, on one page: output/demo/report.html"
 	@echo "make test    environment, build, and the whole test suite"
+	@echo "make sanitize  the operators' tests with AddressSanitizer and UBSan in the CPU kernels (gcc)"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
 	@echo "make build   environment and build alone"
 	@echo "make clean   remove what the build made (never .venv, caches or results)"
@@ -30,6 +31,18 @@ demo-all: $(STAMP)
 
 test: $(STAMP)
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+# A package of its own, so that the build in use stays. The tests run in its folder, whose package
+# Python then finds first; what compiles or exports graphs tells nothing about the kernels. python
+# itself is not instrumented: the sanitizers must be loaded before it, and its leaks are not ours.
+SANITIZED := build/sanitize/lib
+SANITIZERS = $(foreach name,asan ubsan,$(shell $(CXX) -print-file-name=lib$(name).so))
+
+sanitize: $(STAMP)
+	SANITIZE=1 $(PYTHON) setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
+	-m 'not cuda' -k 'not compile and not export and not opcheck' $(CURDIR)/tests/ops
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

@@ -6,6 +6,7 @@ Everything else about the package stands in pyproject.toml. Environment variable
     TORCH_CUDA_ARCH_LIST  architectures, e.g. "8.0;9.0+PTX"; default: see DEFAULT_ARCHS
     NVCC_FLAGS            appended to nvcc's arguments
     DEBUG                 1: no optimisation, debug symbols on host and device
+    SANITIZE              1: the CPU kernels alone, with AddressSanitizer and UBSan (make sanitize)
     MAX_JOBS              number of parallel compilations
 """
 
@@ -107,6 +108,9 @@ def make_extension() -> setuptools.Extension:
     """Describes ``expedite_d2._C`` for this machine, and prints what was found and decided."""
     nvcc = find_nvcc()
     reason = why_no_cuda(nvcc)
+    sanitize = flag("SANITIZE") or False
+    if sanitize:
+        reason = "SANITIZE=1 builds the CPU kernels alone"
     forced = flag("FORCE_CUDA")
     if forced and reason is not None:
         sys.exit(f"FORCE_CUDA=1 was set, but the CUDA kernels cannot be built: {reason}")
@@ -118,6 +122,11 @@ def make_extension() -> setuptools.Extension:
     # Relative paths, sorted: the same object order, hence the same binary, on every file system.
     sources = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
     cxx = ["-O0", "-g"] if debug else ["-O3", "-g0"]
+    link: list[str] = []
+    if sanitize:
+        # vptr would look for the type information of torch's classes, which is not instrumented.
+        link = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        cxx = ["-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", *link]
     cxx += ["-std=c++20", "-Wall", "-Wno-unknown-pragmas"]
     if sys.platform != "darwin":
         # For at::parallel_for. Compiled, not linked: torch has already loaded its own OpenMP.
@@ -171,6 +180,7 @@ def make_extension() -> setuptools.Extension:
         library_dirs=libraries,
         define_macros=macros,
         extra_compile_args=compile_args,
+        extra_link_args=link,
     )
 
 

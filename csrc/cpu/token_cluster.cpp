@@ -11,7 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/windows.h"
+#include "cpu/candidates.h"
 
 namespace expedite_d2 {
 namespace {
@@ -33,18 +33,25 @@ struct Settings {
   }
 };
 
+// Adds `mean` to all rows, if there is one.
 template <typename T>
 void store_centres(const float* rows, const Window& window, int64_t stride, const float* mean,
                    const Map<T>& centres) {
-  Buffer sum(stride);
-  for (int64_t cell = 0; cell < window.cells(); ++cell) {
-    for (int64_t c = 0; c < stride; ++c) {
-      sum.get()[c] = rows[cell * stride + c] + mean[c];
+  at::parallel_for(0, window.cells(), 16, [&](int64_t begin, int64_t end) {
+    Buffer sum(stride);
+    for (int64_t cell = begin; cell < end; ++cell) {
+      const float* row = rows + cell * stride;
+      if (mean) {
+        for (int64_t c = 0; c < stride; ++c) {
+          sum.get()[c] = row[c] + mean[c];
+        }
+        row = sum.get();
+      }
+      store_row(row, centres.channels,
+                centres.at(window.batch, window.cell_top + cell / window.cell_columns,
+                           window.cell_left + cell % window.cell_columns));
     }
-    store_row(sum.get(), centres.channels,
-              centres.at(window.batch, window.cell_top + cell / window.cell_columns,
-                         window.cell_left + cell % window.cell_columns));
-  }
+  });
 }
 
 // Working memory of one thread in the Gram form, for windows of up to n tokens and k cells.
@@ -53,8 +60,7 @@ struct GramMemory {
       : tokens(n * channels),
         centres(k * channels),
         mean(channels),
-        // One register beyond the end: sums over a range of columns are rounded up to full
-        // registers.
+        // Beyond the end: sums over a range of columns are rounded up to full registers.
         gram(n * padded(n) + kLanes),
         rows(k * padded(n)),
         distances(k * padded(n)),
@@ -183,9 +189,9 @@ void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Wi
     const Patch pooled = pooled_patch(settings.grid, window, i, j);
     reached[cell] = reached_patch(settings.grid, window, i, j, settings.radius);
     hull[cell] = hull_of(pooled, reached[cell]);
-    const int64_t count = pool(pooled, width, memory.indices.get(), memory.weights.get());
-    for (int64_t r = 0; r < count; ++r) {
-      rows[cell * ld + memory.indices[r]] = memory.weights.get()[r];
+    for (int32_t y = pooled.top; y < pooled.bottom; ++y) {
+      std::fill_n(rows + cell * ld + y * width + pooled.left, pooled.right - pooled.left,
+                  1.0f / static_cast<float>(pooled.size()));
     }
   }
   if (settings.iterations > 0) {
@@ -232,32 +238,14 @@ void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Wi
   store_centres(memory.centres.get(), window, stride, memory.mean.get(), centres);
 }
 
-// Responsibilities of one token: its candidates are `height` x `width` cells from (top, left) on.
-struct Candidates {
-  int32_t top, left, height, width;
-};
-
-Candidates candidates(const Settings& settings, const Window& window, int64_t p) {
-  const auto y = static_cast<int32_t>(p / window.width), x = static_cast<int32_t>(p % window.width);
-  const int32_t top = settings.grid.rows.first(y, settings.radius);
-  const int32_t left = settings.grid.columns.first(x, settings.radius);
-  return {top, left, settings.grid.rows.last(y, settings.radius, window.row) - top + 1,
-          settings.grid.columns.last(x, settings.radius, window.column) - left + 1};
-}
-
-void responsibilities(const float* token, const float* centres, const Candidates& cells,
-                      int32_t cell_columns, int64_t stride, float tau, float* q) {
-  const int64_t count = static_cast<int64_t>(cells.height) * cells.width;
-  for (int32_t i = 0; i < cells.height; ++i) {
-    const int64_t first = static_cast<int64_t>(cells.top + i) * cell_columns + cells.left;
-    squared_distances(token, centres + first * stride, cells.width, stride, q + i * cells.width);
-  }
+// The softmax over one token's distances.
+void responsibilities(const float* distances, int64_t count, float tau, float* q) {
   float least = kInfinity, total = 0.0f;
   for (int64_t slot = 0; slot < count; ++slot) {
-    least = q[slot] < least ? q[slot] : least;
+    least = distances[slot] < least ? distances[slot] : least;
   }
   for (int64_t slot = 0; slot < count; ++slot) {
-    q[slot] = exp_nonpositive(-tau * (q[slot] - least));
+    q[slot] = exp_nonpositive(-tau * (distances[slot] - least));
     total += q[slot];
   }
   for (int64_t slot = 0; slot < count; ++slot) {
@@ -265,72 +253,60 @@ void responsibilities(const float* token, const float* centres, const Candidates
   }
 }
 
+// The tokens that a cell gets a share of, with their shares of its mean; none where it gets
+// nothing.
+template <typename T>
+void list_shares(const Map<const T>& tokens, const Settings& settings, const Window& window,
+                 const Candidates& candidates, int64_t cell, const float* q, Terms<T>& terms) {
+  const auto i = static_cast<int32_t>(cell / window.cell_columns);
+  const auto j = static_cast<int32_t>(cell % window.cell_columns);
+  const Patch patch = reached_patch(settings.grid, window, i, j, settings.radius);
+  float mass = 0.0f;
+  terms.clear();
+  for (int32_t y = patch.top; y < patch.bottom; ++y) {
+    const int64_t row = i - candidates.rows[y].first;
+    const float* line = q + static_cast<int64_t>(y) * window.width * candidates.slots;
+    for (int32_t x = patch.left; x < patch.right; ++x) {
+      const Span& across = candidates.columns[x];
+      const float share = line[x * candidates.slots + row * across.count + j - across.first];
+      if (share != 0.0f) {
+        mass += share;
+        terms.add(token_at(tokens, window, y, x), share);
+      }
+    }
+  }
+  for (float& weight : terms.weights) {
+    weight /= mass;
+  }
+}
+
 template <typename T>
 void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const Window& window,
                       const Settings& settings) {
   const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
-  const int32_t width = window.width, columns = window.cell_columns;
   const float tau = settings.tau(window.batch);
-  const int64_t side = 2 * static_cast<int64_t>(settings.radius) + 1;
-  const int64_t slots =
-      std::min<int64_t>(side, window.cell_rows) * std::min<int64_t>(side, columns);
-  Buffer z(n * stride), s(k * stride), q(n * slots), origin(stride);
+  const Candidates candidates(settings.grid, window, settings.radius);
+  const int64_t slots = candidates.slots;
+  Buffer s(k * stride), q(n * slots);
 
-  at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-    load_tokens(tokens, window, begin, end, z.get() + begin * stride);
-  });
-  // Averages a cell's tokens: at first those that pool into it, then those that it can reach.
-  const auto update = [&](bool first) {
-    at::parallel_for(0, k, 4, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> rows(n);
-      Buffer weights(n);
-      for (int64_t cell = begin; cell < end; ++cell) {
-        const auto i = static_cast<int32_t>(cell / columns),
-                   j = static_cast<int32_t>(cell % columns);
-        int64_t count = 0;
-        if (first) {
-          count =
-              pool(pooled_patch(settings.grid, window, i, j), width, rows.data(), weights.get());
-        } else {
-          const Patch patch = reached_patch(settings.grid, window, i, j, settings.radius);
-          float mass = 0.0f;
-          for (int32_t y = patch.top; y < patch.bottom; ++y) {
-            for (int32_t x = patch.left; x < patch.right; ++x) {
-              const int32_t p = y * width + x;
-              const Candidates cells = candidates(settings, window, p);
-              const float weight =
-                  q.get()[p * slots + (i - cells.top) * cells.width + j - cells.left];
-              mass += weight;
-              if (weight != 0.0f) {
-                rows[count] = p;
-                weights.get()[count++] = weight;
-              }
-            }
-          }
-          if (mass == 0.0f) {
-            continue;
-          }
-          for (int64_t r = 0; r < count; ++r) {
-            weights.get()[r] /= mass;
-          }
-        }
-        weighted_rows(rows.data(), weights.get(), count, z.get(), stride, stride,
-                      s.get() + cell * stride);
-      }
-    });
-  };
-  update(true);
+  initial_centres(tokens, settings.grid, window, s.get());
   for (int64_t iteration = 0; iteration < settings.iterations; ++iteration) {
-    at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        responsibilities(z.get() + p * stride, s.get(), candidates(settings, window, p), columns,
-                         stride, tau, q.get() + p * slots);
+    for_each_token(tokens, settings.grid, window, candidates, s.get(),
+                   [&](int32_t y, int32_t x, const float*, const float* distances) {
+                     const int64_t p = static_cast<int64_t>(y) * window.width + x;
+                     responsibilities(distances, candidates.count(y, x), tau, q.get() + p * slots);
+                   });
+    at::parallel_for(0, k, 4, [&](int64_t begin, int64_t end) {
+      Terms<T> terms;
+      for (int64_t cell = begin; cell < end; ++cell) {
+        list_shares(tokens, settings, window, candidates, cell, q.get(), terms);
+        if (!terms.rows.empty()) {
+          terms.sum(tokens.channels, s.get() + cell * stride);
+        }
       }
     });
-    update(false);
   }
-  std::fill_n(origin.get(), stride, 0.0f);
-  store_centres(s.get(), window, stride, origin.get(), centres);
+  store_centres(s.get(), window, stride, nullptr, centres);
 }
 
 // Decided by sizes alone, never by the number of threads: the two forms differ in the last bits.

@@ -16,9 +16,9 @@ namespace {
 using namespace cpu;
 
 constexpr const char* kName = "token_match";
-// 48 tokens of 1024 channels take 192 KiB, which leaves room in the second-level cache; so many
-// tokens then share one pass over the centres.
-constexpr int64_t kTokens = 48;
+// 96 tokens of 1024 channels take 384 KiB, which leaves room in the second-level cache; so many
+// tokens then share one pass over the centres, which come from the third.
+constexpr int64_t kTokens = 96;
 constexpr int64_t kCentres = 48;
 
 struct Match {
@@ -39,6 +39,26 @@ void insert(Match* best, int64_t topk, float distance, int32_t cell) {
     best[place] = best[place - 1];
   }
   best[place] = {order, distance, cell};
+}
+
+// Inserts the cells from `first` on. `products` are those of the token with them.
+void insert_all(Match* best, int64_t topk, float norm, const float* norms, const float* products,
+                int64_t count, int32_t first) {
+  float distances[kCentres];
+  const float worst = best[topk - 1].order;
+  int nearer = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const float distance = norm + norms[j] - 2.0f * products[j];
+    distances[j] = distance < 0.0f ? 0.0f : distance;
+    nearer |= distances[j] < worst;
+  }
+  // Most tiles hold nothing nearer than what was found before. An infinite worst is an empty place.
+  if (!nearer && worst <= FLT_MAX) {
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    insert(best, topk, distances[j], first + static_cast<int32_t>(j));
+  }
 }
 
 struct Outputs {
@@ -78,7 +98,7 @@ void match(const Map<const T>& tokens, const Map<const T>& centres, const Window
   // Centres are means of tokens, so theirs is as good an origin, and there are fewer of them.
   centre_rows(s.get(), k, stride, mean.get());
   std::fill_n(zero.get(), stride, 0.0f);
-  squared_distances(zero.get(), s.get(), k, stride, norms.get());
+  squared_distances(zero.get(), 1, s.get(), k, stride, norms.get(), k);
 
   const int64_t tiles = (n + kTokens - 1) / kTokens;
   at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
@@ -89,19 +109,15 @@ void match(const Map<const T>& tokens, const Map<const T>& centres, const Window
       load_tokens(tokens, window, begin, begin + rows, z.get());
       subtract_row(z.get(), rows, stride, mean.get());
       float norm[kTokens];
-      squared_distances(zero.get(), z.get(), rows, stride, norm);
+      squared_distances(zero.get(), 1, z.get(), rows, stride, norm, rows);
       constexpr float kInfinity = std::numeric_limits<float>::infinity();
       std::fill(best.begin(), best.end(), Match{kInfinity, kInfinity, 0});
       for (int64_t start = 0; start < k; start += kCentres) {
         const int64_t columns = std::min(kCentres, k - start);
         dots(z.get(), rows, s.get() + start * stride, columns, stride, cross.get(), kCentres);
         for (int64_t p = 0; p < rows; ++p) {
-          for (int64_t j = 0; j < columns; ++j) {
-            const float distance =
-                norm[p] + norms.get()[start + j] - 2.0f * cross.get()[p * kCentres + j];
-            insert(best.data() + p * out.topk, out.topk, distance < 0.0f ? 0.0f : distance,
-                   static_cast<int32_t>(start + j));
-          }
+          insert_all(best.data() + p * out.topk, out.topk, norm[p], norms.get() + start,
+                     cross.get() + p * kCentres, columns, static_cast<int32_t>(start));
         }
       }
       for (int64_t p = 0; p < rows; ++p) {

@@ -1,7 +1,7 @@
 // The high-resolution map from refined centres; the twin is token_reconstruct_ref.
 //
-// What is added to the tokens, y - s (or y), is first written as a table of padded float rows,
-// smaller than the tokens by the ratio of the grids; every token then sums topk rows of it.
+// Every token sums topk rows of what is added to it, y - s (or y), read where they are: the bytes
+// of the maps bound the time, and tokens beside each other mostly look at the same rows.
 #include <vector>
 
 #include <ATen/ops/empty.h>
@@ -17,59 +17,43 @@ using namespace cpu;
 constexpr const char* kName = "token_reconstruct";
 
 template <typename T>
-void fill_table(const Map<const T>& refined, const Map<const T>* centres, int64_t height,
-                int64_t width, int64_t cells, float* table) {
-  const int64_t stride = padded(refined.channels);
-  at::parallel_for(0, cells, 64, [&](int64_t begin, int64_t end) {
-    Buffer centre(stride);
-    for (int64_t cell = begin; cell < end; ++cell) {
-      const int64_t b = cell / (height * width), i = cell / width % height, j = cell % width;
-      float* row = table + cell * stride;
-      load_row(refined.at(b, i, j), refined.channels, row);
-      if (centres) {
-        load_row(centres->at(b, i, j), refined.channels, centre.get());
-        for (int64_t c = 0; c < stride; ++c) {
-          row[c] -= centre.get()[c];
-        }
-      }
-    }
-  });
-}
-
-template <typename T>
 void reconstruct(const at::Tensor& refined, const at::Tensor& indices, const at::Tensor& weights,
                  const at::Tensor* tokens, const at::Tensor* centres, const at::Tensor& out) {
   const int64_t height = indices.size(1), width = indices.size(2), topk = indices.size(3);
-  const int64_t cells = refined.size(1) * refined.size(2);
+  const int64_t map_width = refined.size(2), cells = refined.size(1) * map_width;
   const int64_t channels = refined.size(3), stride = padded(channels);
-  Buffer table(refined.size(0) * cells * stride);
+  const auto from = read_map<T>(refined);
   Map<const T> subtracted{}, kept{};
   if (tokens) {
     subtracted = read_map<T>(*centres);
     kept = read_map<T>(*tokens);
   }
-  fill_table(read_map<T>(refined), tokens ? &subtracted : nullptr, refined.size(1), refined.size(2),
-             refined.size(0) * cells, table.get());
-
   const auto to = write_map<T>(out);
   const int32_t* index = indices.const_data_ptr<int32_t>();
   const float* weight = weights.const_data_ptr<float>();
   at::parallel_for(0, out.size(0) * height * width, 64, [&](int64_t begin, int64_t end) {
     Buffer sum(stride), token(stride);
+    std::vector<const T*> added(topk), minus(topk);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t b = p / (height * width), y = p / width % height, x = p % width;
       for (int64_t t = 0; t < topk; ++t) {
-        TORCH_CHECK_INDEX(index[p * topk + t] >= 0 && index[p * topk + t] < cells, kName,
-                          ": expected indices from 0 to ", cells - 1, ", got ",
-                          index[p * topk + t]);
+        const int32_t cell = index[p * topk + t];
+        TORCH_CHECK_INDEX(cell >= 0 && cell < cells, kName, ": expected indices from 0 to ",
+                          cells - 1, ", got ", cell);
+        added[t] = from.at(b, cell / map_width, cell % map_width);
+        if (tokens) {
+          minus[t] = subtracted.at(b, cell / map_width, cell % map_width);
+        }
       }
-      weighted_rows(index + p * topk, weight + p * topk, topk, table.get() + b * cells * stride,
-                    stride, stride, sum.get());
       if (tokens) {
+        weighted_differences(added.data(), minus.data(), weight + p * topk, topk, channels,
+                             sum.get());
         load_row(kept.at(b, y, x), channels, token.get());
         for (int64_t c = 0; c < stride; ++c) {
           sum.get()[c] += token.get()[c];
         }
+      } else {
+        weighted_rows(added.data(), weight + p * topk, topk, channels, sum.get());
       }
       store_row(sum.get(), channels, to.at(b, y, x));
     }

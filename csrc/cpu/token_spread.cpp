@@ -9,7 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/windows.h"
+#include "cpu/candidates.h"
 
 namespace expedite_d2 {
 namespace {
@@ -25,63 +25,52 @@ struct Statistics {
   double nearest;  // sum of squared distances to the nearest candidate
 };
 
-// Squared distance of a token to its nearest candidate. NaN wins, so that it is seen.
-float nearest_distance(const Grid& grid, const Window& window, int64_t p, int32_t radius,
-                       const float* token, const float* centres, int64_t stride,
-                       std::vector<float>& distances) {
-  const auto y = static_cast<int32_t>(p / window.width), x = static_cast<int32_t>(p % window.width);
-  const int32_t bottom = grid.rows.last(y, radius, window.row);
-  const int32_t left = grid.columns.first(x, radius);
-  const int32_t width = grid.columns.last(x, radius, window.column) - left + 1;
+// The least of a token's distances. NaN wins, so that it is seen.
+float least_of(const float* distances, int64_t count) {
   float least = std::numeric_limits<float>::infinity();
-  for (int32_t i = grid.rows.first(y, radius); i <= bottom; ++i) {
-    const int64_t first = static_cast<int64_t>(i) * window.cell_columns + left;
-    squared_distances(token, centres + first * stride, width, stride, distances.data());
-    for (int32_t j = 0; j < width; ++j) {
-      least = distances[j] < least || std::isnan(distances[j]) ? distances[j] : least;
-      if (std::isnan(least)) {
-        return least;
-      }
-    }
+  for (int64_t slot = 0; slot < count && !std::isnan(least); ++slot) {
+    least = distances[slot] < least || std::isnan(distances[slot]) ? distances[slot] : least;
   }
   return least;
+}
+
+// The mean of a window's tokens: of every row of tokens first, then of these.
+template <typename T>
+void mean_token(const Map<const T>& tokens, const Window& window, float* mean) {
+  const int64_t stride = padded(tokens.channels);
+  Buffer rows(window.height * stride);
+  at::parallel_for(0, window.height, 1, [&](int64_t begin, int64_t end) {
+    Terms<T> terms;
+    for (int64_t y = begin; y < end; ++y) {
+      terms.clear();
+      for (int64_t x = 0; x < window.width; ++x) {
+        terms.add(token_at(tokens, window, y, x), 1.0f);
+      }
+      terms.sum(tokens.channels, rows.get() + y * stride);
+    }
+  });
+  sum_rows(rows.get(), window.height, stride, mean);
+  for (int64_t c = 0; c < stride; ++c) {
+    mean[c] /= static_cast<float>(window.tokens());
+  }
 }
 
 template <typename T>
 void measure(const Map<const T>& tokens, const Grid& grid, const Window& window, int32_t radius,
              Statistics& out) {
-  const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
-  Buffer z(n * stride), s(k * stride);
-  at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-    load_tokens(tokens, window, begin, end, z.get() + begin * stride);
-  });
-  at::parallel_for(0, k, 4, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> rows(n);
-    Buffer weights(n);
-    for (int64_t cell = begin; cell < end; ++cell) {
-      const Patch patch =
-          pooled_patch(grid, window, static_cast<int32_t>(cell / window.cell_columns),
-                       static_cast<int32_t>(cell % window.cell_columns));
-      const int64_t count = pool(patch, window.width, rows.data(), weights.get());
-      weighted_rows(rows.data(), weights.get(), count, z.get(), stride, stride,
-                    s.get() + cell * stride);
-    }
-  });
-  sum_rows(z.get(), n, stride, out.mean);
-  for (int64_t c = 0; c < stride; ++c) {
-    out.mean[c] /= static_cast<float>(n);
-  }
+  const int64_t n = window.tokens(), stride = padded(tokens.channels);
+  const Candidates candidates(grid, window, radius);
+  Buffer s(window.cells() * stride);
+  initial_centres(tokens, grid, window, s.get());
+  mean_token(tokens, window, out.mean);
   // One place for every token.
   Buffer nearest(n), scatter(n);
-  at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> distances(window.cell_columns);
-    for (int64_t p = begin; p < end; ++p) {
-      const float* token = z.get() + p * stride;
-      squared_distances(token, out.mean, 1, stride, scatter.get() + p);
-      nearest.get()[p] =
-          nearest_distance(grid, window, p, radius, token, s.get(), stride, distances);
-    }
-  });
+  for_each_token(tokens, grid, window, candidates, s.get(),
+                 [&](int32_t y, int32_t x, const float* token, const float* distances) {
+                   const int64_t p = static_cast<int64_t>(y) * window.width + x;
+                   squared_distances(token, 1, out.mean, 1, stride, scatter.get() + p, 1);
+                   nearest.get()[p] = least_of(distances, candidates.count(y, x));
+                 });
   out.scatter = out.nearest = 0.0;
   for (int64_t p = 0; p < n; ++p) {
     out.scatter += scatter.get()[p];

@@ -1,6 +1,6 @@
-// The three inner loops that take the time, in two widths: the one that the whole extension is
-// compiled for, and AVX-512, chosen when torch itself uses AVX-512 (ATEN_CPU_CAPABILITY overrides
-// it). Sums run in a fixed order, so that the same input gives the same bits on the same machine.
+// The inner loops that take the time, in two widths: the one that the whole extension is compiled
+// for, and AVX-512, chosen when torch itself uses AVX-512 (ATEN_CPU_CAPABILITY overrides it). Sums
+// run in a fixed order, so that the same input gives the same bits on the same machine.
 #include "cpu/vector.h"
 
 #include <algorithm>
@@ -16,68 +16,140 @@ namespace {
 // the widest would depend on how the caller is compiled.
 template <int Bytes>
 struct Vector {
-  typedef float type __attribute__((vector_size(Bytes), aligned(4), may_alias));
+  typedef float floats __attribute__((vector_size(Bytes), aligned(4), may_alias));
+  typedef uint32_t bits __attribute__((vector_size(Bytes), aligned(4), may_alias));
 };
 
 template <int Bytes>
-EXPEDITE_INLINE const typename Vector<Bytes>::type& load(const float* p) {
-  return *reinterpret_cast<const typename Vector<Bytes>::type*>(p);
+using Floats = typename Vector<Bytes>::floats;
+template <int Bytes>
+using Bits = typename Vector<Bytes>::bits;
+
+template <int Bytes>
+EXPEDITE_INLINE void load(const float* p, Floats<Bytes>& out) {
+  out = *reinterpret_cast<const Floats<Bytes>*>(p);
+}
+
+// Two registers of values from p on. Of 16-bit types the first holds those at even places and the
+// second those at odd ones, because that takes no shuffle; `store_pair` puts them into order.
+template <int Bytes>
+EXPEDITE_INLINE void load_pair(const float* p, Floats<Bytes>& first, Floats<Bytes>& second) {
+  load<Bytes>(p, first);
+  load<Bytes>(p + Bytes / 4, second);
+}
+
+template <int Bytes>
+EXPEDITE_INLINE void load_pair(const at::BFloat16* p, Floats<Bytes>& even, Floats<Bytes>& odd) {
+  Bits<Bytes> bits;
+  std::memcpy(&bits, p, Bytes);
+  const Bits<Bytes> low = bits << 16, high = bits & 0xffff0000u;
+  std::memcpy(&even, &low, Bytes);
+  std::memcpy(&odd, &high, Bytes);
+}
+
+// Widens the lower half of every lane. The machines' own conversions want their values side by side
+// and have another name for every width.
+template <int Bytes>
+EXPEDITE_INLINE void widen(const Bits<Bytes>& halves, Floats<Bytes>& out) {
+  const Bits<Bytes> magnitude = (halves & 0x7fffu) << 13;
+  std::memcpy(&out, &magnitude, Bytes);
+  // The exponents' biases differ by 112; a product gets subnormals right, too.
+  out *= 0x1p112f;
+  Bits<Bytes> bits;
+  std::memcpy(&bits, &out, Bytes);
+  // Infinity and NaN: all ones in the exponent.
+  bits |= (magnitude >= 0x0f800000u) & 0x7f800000u;
+  bits |= (halves & 0x8000u) << 16;
+  std::memcpy(&out, &bits, Bytes);
+}
+
+template <int Bytes>
+EXPEDITE_INLINE void load_pair(const at::Half* p, Floats<Bytes>& even, Floats<Bytes>& odd) {
+  Bits<Bytes> bits;
+  std::memcpy(&bits, p, Bytes);
+  widen<Bytes>(bits, even);
+  widen<Bytes>(bits >> 16, odd);
+}
+
+template <int Bytes, typename T>
+EXPEDITE_INLINE void store_pair(const Floats<Bytes>& first, const Floats<Bytes>& second,
+                                float* out) {
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(out, &first, Bytes);
+    std::memcpy(out + Bytes / 4, &second, Bytes);
+  } else {
+    for (int lane = 0; lane < Bytes / 4; ++lane) {
+      out[2 * lane] = first[lane];
+      out[2 * lane + 1] = second[lane];
+    }
+  }
 }
 
 // Adds the halves until one number is left.
 template <int Bytes>
-EXPEDITE_INLINE float sum(const typename Vector<Bytes>::type& v) {
+EXPEDITE_INLINE float sum(const Floats<Bytes>& v) {
   if constexpr (Bytes == 8) {
     return v[0] + v[1];
   } else {
-    typename Vector<Bytes / 2>::type half[2];
+    Floats<Bytes / 2> half[2];
     std::memcpy(half, &v, Bytes);
     return sum<Bytes / 2>(half[0] + half[1]);
   }
 }
 
-// 4 x 3 sums in registers: 12 independent chains hide the latency of multiply-add, and with 7
-// operands they still fit the 16 registers of AVX2. 12 rows of b stay in the first-level cache.
-constexpr int kTileA = 4, kTileB = 3;
+// A x B dot products or squared distances, all in registers.
+template <int Bytes, int A, int B, bool Distances>
+EXPEDITE_INLINE void tile(const float* const* a, const float* const* b, int64_t ld,
+                          Floats<Bytes> (&sums)[A][B]) {
+  for (int64_t c = 0; c < ld; c += Bytes / 4) {
+    Floats<Bytes> va[A];
+#pragma GCC unroll 8
+    for (int s = 0; s < A; ++s) {
+      load<Bytes>(a[s] + c, va[s]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < B; ++t) {
+      Floats<Bytes> vb;
+      load<Bytes>(b[t] + c, vb);
+#pragma GCC unroll 8
+      for (int s = 0; s < A; ++s) {
+        if constexpr (Distances) {
+          const Floats<Bytes> difference = va[s] - vb;
+          sums[s][t] += difference * difference;
+        } else {
+          sums[s][t] += va[s] * vb;
+        }
+      }
+    }
+  }
+}
+
+// Tiles hide the latency of multiply-add and reuse every load; 4 x 4 is the fastest that fits the
+// 32 registers of AVX-512, 4 x 3 the 16 of AVX2. 12 rows of b stay in the first caches.
 constexpr int64_t kBlockB = 12;
 
 template <int Bytes>
 EXPEDITE_INLINE void dots_body(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld,
                                float* out, int64_t ldo) {
-  using V = typename Vector<Bytes>::type;
-  constexpr int64_t kWidth = Bytes / 4;
+  constexpr int A = 4, B = Bytes == 64 ? 4 : 3;
   for (int64_t block = 0; block < nb; block += kBlockB) {
     const int64_t block_end = std::min(block + kBlockB, nb);
-    for (int64_t i = 0; i < na; i += kTileA) {
-      const float* pa[kTileA];
-      for (int t = 0; t < kTileA; ++t) {
-        pa[t] = a + std::min(i + t, na - 1) * ld;
+    for (int64_t i = 0; i < na; i += A) {
+      const float* pa[A];
+      for (int s = 0; s < A; ++s) {
+        pa[s] = a + std::min(i + s, na - 1) * ld;
       }
-      for (int64_t j = block; j < block_end; j += kTileB) {
-        const float* pb[kTileB];
-        for (int t = 0; t < kTileB; ++t) {
+      for (int64_t j = block; j < block_end; j += B) {
+        const float* pb[B];
+        for (int t = 0; t < B; ++t) {
           pb[t] = b + std::min(j + t, nb - 1) * ld;
         }
-        V sums[kTileA][kTileB] = {};
-        for (int64_t c = 0; c < ld; c += kWidth) {
-          V vb[kTileB];
-#pragma GCC unroll 3
-          for (int t = 0; t < kTileB; ++t) {
-            vb[t] = load<Bytes>(pb[t] + c);
-          }
-#pragma GCC unroll 4
-          for (int s = 0; s < kTileA; ++s) {
-            const V va = load<Bytes>(pa[s] + c);
-#pragma GCC unroll 3
-            for (int t = 0; t < kTileB; ++t) {
-              sums[s][t] += va * vb[t];
-            }
-          }
-        }
-#pragma GCC unroll 4
-        for (int s = 0; s < kTileA; ++s) {
-#pragma GCC unroll 3
-          for (int t = 0; t < kTileB; ++t) {
+        Floats<Bytes> sums[A][B] = {};
+        tile<Bytes, A, B, false>(pa, pb, ld, sums);
+#pragma GCC unroll 8
+        for (int s = 0; s < A; ++s) {
+#pragma GCC unroll 8
+          for (int t = 0; t < B; ++t) {
             if (i + s < na && j + t < block_end) {
               out[(i + s) * ldo + j + t] = sum<Bytes>(sums[s][t]);
             }
@@ -88,101 +160,178 @@ EXPEDITE_INLINE void dots_body(const float* a, int64_t na, const float* b, int64
   }
 }
 
-template <int Bytes, int Registers>
-EXPEDITE_INLINE int64_t weighted_rows_part(const int32_t* rows, const float* weights, int64_t count,
-                                           const float* base, int64_t ld, int64_t c,
-                                           int64_t columns, float* out) {
-  using V = typename Vector<Bytes>::type;
-  constexpr int64_t kWidth = Bytes / 4;
-  for (; c + Registers * kWidth <= columns; c += Registers * kWidth) {
-    V sums[Registers] = {};
-    for (int64_t r = 0; r < count; ++r) {
-      const float* row = base + rows[r] * ld + c;
-      const float weight = weights[r];
+template <int Bytes, int A, int B>
+EXPEDITE_INLINE void distances_tile(const float* a, const float* b, int64_t ld, float* out,
+                                    int64_t ldo) {
+  const float *pa[A], *pb[B];
+  for (int s = 0; s < A; ++s) {
+    pa[s] = a + s * ld;
+  }
+  for (int t = 0; t < B; ++t) {
+    pb[t] = b + t * ld;
+  }
+  Floats<Bytes> sums[A][B] = {};
+  tile<Bytes, A, B, true>(pa, pb, ld, sums);
 #pragma GCC unroll 8
-      for (int t = 0; t < Registers; ++t) {
-        sums[t] += weight * load<Bytes>(row + t * kWidth);
+  for (int s = 0; s < A; ++s) {
+#pragma GCC unroll 8
+    for (int t = 0; t < B; ++t) {
+      out[s * ldo + t] = sum<Bytes>(sums[s][t]);
+    }
+  }
+}
+
+template <int Bytes, int A>
+EXPEDITE_INLINE void distances_rows(const float* a, const float* b, int64_t nb, int64_t ld,
+                                    float* out, int64_t ldo) {
+  int64_t j = 0;
+  // 5 and 3 in one go: the cells of a row in the usual neighbourhoods.
+  for (; j + 5 <= nb; j += 5) {
+    distances_tile<Bytes, A, 5>(a, b + j * ld, ld, out + j, ldo);
+  }
+  for (; j + 3 <= nb; j += 3) {
+    distances_tile<Bytes, A, 3>(a, b + j * ld, ld, out + j, ldo);
+  }
+  for (; j < nb; ++j) {
+    distances_tile<Bytes, A, 1>(a, b + j * ld, ld, out + j, ldo);
+  }
+}
+
+template <int Bytes>
+EXPEDITE_INLINE void squared_distances_body(const float* a, int64_t na, const float* b, int64_t nb,
+                                            int64_t ld, float* out, int64_t ldo) {
+  int64_t i = 0;
+  for (; i + 4 <= na; i += 4) {
+    distances_rows<Bytes, 4>(a + i * ld, b, nb, ld, out + i * ldo, ldo);
+  }
+  for (; i + 2 <= na; i += 2) {
+    distances_rows<Bytes, 2>(a + i * ld, b, nb, ld, out + i * ldo, ldo);
+  }
+  for (; i < na; ++i) {
+    distances_rows<Bytes, 1>(a + i * ld, b, nb, ld, out + i * ldo, ldo);
+  }
+}
+
+// Where the rows of a weighted sum are.
+template <typename T>
+struct Pointers {
+  using Value = T;
+  const T* const* rows;
+  EXPEDITE_INLINE const T* operator()(int64_t r) const { return rows[r]; }
+};
+
+struct Table {
+  using Value = float;
+  const int32_t* rows;
+  const float* base;
+  int64_t ld;
+  EXPEDITE_INLINE const float* operator()(int64_t r) const { return base + rows[r] * ld; }
+};
+
+// What is subtracted from plain rows.
+struct Nothing {};
+
+template <typename Subtracted>
+constexpr bool kDifferences = !std::is_same_v<Subtracted, Nothing>;
+
+template <int Bytes, int Pairs, typename Rows, typename Subtracted>
+EXPEDITE_INLINE int64_t weighted_part(const Rows& rows, const Subtracted& subtracted,
+                                      const float* weights, int64_t count, int64_t c,
+                                      int64_t columns, float* out) {
+  constexpr int64_t kPair = Bytes / 2;
+  for (; c + Pairs * kPair <= columns; c += Pairs * kPair) {
+    Floats<Bytes> sums[2 * Pairs] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      const float weight = weights[r];
+#pragma GCC unroll 4
+      for (int t = 0; t < Pairs; ++t) {
+        Floats<Bytes> first, second;
+        load_pair<Bytes>(rows(r) + c + t * kPair, first, second);
+        if constexpr (kDifferences<Subtracted>) {
+          Floats<Bytes> minus_first, minus_second;
+          load_pair<Bytes>(subtracted(r) + c + t * kPair, minus_first, minus_second);
+          first -= minus_first;
+          second -= minus_second;
+        }
+        sums[2 * t] += weight * first;
+        sums[2 * t + 1] += weight * second;
       }
     }
-    std::memcpy(out + c, sums, sizeof(sums));
+#pragma GCC unroll 4
+    for (int t = 0; t < Pairs; ++t) {
+      store_pair<Bytes, typename Rows::Value>(sums[2 * t], sums[2 * t + 1], out + c + t * kPair);
+    }
   }
   return c;
 }
 
-// 8 independent chains hide the latency of multiply-add; what is left over takes fewer.
-template <int Bytes>
-EXPEDITE_INLINE void weighted_rows_body(const int32_t* rows, const float* weights, int64_t count,
-                                        const float* base, int64_t ld, int64_t columns,
-                                        float* out) {
-  int64_t c = 0;
-  c = weighted_rows_part<Bytes, 8>(rows, weights, count, base, ld, c, columns, out);
-  c = weighted_rows_part<Bytes, 4>(rows, weights, count, base, ld, c, columns, out);
-  c = weighted_rows_part<Bytes, 2>(rows, weights, count, base, ld, c, columns, out);
-  weighted_rows_part<Bytes, 1>(rows, weights, count, base, ld, c, columns, out);
-}
-
-template <int Bytes, int Rows>
-EXPEDITE_INLINE void squared_distances_part(const float* a, const float* b, int64_t ld,
-                                            float* out) {
-  using V = typename Vector<Bytes>::type;
-  constexpr int64_t kWidth = Bytes / 4;
-  V sums[Rows] = {};
-  for (int64_t c = 0; c < ld; c += kWidth) {
-    const V va = load<Bytes>(a + c);
-#pragma GCC unroll 8
-    for (int t = 0; t < Rows; ++t) {
-      const V difference = va - load<Bytes>(b + t * ld + c);
-      sums[t] += difference * difference;
+// The columns that fill no pair of registers, one by one: nothing is read beyond the end of a row.
+template <typename Rows, typename Subtracted>
+EXPEDITE_INLINE void weighted_rest(const Rows& rows, const Subtracted& subtracted,
+                                   const float* weights, int64_t count, int64_t c, int64_t columns,
+                                   float* out) {
+  std::fill(out + c, out + padded(columns), 0.0f);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = c; i < columns; ++i) {
+      auto term = static_cast<float>(rows(r)[i]);
+      if constexpr (kDifferences<Subtracted>) {
+        term -= static_cast<float>(subtracted(r)[i]);
+      }
+      out[i] += weights[r] * term;
     }
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < Rows; ++t) {
-    out[t] = sum<Bytes>(sums[t]);
-  }
 }
 
-template <int Bytes>
-EXPEDITE_INLINE void squared_distances_body(const float* a, const float* b, int64_t count,
-                                            int64_t ld, float* out) {
-  int64_t r = 0;
-  // 5 in one go: the cells of a row in the usual neighbourhood.
-  for (; r + 5 <= count; r += 5) {
-    squared_distances_part<Bytes, 5>(a, b + r * ld, ld, out + r);
-  }
-  for (; r + 2 <= count; r += 2) {
-    squared_distances_part<Bytes, 2>(a, b + r * ld, ld, out + r);
-  }
-  for (; r < count; ++r) {
-    squared_distances_part<Bytes, 1>(a, b + r * ld, ld, out + r);
-  }
+// 8 independent chains hide the latency of multiply-add; what is left over takes fewer.
+template <int Bytes, typename Rows, typename Subtracted>
+EXPEDITE_INLINE void weighted_body(const Rows& rows, const Subtracted& subtracted,
+                                   const float* weights, int64_t count, int64_t columns,
+                                   float* out) {
+  int64_t c = 0;
+  c = weighted_part<Bytes, 4>(rows, subtracted, weights, count, c, columns, out);
+  c = weighted_part<Bytes, 2>(rows, subtracted, weights, count, c, columns, out);
+  c = weighted_part<Bytes, 1>(rows, subtracted, weights, count, c, columns, out);
+  weighted_rest(rows, subtracted, weights, count, c, columns, out);
 }
 
 constexpr int kNarrow = 32;
 
 #if defined(__x86_64__)
 constexpr int kWide = 64;
+#define EXPEDITE_WIDE [[gnu::target("avx512f")]]
 
 bool wide() {
   static const bool answer = at::get_cpu_capability() == "AVX512";
   return answer;
 }
 
-[[gnu::target("avx512f")]] void dots_wide(const float* a, int64_t na, const float* b, int64_t nb,
-                                          int64_t ld, float* out, int64_t ldo) {
+EXPEDITE_WIDE void dots_wide(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld,
+                             float* out, int64_t ldo) {
   dots_body<kWide>(a, na, b, nb, ld, out, ldo);
 }
 
-[[gnu::target("avx512f")]] void weighted_rows_wide(const int32_t* rows, const float* weights,
-                                                   int64_t count, const float* base, int64_t ld,
-                                                   int64_t columns, float* out) {
-  weighted_rows_body<kWide>(rows, weights, count, base, ld, columns, out);
+EXPEDITE_WIDE void squared_distances_wide(const float* a, int64_t na, const float* b, int64_t nb,
+                                          int64_t ld, float* out, int64_t ldo) {
+  squared_distances_body<kWide>(a, na, b, nb, ld, out, ldo);
 }
 
-[[gnu::target("avx512f")]] void squared_distances_wide(const float* a, const float* b,
-                                                       int64_t count, int64_t ld, float* out) {
-  squared_distances_body<kWide>(a, b, count, ld, out);
+template <typename Rows, typename Subtracted>
+EXPEDITE_WIDE void weighted_wide(const Rows& rows, const Subtracted& subtracted,
+                                 const float* weights, int64_t count, int64_t columns, float* out) {
+  weighted_body<kWide>(rows, subtracted, weights, count, columns, out);
 }
 #endif
+
+template <typename Rows, typename Subtracted>
+void weighted(const Rows& rows, const Subtracted& subtracted, const float* weights, int64_t count,
+              int64_t columns, float* out) {
+#if defined(__x86_64__)
+  if (wide()) {
+    return weighted_wide(rows, subtracted, weights, count, columns, out);
+  }
+#endif
+  weighted_body<kNarrow>(rows, subtracted, weights, count, columns, out);
+}
 
 }  // namespace
 
@@ -196,23 +345,39 @@ void dots(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld, fl
   dots_body<kNarrow>(a, na, b, nb, ld, out, ldo);
 }
 
-void weighted_rows(const int32_t* rows, const float* weights, int64_t count, const float* base,
-                   int64_t ld, int64_t columns, float* out) {
+void squared_distances(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld,
+                       float* out, int64_t ldo) {
 #if defined(__x86_64__)
   if (wide()) {
-    return weighted_rows_wide(rows, weights, count, base, ld, columns, out);
+    return squared_distances_wide(a, na, b, nb, ld, out, ldo);
   }
 #endif
-  weighted_rows_body<kNarrow>(rows, weights, count, base, ld, columns, out);
+  squared_distances_body<kNarrow>(a, na, b, nb, ld, out, ldo);
 }
 
-void squared_distances(const float* a, const float* b, int64_t count, int64_t ld, float* out) {
-#if defined(__x86_64__)
-  if (wide()) {
-    return squared_distances_wide(a, b, count, ld, out);
-  }
-#endif
-  squared_distances_body<kNarrow>(a, b, count, ld, out);
+template <typename T>
+void weighted_rows(const T* const* rows, const float* weights, int64_t count, int64_t columns,
+                   float* out) {
+  weighted(Pointers<T>{rows}, Nothing{}, weights, count, columns, out);
 }
+
+void weighted_rows(const int32_t* rows, const float* weights, int64_t count, const float* base,
+                   int64_t ld, int64_t columns, float* out) {
+  weighted(Table{rows, base, ld}, Nothing{}, weights, count, columns, out);
+}
+
+template <typename T>
+void weighted_differences(const T* const* rows, const T* const* subtracted, const float* weights,
+                          int64_t count, int64_t columns, float* out) {
+  weighted(Pointers<T>{rows}, Pointers<T>{subtracted}, weights, count, columns, out);
+}
+
+#define EXPEDITE_INSTANTIATE(T)                                                               \
+  template void weighted_rows(const T* const*, const float*, int64_t, int64_t, float*);       \
+  template void weighted_differences(const T* const*, const T* const*, const float*, int64_t, \
+                                     int64_t, float*);
+EXPEDITE_INSTANTIATE(float)
+EXPEDITE_INSTANTIATE(at::BFloat16)
+EXPEDITE_INSTANTIATE(at::Half)
 
 }  // namespace expedite_d2::cpu

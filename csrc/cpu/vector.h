@@ -13,9 +13,9 @@
 
 namespace expedite_d2::cpu {
 
-// Rows are padded with zeros to a multiple of the widest register (16 floats of AVX-512), so that
-// no kernel needs a remainder loop over channels.
-constexpr int64_t kLanes = 16;
+// Rows of floats are padded with zeros to a multiple of two of the widest registers (16 floats of
+// AVX-512), so that no loop over their channels needs a remainder.
+constexpr int64_t kLanes = 32;
 
 inline int64_t padded(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
@@ -41,13 +41,24 @@ class Buffer {
 void dots(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld, float* out,
           int64_t ldo);
 
-// out[c] = sum_r weights[r] * base[rows[r] * ld + c] for c < columns, in the order of r. `columns`
-// is padded; `base` needs to be readable up to there.
+// out[i * ldo + j] = sum_c (a[i * ld + c] - b[j * ld + c])^2 for i < na, j < nb. `ld` is padded.
+void squared_distances(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld,
+                       float* out, int64_t ldo);
+
+// out[c] = sum_r weights[r] * rows[r][c] for c < columns, in the order of r, and 0 from there to
+// padded(columns). T is float, at::BFloat16 or at::Half; the rows need no padding.
+template <typename T>
+void weighted_rows(const T* const* rows, const float* weights, int64_t count, int64_t columns,
+                   float* out);
+
+// The same of rows base[rows[r] * ld + c]. `columns` is padded, and readable in every row.
 void weighted_rows(const int32_t* rows, const float* weights, int64_t count, const float* base,
                    int64_t ld, int64_t columns, float* out);
 
-// out[r] = sum_c (a[c] - b[r * ld + c])^2 for r < count. `ld` is padded.
-void squared_distances(const float* a, const float* b, int64_t count, int64_t ld, float* out);
+// The sum of differences rows[r][c] - subtracted[r][c], otherwise as the first.
+template <typename T>
+void weighted_differences(const T* const* rows, const T* const* subtracted, const float* weights,
+                          int64_t count, int64_t columns, float* out);
 
 // exp(x) for x <= 0 to about 1e-7 relative, 0 below kLeastExponent, NaN for NaN. Free of branches
 // and calls, so that loops over it become vector code.

@@ -49,12 +49,13 @@ inline Window window_at(const Grid& grid, int64_t index) {
 }
 
 // Calls f(window) for every window of the batch. Many windows are shared out among the threads; of
-// few windows each is left to all threads, which `f` uses by at::parallel_for (within a parallel
-// region that runs serially). Results must not depend on which of the two it is.
+// few windows, whose shares would be uneven, each is left to all threads, which `f` uses by
+// at::parallel_for (within a parallel region that runs serially). Results must not depend on which
+// of the two it is.
 template <typename F>
 void for_each_window(const Grid& grid, int64_t batch, const F& f) {
   const int64_t count = batch * windows_of_image(grid);
-  if (count >= at::get_num_threads()) {
+  if (count >= 8 * at::get_num_threads()) {
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         f(window_at(grid, index));
@@ -90,6 +91,11 @@ struct Map {
   }
 };
 
+template <typename T>
+const T* token_at(const Map<const T>& tokens, const Window& window, int64_t y, int64_t x) {
+  return tokens.at(window.batch, window.top + y, window.left + x);
+}
+
 // Keeps any strides but those of the channels, for which it copies.
 inline at::Tensor with_dense_channels(const at::Tensor& map) {
   return map.size(3) == 1 || map.stride(3) == 1 ? map : map.contiguous();
@@ -111,8 +117,8 @@ void load_tokens(const Map<const T>& tokens, const Window& window, int64_t begin
                  float* rows) {
   const int64_t stride = padded(tokens.channels);
   for (int64_t p = begin; p < end; ++p) {
-    load_row(tokens.at(window.batch, window.top + p / window.width, window.left + p % window.width),
-             tokens.channels, rows + (p - begin) * stride);
+    load_row(token_at(tokens, window, p / window.width, p % window.width), tokens.channels,
+             rows + (p - begin) * stride);
   }
 }
 
@@ -187,17 +193,24 @@ inline Patch hull_of(const Patch& a, const Patch& b) {
           std::max(a.right, b.right)};
 }
 
-// Rows and equal weights of a cell's first average; returns how many.
-inline int64_t pool(const Patch& patch, int32_t width, int32_t* rows, float* weights) {
-  int64_t count = 0;
-  const float weight = 1.0f / static_cast<float>(patch.size());
-  for (int32_t y = patch.top; y < patch.bottom; ++y) {
-    for (int32_t x = patch.left; x < patch.right; ++x, ++count) {
-      rows[count] = y * width + x;
-      weights[count] = weight;
-    }
+// Rows and their weights in a sum.
+template <typename T>
+struct Terms {
+  std::vector<const T*> rows;
+  std::vector<float> weights;
+
+  void clear() {
+    rows.clear();
+    weights.clear();
   }
-  return count;
-}
+  void add(const T* row, float weight) {
+    rows.push_back(row);
+    weights.push_back(weight);
+  }
+  // out (padded columns)
+  void sum(int64_t columns, float* out) const {
+    weighted_rows(rows.data(), weights.data(), static_cast<int64_t>(rows.size()), columns, out);
+  }
+};
 
 }  // namespace expedite_d2::cpu
