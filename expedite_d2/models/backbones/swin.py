@@ -19,14 +19,14 @@ from expedite_d2.models.backbones.swin_blocks import (
     PatchMerging,
     SwinBlock,
     WindowAttention,
-    Windows,
 )
 from expedite_d2.models.backbones.swin_v2_blocks import (
     CosineWindowAttention,
     PatchMergingV2,
     SwinV2Block,
 )
-from expedite_d2.patch.windows import relative_position_index, shift_mask
+from expedite_d2.models.backbones.swin_windows import Windows, window_layout
+from expedite_d2.patch.windows import relative_position_index
 
 
 class SwinStage(nn.Module):
@@ -46,14 +46,8 @@ class SwinStage(nn.Module):
     ) -> Windows:
         """Geometry of the windows on a map (B, H, W, C) of tokens or clusters."""
         shift = (size[0] // 2, size[1] // 2)
-        return Windows(size, shift, self._mask(x, size, shift), positions, resample)
-
-    def _mask(self, x: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> Tensor | None:
-        if not any(block.shifted for block in self.blocks):
-            return None
-        height, width = x.shape[1:3]
-        grid = (height + -height % size[0], width + -width % size[1])
-        return shift_mask(grid, size, shift, x.device)
+        plain, shifted = (window_layout(*x.shape[:3], size, by, x.device) for by in ((0, 0), shift))
+        return Windows(size, plain, shifted, positions, resample)
 
 
 @BACKBONE_REGISTRY.register()

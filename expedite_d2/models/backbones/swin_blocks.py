@@ -9,31 +9,20 @@ of clusters, and nothing of a forward pass stays on a module.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-
-class Windows(NamedTuple):
-    """The windows that a block attends in.
-
-    Attributes:
-        size: rows and columns of a window, (M_h, M_w), N = M_h * M_w.
-        shift: rows and columns by which every second block rolls the map.
-        mask: (windows, 1, N, N), added to the logits of rolled maps; None if no block rolls.
-        positions: (N, N), row of the position bias table for each pair of positions in a window.
-        resample: where the offsets between clusters lie, as the blocks' attention gave it
-            (`resampling`); None for the offsets between tokens.
-    """
-
-    size: tuple[int, int]
-    shift: tuple[int, int]
-    mask: Tensor | None
-    positions: Tensor
-    resample: Tensor | None = None
+from expedite_d2.models.backbones.swin_windows import (
+    Windows,
+    attend,
+    bias_of_pairs,
+    partition,
+    unpartition,
+)
 
 
 def _linear_weights(window: int, clusters: int) -> Tensor:
@@ -61,74 +50,12 @@ def position_resampling(window: int, clusters: tuple[int, int]) -> Tensor:
     return torch.kron(rows, columns).float()
 
 
-def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) -> (B * windows, M_h * M_w, C); H and W are multiples of the window."""
-    batch, height, width, channels = x.shape
-    h, w = window
-    x = x.view(batch, height // h, h, width // w, w, channels)
-    return x.transpose(2, 3).reshape(-1, h * w, channels)
-
-
-def unpartition(x: Tensor, window: tuple[int, int], height: int, width: int) -> Tensor:
-    """(B * windows, M_h * M_w, C) -> (B, H, W, C), the inverse of `partition`."""
-    h, w = window
-    x = x.view(-1, height // h, width // w, h, w, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
-
-
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B * windows, N, 3C) -> query, key and value, each (B * windows, heads, N, C / heads)."""
+    """(windows, N, 3C) -> query, key and value, each (windows, heads, N, C / heads)."""
     count, positions, channels = qkv.shape
     qkv = qkv.view(count, positions, 3, heads, channels // (3 * heads))
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
-
-
-def bias_of_pairs(table: Tensor, positions: Tensor) -> Tensor:
-    """Bias of each head for each pair of positions in a window.
-
-    Args:
-        table: (rows, heads), a row for each relative position.
-        positions: (N, N), row of each pair.
-
-    Returns:
-        (heads, N, N).
-    """
-    # One gather a head: several times faster than indexing rows and transposing after.
-    index = positions.view(1, -1).expand(table.shape[1], -1)
-    return table.t().contiguous().gather(1, index).view(-1, *positions.shape)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scale: float | None,
-) -> Tensor:
-    """Attention within each window.
-
-    Args:
-        query, key, value: (B * windows, heads, N, d).
-        bias: (heads, N, N), added to the logits.
-        mask: (windows, 1, N, N), added to the logits, or None.
-        dropout: probability of dropping a weight.
-        scale: factor of the products of queries and keys; None for 1 / sqrt(d).
-
-    Returns:
-        (B * windows, N, heads * d).
-    """
-    count, heads, positions, depth = value.shape
-    bias = bias[None]
-    if mask is not None:
-        images = count // mask.shape[0]
-        bias = bias + (mask if images == 1 else mask.repeat(images, 1, 1, 1))
-    x = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout, scale=scale
-    )
-    return x.transpose(1, 2).reshape(count, positions, heads * depth)
 
 
 class WindowAttention(nn.Module):
@@ -172,12 +99,12 @@ class WindowAttention(nn.Module):
         return bias_of_pairs(table, windows.positions)
 
     def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:
-        """Attend within each window: (B * windows, N, C) -> the same shape.
+        """Attend within each window: (windows, N, C) -> the same shape.
 
         Args:
             x: windows of tokens.
             windows: their geometry.
-            mask: (windows, 1, N, N) to add to the logits, or None.
+            mask: (windows with a seam, 1, N, N), added to the logits of the last ones, or None.
         """
         query, key, value = split_heads(self.qkv(x), self.num_heads)
         dropout = self.attn_drop if self.training else 0.0
@@ -226,21 +153,9 @@ class SwinBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor, windows: Windows) -> Tensor:
-        height, width = x.shape[1:3]
-        bottom, right = -height % windows.size[0], -width % windows.size[1]
-        if bottom or right:
-            # As official Swin: after the norm (v1), unmasked, and before the roll.
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        padded_height, padded_width = x.shape[1:3]
-        rows, columns = windows.shift
-        if self.shifted:
-            x = torch.roll(x, shifts=(-rows, -columns), dims=(1, 2))
-        x = partition(x, windows.size)
-        x = self.attn(x, windows, windows.mask if self.shifted else None)
-        x = unpartition(x, windows.size, padded_height, padded_width)
-        if self.shifted:
-            x = torch.roll(x, shifts=(rows, columns), dims=(1, 2))
-        return x[:, :height, :width]
+        layout = windows.shifted if self.shifted else windows.layout
+        attended = self.attn(partition(x, windows, layout), windows, layout.mask)
+        return unpartition(attended, layout, x.shape)
 
 
 def concatenate_neighbours(x: Tensor) -> Tensor:

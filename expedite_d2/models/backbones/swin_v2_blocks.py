@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from expedite_d2.models.backbones.swin_blocks import (
     SwinBlock,
-    Windows,
-    attend,
-    bias_of_pairs,
     concatenate_neighbours,
     split_heads,
 )
+from expedite_d2.models.backbones.swin_windows import Windows, attend, bias_of_pairs
 
 MAX_LOGIT_SCALE = math.log(100.0)
 MAX_BIAS = 16.0
@@ -97,12 +95,12 @@ class CosineWindowAttention(nn.Module):
         return bias_of_pairs(MAX_BIAS * table.sigmoid(), windows.positions)
 
     def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:
-        """Attend within each window: (B * windows, N, C) -> the same shape.
+        """Attend within each window: (windows, N, C) -> the same shape.
 
         Args:
             x: windows of tokens.
             windows: their geometry.
-            mask: (windows, 1, N, N) to add to the logits, or None.
+            mask: (windows with a seam, 1, N, N), added to the logits of the last ones, or None.
         """
         bias = None
         if self.q_bias is not None:

@@ -1,0 +1,152 @@
+"""Where the tokens of a map lie in its windows, and attention within them.
+
+A window layout is one permutation of the map's tokens: rolling a map, cutting it into windows and
+the way back are a gather each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expedite_d2.patch.windows import shift_mask
+
+
+class Layout(NamedTuple):
+    """The windows of all maps of a batch one after the other; those with a seam come last.
+
+    A seam is where a rolled map holds tokens side by side that the image does not: in the windows
+    of its last row and column.
+
+    Attributes:
+        order: (B * H' * W',), number of the token at each place in the windows, among those of the
+            padded maps.
+        inverse: (B * H * W,), the place of each token, padding left out.
+        mask: (windows with a seam, 1, N, N), added to their logits; None if the maps are not
+            rolled.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    mask: Tensor | None
+
+
+def window_layout(
+    batch: int,
+    height: int,
+    width: int,
+    size: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device,
+) -> Layout:
+    """Lay windows of ``size`` over maps (B, H, W), padded at their ends and rolled by ``shift``."""
+    down, across = -(-height // size[0]), -(-width // size[1])
+    tokens = torch.arange(batch * down * size[0] * across * size[1], device=device)
+    maps = tokens.view(batch, down * size[0], across * size[1])
+    rolled = maps.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else maps
+    windows = rolled.view(batch, down, size[0], across, size[1]).transpose(2, 3)
+    mask = None
+    if any(shift):
+        # A map of two by two windows has every kind of seam.
+        kinds = shift_mask((2 * size[0], 2 * size[1]), size, shift, device).unbind(0)
+        bodies = (windows[:, :-1], windows[:, -1:])
+        parts = [part for body in bodies for part in (body[:, :, :-1], body[:, :, -1:])]
+        order = torch.cat([part.reshape(-1) for part in parts])
+        counts = [batch * part.shape[1] * part.shape[2] for part in parts]
+        seams = zip(kinds[1:], counts[1:], strict=True)
+        mask = torch.cat([kind.expand(count, 1, -1, -1) for kind, count in seams])
+    else:
+        order = windows.reshape(-1)
+    inverse = torch.empty_like(order).scatter(0, order, tokens).view_as(maps)
+    return Layout(order, inverse[:, :height, :width].reshape(-1), mask)
+
+
+class Windows(NamedTuple):
+    """The windows that the blocks of a stage attend in.
+
+    Attributes:
+        size: rows and columns of a window, (M_h, M_w), N = M_h * M_w.
+        layout: of the blocks that do not roll the map.
+        shifted: of those that do.
+        positions: (N, N), row of the position bias table for each pair of positions in a window.
+        resample: where the offsets between clusters lie, as the blocks' attention gave it
+            (`resampling`); None for the offsets between tokens.
+    """
+
+    size: tuple[int, int]
+    layout: Layout
+    shifted: Layout
+    positions: Tensor
+    resample: Tensor | None = None
+
+
+def partition(x: Tensor, windows: Windows, layout: Layout) -> Tensor:
+    """(B, H, W, C) -> (windows, N, C)."""
+    height, width, channels = x.shape[1:]
+    bottom, right = -height % windows.size[0], -width % windows.size[1]
+    if bottom or right:
+        # As official Swin: after the norm (v1), unmasked, and before the roll.
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    tokens = x.reshape(-1, channels).index_select(0, layout.order)
+    return tokens.view(-1, windows.size[0] * windows.size[1], channels)
+
+
+def unpartition(x: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+    """(windows, N, C) -> (B, H, W, C) of the given shape, the inverse of `partition`."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, layout.inverse).view(shape)
+
+
+def bias_of_pairs(table: Tensor, positions: Tensor) -> Tensor:
+    """Bias of each head for each pair of positions in a window.
+
+    Args:
+        table: (rows, heads), a row for each relative position.
+        positions: (N, N), row of each pair.
+
+    Returns:
+        (heads, N, N).
+    """
+    # One gather a head: several times faster than indexing rows and transposing after.
+    index = positions.view(1, -1).expand(table.shape[1], -1)
+    return table.t().contiguous().gather(1, index).view(-1, *positions.shape)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    """Attention within each window.
+
+    Args:
+        query, key, value: (windows, heads, N, d).
+        bias: (heads, N, N), added to the logits.
+        mask: (windows with a seam, 1, N, N), added to the logits of the last windows, or None.
+        dropout: probability of dropping a weight.
+        scale: factor of the products of queries and keys; None for 1 / sqrt(d).
+
+    Returns:
+        (windows, N, heads * d).
+    """
+    bias = bias[None].to(query.dtype)
+    # Most windows have no seam: for them the bias of all is never written out.
+    whole = len(query) - (0 if mask is None else len(mask))
+    parts = [(slice(whole), bias)] if whole else []
+    if mask is not None:
+        parts.append((slice(whole, None), bias + mask.to(query.dtype)))
+    outputs = [
+        F.scaled_dot_product_attention(
+            query[part], key[part], value[part], attn_mask=added, dropout_p=dropout, scale=scale
+        )
+        .transpose(1, 2)
+        .flatten(2)
+        for part, added in parts
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
