@@ -10,6 +10,7 @@ import pytest
 import torch
 from swin_cases import images, tiny
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from expedite_d2.hourglass import Reduction
 
@@ -94,3 +95,23 @@ def test_swin_compiles_without_breaks(backend: str, version: int) -> None:
     with torch.no_grad():
         for name, value in compiled(x).items():
             torch.testing.assert_close(value, model(x)[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sizes_compile_once(dynamic: bool) -> None:
+    torch.compiler.reset()
+    stages = {"depths": [1, 2], "num_heads": [1, 2], "out_features": ["res2", "res3"]}
+    model = tiny(Reduction(1, (2, 2)), **stages)
+    graphs = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=dynamic)
+    # Multiples of the windows, three or more a side: one, or padding, has a graph of its own.
+    sizes = [(96, 128), (128, 160), (160, 96)]
+    with torch.no_grad():
+        for size in sizes:
+            for name, value in compiled(images(*size)).items():
+                expected = model(images(*size))[name]
+                torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4)
+        assert graphs.frame_count == (1 if dynamic else len(sizes))
+        for size in sizes:
+            compiled(images(*size))
+    assert graphs.frame_count == (1 if dynamic else len(sizes))
