@@ -110,10 +110,12 @@ struct Home {
 
 // Squared distance of home.own(pair) to row(first + lane), which is one of `count`. By all threads
 // of a block; what is returned where there is no such token or row has no meaning.
+// Most of what is read is float32, of which 16 bytes are few channels: V is not more, for any type.
 template <int V, typename T, typename Row>
 __device__ __forceinline__ float pair_distances(const T* tokens, const Home& home, int32_t pair,
                                                 int32_t first, int32_t count, const Row& row,
                                                 int channels) {
+  static_assert(V <= kWide<float>);
   __shared__ float sums[kWarps][kPair][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;

@@ -5,6 +5,7 @@
 // only the candidates of a token are looked at, so the work grows with tokens x neighbourhood^2 and
 // no tokens x centres matrix exists. In device memory this path keeps the centres in float32 (for
 // 16-bit tokens) and one responsibility for each token and candidate.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -94,11 +95,16 @@ struct Reach {
   __device__ bool has(int32_t y) const { return begin <= y && y < end; }
 };
 
-// A token as the warp shares it: its weight in each cell of the quad, where it has one.
-struct __align__(16) Member {
+// What a token has in the cells of a quad.
+struct Shares {
   float weights[kQuad];
-  int64_t token;
   int32_t cells;  // bit k: it belongs to cell k
+};
+
+// A token as a warp's lanes share it.
+struct __align__(16) Member {
+  Shares shares;
+  int64_t token;
 };
 
 // New centres: the mean of the tokens that have the cell as a candidate, weighted by their
@@ -153,8 +159,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         const Reach& row = rows[k / kSide];
         const Reach& column = columns[k % kSide];
         if (row.has(y) && column.has(x)) {
-          own.weights[k] = q[(row.local - upper) * slots.columns + column.local - leftmost];
-          own.cells |= 1 << k;
+          own.shares.weights[k] = q[(row.local - upper) * slots.columns + column.local - leftmost];
+          own.shares.cells |= 1 << k;
         }
       }
     }
@@ -165,22 +171,23 @@ __global__ void __launch_bounds__(kThreads, 2)
         min((count - start + kHelpers - 1) / kHelpers, static_cast<int64_t>(kWarp)));
     for (int first = 0; first < filled; first += kInFlight) {
       float z[kInFlight][V];
+      Shares shares[kInFlight];
 #pragma unroll
       for (int m = 0; m < kInFlight; ++m) {
+        // Behind the last token another one is read, and what is there belongs to no cell.
         load<V>(from + members[warp][min(first + m, filled - 1)].token * channels, z[m]);
+        shares[m] = members[warp][first + m].shares;
       }
 #pragma unroll
       for (int m = 0; m < kInFlight; ++m) {
-        // What lies behind the last token belongs to no cell.
-        const Member& member = members[warp][first + m];
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) {
           // A token out of reach must not be multiplied by 0 either: it may be NaN.
-          if (member.cells >> k & 1) {
-            mass[k] += member.weights[k];
+          if (shares[m].cells >> k & 1) {
+            mass[k] += shares[m].weights[k];
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              sums[k][v] = fmaf(member.weights[k], z[m][v], sums[k][v]);
+              sums[k][v] = fmaf(shares[m].weights[k], z[m][v], sums[k][v]);
             }
           }
         }
@@ -247,7 +254,7 @@ void launch_iterations(Launcher& launch, const Tokens& tokens, int64_t iteration
   const HomeTiles tiles(tokens.grid, tokens.batch);
   launch_pool<T, V, float>(launch, tokens, centres);
   for (int64_t step = 1; step <= iterations; ++step) {
-    launch.blocks(responsibility_kernel<T, V>, tiles.blocks, kThreads, 0,
+    launch.blocks(responsibility_kernel<T, std::min(V, kWide<float>)>, tiles.blocks, kThreads, 0,
                   static_cast<const T*>(tokens.data), centres, temperature, responsibilities,
                   tokens.grid, tiles, radius, candidate_slots(tokens.grid, radius),
                   tokens.channels);

@@ -2,6 +2,7 @@
 //
 // Four launches: centres by pooling, the image's mean token, two distances a token, one sum an
 // image. Every sum has a fixed order, so the same input gives the same bits.
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 
@@ -160,9 +161,9 @@ void launch_distances(Launcher& launch, const Tokens& tokens, int radius, float*
                 kMeanThreads, 0, data, mean, token_count(tokens.grid, 1), tokens.channels);
   launch_pool<T, V, float>(launch, tokens, centres);
   const HomeTiles tiles(tokens.grid, tokens.batch);
-  launch.blocks(distance_kernel<T, V>, tiles.blocks, kThreads, 0, data, centres, mean, nearest,
-                deviation, tokens.grid, tiles, radius, candidate_slots(tokens.grid, radius),
-                tokens.channels);
+  launch.blocks(distance_kernel<T, std::min(V, kWide<float>)>, tiles.blocks, kThreads, 0, data,
+                centres, mean, nearest, deviation, tokens.grid, tiles, radius,
+                candidate_slots(tokens.grid, radius), tokens.channels);
 }
 
 }  // namespace
