@@ -173,10 +173,19 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
   const at::Tensor tokens_ = tokens.contiguous();
   const at::Tensor centres_ = centres.contiguous();
   const std::optional<at::Tensor> spread_ = dense(spread);
-  C10_CUDA_CHECK(launch_token_match(make_tokens(op, tokens_, grid), static_cast<int>(topk),
-                                    make_temperature(temperature, spread_), shared_memory_limit(),
-                                    centres_.const_data_ptr(), indices.mutable_data_ptr<int32_t>(),
-                                    weights.mutable_data_ptr<float>()));
+  const Tokens input = make_tokens(op, tokens_, grid);
+  const int parts = match_parts(input, static_cast<int>(topk));
+  at::Tensor distances, picks;
+  if (parts > 1) {
+    distances =
+        at::empty({tokens.size(0), tokens.size(1), tokens.size(2), parts, topk}, weights.options());
+    picks = at::empty(distances.sizes(), indices.options());
+  }
+  C10_CUDA_CHECK(launch_token_match(
+      input, static_cast<int>(topk), make_temperature(temperature, spread_),
+      centres_.const_data_ptr(), parts > 1 ? distances.mutable_data_ptr<float>() : nullptr,
+      parts > 1 ? picks.mutable_data_ptr<int32_t>() : nullptr, indices.mutable_data_ptr<int32_t>(),
+      weights.mutable_data_ptr<float>()));
   return {indices, weights};
 }
 

@@ -57,10 +57,13 @@ cudaError_t launch_token_cluster_gram(const Tokens& tokens, int64_t iterations, 
                                       Temperature temperature,
                                       void* centres);  // (B, h', w', C)
 
-// `shared_memory`: bytes that a block may have.
+// Parts that the centres are divided into, each with a list of topk for every token. One part needs
+// no scratch.
+int match_parts(const Tokens& tokens, int topk);
 cudaError_t launch_token_match(const Tokens& tokens, int topk, Temperature temperature,
-                               size_t shared_memory,
                                const void* centres,  // (B, h', w', C)
+                               float* distances,     // scratch (B, H, W, parts, topk) or null
+                               int32_t* picks,       // scratch (B, H, W, parts, topk) or null
                                int32_t* indices,     // (B, H, W, topk)
                                float* weights);      // (B, H, W, topk)
 

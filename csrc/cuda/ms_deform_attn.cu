@@ -11,10 +11,6 @@ namespace {
 
 constexpr int kCorners = 4;
 
-// Channels of 16 bytes.
-template <typename T>
-constexpr int kWide = 16 / static_cast<int>(sizeof(T));
-
 // The query and head of a thread, and its place among the lanes that share them.
 struct Item {
   int64_t index;   // of query and head: (b * Q + q) * heads + h
@@ -262,13 +258,6 @@ int lanes_log2(int channels, int vector) {
   return log2;
 }
 
-// Whether heads that start at these addresses can be read 16 bytes at once.
-template <typename T, typename... Pointers>
-bool can_read_wide(const Deformation& sizes, const Pointers*... addresses) {
-  return sizes.channels % kWide<T> == 0 &&
-         ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
-}
-
 int64_t block_count(const Deformation& sizes, int log2) {
   return sizes.batch * ceil_div<int64_t>(sizes.queries, kThreads >> log2) * sizes.heads;
 }
@@ -282,7 +271,7 @@ cudaError_t launch_ms_deform_attn(const Deformation& sizes, const void* value,
     using T = decltype(type);
     const auto* from = static_cast<const T*>(value);
     auto* to = static_cast<T*>(out);
-    const bool wide = can_read_wide<T>(sizes, from, to);
+    const bool wide = can_read_wide<T>(sizes.channels, from, to);
     const int log2 = lanes_log2(sizes.channels, wide ? kWide<T> : 1);
     launch.blocks(wide ? attend_kernel<T, kWide<T>> : attend_kernel<T, 1>, block_count(sizes, log2),
                   kThreads, 0, sizes, log2, from, locations, weights, to);
@@ -299,7 +288,7 @@ cudaError_t launch_ms_deform_attn_backward(const Deformation& sizes, const void*
     using T = decltype(type);
     const auto* of = static_cast<const T*>(grad);
     const auto* from = static_cast<const T*>(value);
-    const bool wide = can_read_wide<T>(sizes, of, from, grad_value);
+    const bool wide = can_read_wide<T>(sizes.channels, of, from, grad_value);
     const int log2 = lanes_log2(sizes.channels, wide ? kWide<T> : 1);
     launch.blocks(wide ? differentiate_kernel<T, kWide<T>> : differentiate_kernel<T, 1>,
                   block_count(sizes, log2), kThreads, 0, sizes, log2, of, from, locations, weights,

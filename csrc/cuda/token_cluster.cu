@@ -1,134 +1,247 @@
 // token_cluster: soft k-means of tokens around the cells of a grid.
 //
 // Two paths with the same result up to rounding. Windows whose Gram matrix fits into shared memory
-// run in one launch (token_cluster_gram.cu). Everything else runs here, a few launches an
-// iteration: only the candidates of a token are looked at, so the work grows with tokens x
-// neighbourhood^2 and no tokens x centres matrix exists. In device memory this path keeps the
-// centres in float32 (for 16-bit tokens) and one responsibility for each token and candidate.
+// run in one launch (token_cluster_gram.cu). Everything else runs here, two launches an iteration:
+// only the candidates of a token are looked at, so the work grows with tokens x neighbourhood^2 and
+// no tokens x centres matrix exists. In device memory this path keeps the centres in float32 (for
+// 16-bit tokens) and one responsibility for each token and candidate.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
+#include "cuda/candidates.cuh"
 #include "cuda/utils.cuh"
 #include "cuda/windows.cuh"
 
 namespace expedite_d2::cuda {
 namespace {
 
-// Softmax of -tau * squared distance over each token's candidates. A warp a token.
+// Softmax of -tau * squared distance over each token's candidates.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     responsibility_kernel(const T* __restrict__ tokens,       // (B, H, W, C)
                           const float* __restrict__ centres,  // (B, h', w', C)
                           Temperature temperature,
                           float* __restrict__ responsibilities,  // (B, H, W, slots)
-                          Grid grid, int radius, Slots slots, int channels, int64_t count) {
-  const int64_t token = global_warp();
-  if (token >= count) {
-    return;
-  }
-  const int lane = threadIdx.x % kWarp;
-  const Position at = position(token, grid.rows.size, grid.columns.size);
-  const Spot row = token_spot(grid.rows, at.row);
-  const Spot column = token_spot(grid.columns, at.column);
-  const int32_t top = grid.rows.first(row.local, radius);
-  const int32_t left = grid.columns.first(column.local, radius);
-  const int32_t height = grid.rows.last(row.local, radius, row.window) - top + 1;
-  const int32_t width = grid.columns.last(column.local, radius, column.window) - left + 1;
-  const float tau = image_temperature(temperature, at.image);
-  const T* z = tokens + token * channels;
-  float* q = responsibilities + token * slots.rows * slots.columns;
-
-  // NaN is left to the sum: fminf skips it, but exp(NaN) makes all of this token's numbers NaN.
-  float least = INFINITY;
-  for (int32_t i = 0; i < height; ++i) {
-    const int64_t line =
-        (at.image * grid.rows.cells() + row.window * grid.rows.clusters + top + i) *
-            grid.columns.cells() +
-        column.window * grid.columns.clusters + left;
-    for (int32_t j = 0; j < width; ++j) {
-      const float d = squared_distance<V>(z, centres + (line + j) * channels, channels);
-      least = fminf(least, d);
-      if (lane == 0) {
-        q[i * slots.columns + j] = d;
+                          Grid grid, HomeTiles tiles, int radius, Slots slots, int channels) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const Home home(grid, radius, tiles);
+  const auto row = [&](int32_t n) { return centres + home.centre(n) * channels; };
+  const float tau = image_temperature(temperature, home.image);
+  for (int32_t pair = home.first_pair; pair < tiles.pairs; pair += tiles.splits) {
+    const int32_t own = home.own(pair);
+    const bool exists = own < home.tokens;
+    float* q = responsibilities + (exists ? home.token(own) * slots.rows * slots.columns : 0);
+    const auto slot = [&](int32_t n) -> float& {
+      return q[n / home.across * slots.columns + n % home.across];
+    };
+    // NaN is left to the sum: fminf skips it, but exp(NaN) makes all of this token's numbers NaN.
+    float least = INFINITY;
+    for (int32_t first = 0; first < slots.rows * slots.columns; first += kWarp) {
+      const float d = pair_distances<V>(tokens, home, pair, first, home.candidates, row, channels);
+      const int32_t n = first + lane;
+      if (exists && n < home.candidates) {
+        slot(n) = d;
+        least = fminf(least, d);
       }
     }
-  }
-  __syncwarp();
-  // From here on every lane reads and writes the same slots of its own.
-  float sum = 0.f;
-  for (int32_t n = lane; n < height * width; n += kWarp) {
-    float& slot = q[n / width * slots.columns + n % width];
-    slot = falloff(tau, slot - least);
-    sum += slot;
-  }
-  sum = warp_sum(sum);
-  for (int32_t n = lane; n < height * width; n += kWarp) {
-    q[n / width * slots.columns + n % width] /= sum;
+    if (!exists) {
+      continue;
+    }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      least = fminf(least, __shfl_xor_sync(kAllLanes, least, offset));
+    }
+    // Every lane reads and writes the slots that it has filled.
+    float sum = 0.f;
+    for (int32_t n = lane; n < home.candidates; n += kWarp) {
+      const float weight = falloff(tau, slot(n) - least);
+      slot(n) = weight;
+      sum += weight;
+    }
+    sum = warp_sum(sum);
+    for (int32_t n = lane; n < home.candidates; n += kWarp) {
+      slot(n) /= sum;
+    }
   }
 }
 
+// Cells along each axis whose new centres a warp adds up together.
+constexpr int kSide = 2;
+constexpr int kQuad = kSide * kSide;
+// Quads of cells along each axis that a block takes, for what they read from the first-level cache.
+constexpr int kQuads = 2;
+// Warps that share the tokens of a quad.
+constexpr int kHelpers = kWarps / (kQuads * kQuads);
+static_assert(kHelpers == 2);
+// Tokens whose reads are in flight together.
+constexpr int kInFlight = 4;
+
+// Tokens along an axis that have a cell as a candidate, counted on the whole map.
+struct Reach {
+  int32_t begin, end;  // nothing for a cell that does not exist
+  int32_t local;       // the cell in its window
+
+  __device__ Reach(const WindowAxis& axis, int32_t cell, int radius)
+      : begin(std::numeric_limits<int32_t>::max()), end(0), local(0) {
+    if (cell < axis.cells()) {
+      const Spot spot = cell_spot(axis, cell);
+      begin = spot.window * axis.window + axis.reach_begin(spot.local, radius);
+      end = spot.window * axis.window + axis.reach_end(spot.local, radius, spot.window);
+      local = spot.local;
+    }
+  }
+
+  __device__ bool has(int32_t y) const { return begin <= y && y < end; }
+};
+
+// What a token has in the cells of a quad.
+struct Shares {
+  float weights[kQuad];
+  int32_t cells;  // bit k: it belongs to cell k
+};
+
+// A token as a warp's lanes share it.
+struct __align__(16) Member {
+  Shares shares;
+  int64_t token;
+};
+
 // New centres: the mean of the tokens that have the cell as a candidate, weighted by their
-// responsibilities. A warp for 32 V channels of a cell; every thread adds up the mass by itself.
-// `previous` and `centres` may be one tensor: a thread reads only what it writes.
+// responsibilities. A block for kQuads x kQuads quads of cells and 32 V channels. `previous` and
+// `centres` may be one tensor: a thread reads only what it writes.
 template <typename T, typename Out, int V>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     update_kernel(const T* __restrict__ tokens,                // (B, H, W, C)
                   const float* __restrict__ responsibilities,  // (B, H, W, slots)
                   const float* previous,                       // (B, h', w', C)
                   Out* centres,                                // (B, h', w', C)
-                  Grid grid, int radius, Slots slots, int channels, int64_t cells) {
+                  Grid grid, int radius, Slots slots, int channels) {
+  __shared__ Member members[kWarps][kWarp];
+  __shared__ float handed[kQuads * kQuads][kQuad * (V + 1)][kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int quad = warp / kHelpers;
+  const int helper = warp % kHelpers;
   const int parts = ceil_div(channels, kWarp * V);
-  const int64_t warp = global_warp();
-  const int64_t cell = warp / parts;
-  const int c =
-      (static_cast<int>(warp % parts) * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V;
-  if (cell >= cells || c >= channels) {
-    return;
-  }
-  const Position at = position(cell, grid.rows.cells(), grid.columns.cells());
-  const Spot row = cell_spot(grid.rows, at.row);
-  const Spot column = cell_spot(grid.columns, at.column);
-  const int32_t bottom = grid.rows.reach_end(row.local, radius, row.window);
-  const int32_t left = grid.columns.reach_begin(column.local, radius);
-  const int32_t right = grid.columns.reach_end(column.local, radius, column.window);
+  const int c = (static_cast<int>(blockIdx.x % parts) * kWarp + lane) * V;
+  // Lanes beyond the last channel read what another one reads, and write nothing.
+  const T* from = tokens + min(c, channels - V);
+  constexpr int kBlockSide = kSide * kQuads;
+  const Position at = position(blockIdx.x / parts, ceil_div(grid.rows.cells(), kBlockSide),
+                               ceil_div(grid.columns.cells(), kBlockSide));
+  const int32_t cell_row = at.row * kBlockSide + quad / kQuads * kSide;
+  const int32_t cell_column = at.column * kBlockSide + quad % kQuads * kSide;
+  const Reach rows[kSide] = {{grid.rows, cell_row, radius}, {grid.rows, cell_row + 1, radius}};
+  const Reach columns[kSide] = {{grid.columns, cell_column, radius},
+                                {grid.columns, cell_column + 1, radius}};
+  const int32_t top = min(rows[0].begin, rows[1].begin);
+  const int32_t left = min(columns[0].begin, columns[1].begin);
+  const int32_t height = max(max(rows[0].end, rows[1].end) - top, 0);
+  const int32_t width = max(max(columns[0].end, columns[1].end) - left, 0);
+  const int64_t count = int64_t{height} * width;
 
-  float mass = 0.f;
-  float sum[V] = {};
-  for (int32_t y = grid.rows.reach_begin(row.local, radius); y < bottom; ++y) {
-    const int64_t line =
-        (at.image * grid.rows.size + row.window * grid.rows.window + y) * grid.columns.size +
-        column.window * grid.columns.window;
-    const int32_t i = row.local - grid.rows.first(y, radius);
-    for (int32_t x = left; x < right; ++x) {
-      const int32_t j = column.local - grid.columns.first(x, radius);
-      const float q = responsibilities[((line + x) * slots.rows + i) * slots.columns + j];
-      float z[V];
-      load<V>(tokens + (line + x) * channels + c, z);
-      mass += q;
+  float mass[kQuad] = {};
+  float sums[kQuad][V] = {};
+  for (int64_t start = helper; start < count; start += kHelpers * kWarp) {
+    // Every lane finds the weights of one token; all then go through the tokens together.
+    const int64_t n = start + lane * kHelpers;
+    Member own{};
+    if (n < count) {
+      const auto y = top + static_cast<int32_t>(n / width);
+      const auto x = left + static_cast<int32_t>(n % width);
+      own.token = (at.image * grid.rows.size + y) * grid.columns.size + x;
+      const float* q = responsibilities + own.token * slots.rows * slots.columns;
+      const int32_t upper = grid.rows.first(y % grid.rows.window, radius);
+      const int32_t leftmost = grid.columns.first(x % grid.columns.window, radius);
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        sum[v] = fmaf(q, z[v], sum[v]);
+      for (int k = 0; k < kQuad; ++k) {
+        const Reach& row = rows[k / kSide];
+        const Reach& column = columns[k % kSide];
+        if (row.has(y) && column.has(x)) {
+          own.shares.weights[k] = q[(row.local - upper) * slots.columns + column.local - leftmost];
+          own.shares.cells |= 1 << k;
+        }
+      }
+    }
+    __syncwarp();
+    members[warp][lane] = own;
+    __syncwarp();
+    const auto filled = static_cast<int>(
+        min((count - start + kHelpers - 1) / kHelpers, static_cast<int64_t>(kWarp)));
+    for (int first = 0; first < filled; first += kInFlight) {
+      float z[kInFlight][V];
+      Shares shares[kInFlight];
+#pragma unroll
+      for (int m = 0; m < kInFlight; ++m) {
+        // Behind the last token another one is read, and what is there belongs to no cell.
+        load<V>(from + members[warp][min(first + m, filled - 1)].token * channels, z[m]);
+        shares[m] = members[warp][first + m].shares;
+      }
+#pragma unroll
+      for (int m = 0; m < kInFlight; ++m) {
+#pragma unroll
+        for (int k = 0; k < kQuad; ++k) {
+          // A token out of reach must not be multiplied by 0 either: it may be NaN.
+          if (shares[m].cells >> k & 1) {
+            mass[k] += shares[m].weights[k];
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              sums[k][v] = fmaf(shares[m].weights[k], z[m][v], sums[k][v]);
+            }
+          }
+        }
       }
     }
   }
-  if (mass == 0.f) {
-    load<V>(previous + cell * channels + c, sum);
-  } else {
+
+  if (helper > 0) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      sum[v] /= mass;
+    for (int k = 0; k < kQuad; ++k) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        handed[quad][k * (V + 1) + v][lane] = sums[k][v];
+      }
+      handed[quad][k * (V + 1) + V][lane] = mass[k];
     }
   }
-  store<V>(centres + cell * channels + c, sum);
+  __syncthreads();
+  if (helper > 0 || c >= channels) {
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    const int32_t i = cell_row + k / kSide;
+    const int32_t j = cell_column + k % kSide;
+    if (i >= grid.rows.cells() || j >= grid.columns.cells()) {
+      continue;
+    }
+    const int64_t to =
+        ((at.image * grid.rows.cells() + i) * grid.columns.cells() + j) * channels + c;
+    const float total = mass[k] + handed[quad][k * (V + 1) + V][lane];
+    float centre[V];
+    // A centre that nobody wants keeps its value. NaN is not zero, so it goes on to the output.
+    if (total == 0.f) {
+      load<V>(previous + to, centre);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        centre[v] = (sums[k][v] + handed[quad][k * (V + 1) + v][lane]) / total;
+      }
+    }
+    store<V>(centres + to, centre);
+  }
 }
 
 template <typename T, int V, typename Out>
 void launch_update(Launcher& launch, const Tokens& tokens, int radius,
                    const float* responsibilities, const float* previous, Out* centres) {
-  const int64_t cells = cell_count(tokens.grid, tokens.batch);
-  launch.warps(update_kernel<T, Out, V>, cells * ceil_div(tokens.channels, kWarp * V),
-               static_cast<const T*>(tokens.data), responsibilities, previous, centres, tokens.grid,
-               radius, candidate_slots(tokens.grid, radius), tokens.channels, cells);
+  const Grid& grid = tokens.grid;
+  const int64_t tiles = tokens.batch * ceil_div(grid.rows.cells(), kSide * kQuads) *
+                        ceil_div(grid.columns.cells(), kSide * kQuads);
+  launch.blocks(update_kernel<T, Out, V>, tiles * ceil_div(tokens.channels, kWarp * V), kThreads, 0,
+                static_cast<const T*>(tokens.data), responsibilities, previous, centres, grid,
+                radius, candidate_slots(grid, radius), tokens.channels);
 }
 
 template <typename T, int V>
@@ -138,12 +251,13 @@ void launch_iterations(Launcher& launch, const Tokens& tokens, int64_t iteration
     launch_pool<T, V, T>(launch, tokens, out);
     return;
   }
-  const int64_t count = token_count(tokens.grid, tokens.batch);
+  const HomeTiles tiles(tokens.grid, tokens.batch);
   launch_pool<T, V, float>(launch, tokens, centres);
   for (int64_t step = 1; step <= iterations; ++step) {
-    launch.warps(responsibility_kernel<T, V>, count, static_cast<const T*>(tokens.data), centres,
-                 temperature, responsibilities, tokens.grid, radius,
-                 candidate_slots(tokens.grid, radius), tokens.channels, count);
+    launch.blocks(responsibility_kernel<T, std::min(V, kWide<float>)>, tiles.blocks, kThreads, 0,
+                  static_cast<const T*>(tokens.data), centres, temperature, responsibilities,
+                  tokens.grid, tiles, radius, candidate_slots(tokens.grid, radius),
+                  tokens.channels);
     if (step < iterations) {
       launch_update<T, V, float>(launch, tokens, radius, responsibilities, centres, centres);
     } else {
@@ -172,10 +286,9 @@ cudaError_t launch_token_cluster(const Tokens& tokens, int64_t iterations, int r
     if constexpr (std::is_same_v<T, float>) {
       precise = out;
     }
-    const auto run =
-        can_vectorise(tokens.channels, static_cast<const T*>(tokens.data), out, precise)
-            ? launch_iterations<T, kVector>
-            : launch_iterations<T, 1>;
+    const auto run = can_read_wide<T>(tokens.channels, tokens.data, out, precise)
+                         ? launch_iterations<T, kWide<T>>
+                         : launch_iterations<T, 1>;
     run(launch, tokens, iterations, radius, temperature, out, precise, responsibilities);
   });
   return launch.error;

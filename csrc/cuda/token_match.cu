@@ -1,262 +1,287 @@
 // token_match: the topk nearest centres of every token, among all centres of its window or image.
 //
-// A block takes a few tokens of a window, computes their distances to all of its centres into
-// shared memory, in tiles, and picks the nearest one topk times. So tokens x centres never exists
-// in device memory. Where even a row of distances does not fit, the centres are gone through in
-// segments, again for each pick: slow, but no size is refused.
+// A block takes a tile of tokens and goes through the centres, or a part of them, in tiles:
+// distances come from products on the tensor cores into shared memory, and each token's nearest
+// ones into its list, which is sorted and lies in device memory. So tokens x centres never exists
+// there. Where one image alone gives few tiles of tokens, the centres are divided into parts with a
+// list each, and a second launch merges the lists.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 
+#include "cuda/match_tile.cuh"
+#include "cuda/picks.cuh"
 #include "cuda/utils.cuh"
+#include "cuda/windows.cuh"
 
 namespace expedite_d2::cuda {
 namespace {
 
-// Tokens of a block: many share the reads of the centres, few leave room for long rows of
-// distances. 16 rows of 1300 centres or 4 rows of 5000 fit into 99 KiB.
-constexpr int kManyTokens = 16;
-constexpr int kFewTokens = 4;
-// Centres of a tile, and channels of both tokens and centres that are staged at a time.
-constexpr int kTile = 64;
-constexpr int kChannels = kWarp;
-// A staged row is one float longer, so that a column of them lies in all banks.
-constexpr int kStride = kChannels + 1;
+// So many blocks fill any GPU.
+constexpr int64_t kEnoughBlocks = 512;
 
-// Floats of shared memory for one block.
-constexpr int64_t match_floats(int tokens, int64_t segment) {
-  return tokens * segment + (tokens + kTile) * kStride;
-}
+// A window of tokens and the map of its centres.
+struct MatchWindow {
+  int64_t first_token;     // in (B, H, W)
+  int64_t first_centre;    // in (B, h', w')
+  int32_t first_cell;      // in (h', w')
+  int32_t width, columns;  // of the image: tokens and centres
+  int32_t window_width, tokens;
+  int32_t cell_columns, cells;
 
-template <typename T, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
-    match_kernel(const T* __restrict__ tokens,   // (B, H, W, C)
-                 const T* __restrict__ centres,  // (B, h', w', C)
-                 int32_t* __restrict__ indices,  // (B, H, W, topk)
-                 float* __restrict__ weights,    // (B, H, W, topk)
-                 Temperature temperature, Grid grid, int topk, int channels,
-                 int segment,  // centres whose distances are kept
-                 int blocks)   // for a window
-{
-  // Each thread computes the distances of one token to kEach centres of a tile, kGroup apart.
-  constexpr int kGroup = kThreads / kTokens;
-  constexpr int kEach = kTile / kGroup;
-  // Tokens that a warp picks for.
-  constexpr int kOwn = (kTokens + kWarps - 1) / kWarps;
-  static_assert(kTile % kGroup == 0 && kEach > 0);
-
-  extern __shared__ float shared[];
-  float* distances = shared;                      // (kTokens, segment)
-  float* staged = distances + kTokens * segment;  // (kTokens, kStride)
-  float* tile = staged + kTokens * kStride;       // (kTile, kStride)
-
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  const int64_t linear = blockIdx.x / blocks;
-  const int32_t window_column = static_cast<int32_t>(linear % grid.columns.windows());
-  const int32_t window_row =
-      static_cast<int32_t>(linear / grid.columns.windows() % grid.rows.windows());
-  const int64_t image = linear / grid.columns.windows() / grid.rows.windows();
-  const int32_t width = grid.columns.real(window_column);
-  const int32_t cell_columns = grid.columns.existing(window_column);
-  const int32_t count = grid.rows.real(window_row) * width;
-  const int32_t cells = grid.rows.existing(window_row) * cell_columns;
-  const int32_t first_token = static_cast<int32_t>(blockIdx.x % blocks) * kTokens;
-  if (first_token >= count) {
-    return;
+  __device__ void set(const Grid& grid, const Position& at) {
+    width = grid.columns.size;
+    columns = grid.columns.cells();
+    window_width = grid.columns.real(at.column);
+    tokens = grid.rows.real(at.row) * window_width;
+    cell_columns = grid.columns.existing(at.column);
+    cells = grid.rows.existing(at.row) * cell_columns;
+    first_token =
+        (at.image * grid.rows.size + int64_t{at.row} * grid.rows.window) * grid.columns.size +
+        int64_t{at.column} * grid.columns.window;
+    first_cell = at.row * grid.rows.clusters * columns + at.column * grid.columns.clusters;
+    first_centre = at.image * grid.rows.cells() * columns + first_cell;
   }
 
   // Token p of the window in (B, H, W).
-  const auto token_at = [&](int32_t p) {
-    const int64_t y = window_row * grid.rows.window + p / width;
-    return (image * grid.rows.size + y) * grid.columns.size + window_column * grid.columns.window +
-           p % width;
-  };
-  // Centre i of the window in (h', w'): what `indices` hold.
-  const auto cell_at = [&](int32_t i) {
-    return (window_row * grid.rows.clusters + i / cell_columns) * grid.columns.cells() +
-           window_column * grid.columns.clusters + i % cell_columns;
-  };
-  const T* image_centres =
-      centres + image * grid.rows.cells() * grid.columns.cells() * static_cast<int64_t>(channels);
+  __device__ int64_t token(int32_t p) const {
+    return first_token + int64_t{p / window_width} * width + p % window_width;
+  }
 
-  // Squared distances of the block's tokens to centres first ... first + length - 1. Differences
-  // are squared, so a large common offset of all tokens cancels before it can cost precision.
-  const auto compute_distances = [&](int32_t first, int32_t length) {
-    const int own_token = threadIdx.x / kGroup;
-    const int own_centre = threadIdx.x % kGroup;
-    for (int32_t start = 0; start < length; start += kTile) {
-      float sums[kEach] = {};
-      for (int begin = 0; begin < channels; begin += kChannels) {
-        // The channels staged before have been read.
-        __syncthreads();
-        const int c = begin + lane;
-        for (int t = warp; t < kTokens + kTile; t += kWarps) {
-          float value = 0.f;
-          if (c < channels) {
-            if (t < kTokens && first_token + t < count) {
-              value = static_cast<float>(tokens[token_at(first_token + t) * channels + c]);
-            } else if (t >= kTokens && start + t - kTokens < length) {
-              const int64_t cell = cell_at(first + start + t - kTokens);
-              value = static_cast<float>(image_centres[cell * channels + c]);
-            }
-          }
-          // `tile` follows `staged`.
-          staged[t * kStride + lane] = value;
-        }
-        __syncthreads();
-#pragma unroll 8
-        for (int k = 0; k < kChannels; ++k) {
-          const float z = staged[own_token * kStride + k];
-#pragma unroll
-          for (int e = 0; e < kEach; ++e) {
-            const float difference = z - tile[(own_centre + e * kGroup) * kStride + k];
-            sums[e] = fmaf(difference, difference, sums[e]);
-          }
-        }
+  // Where centre i of the window is, after the first one.
+  __device__ int32_t offset(int32_t i) const {
+    return i / cell_columns * columns + i % cell_columns;
+  }
+};
+
+// The list of a token, which may lie where they go, as indices and weights. By a full warp.
+__device__ __forceinline__ void write_matches(const List& list, const MatchWindow& window,
+                                              float tau, int32_t* indices, float* weights) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int found = min(list.length, window.cells);
+  // The list has been written by other lanes.
+  __syncwarp();
+  const Pick nearest{list.distances[0], list.centres[0]};
+  // The first pick is the nearest, so no exponent is positive; NaN stays NaN.
+  float sum = 0.f;
+  for (int rank = lane; rank < found; rank += kWarp) {
+    sum += falloff(tau, list.distances[rank] - nearest.distance);
+  }
+  sum = warp_sum(sum);
+  for (int rank = lane; rank < list.length; rank += kWarp) {
+    // What repeats the nearest has weight 0, or NaN where the others are.
+    const bool is_found = rank < found;
+    const int32_t centre = is_found ? list.centres[rank] : nearest.centre;
+    const float weight = is_found ? falloff(tau, list.distances[rank] - nearest.distance) : 0.f;
+    indices[rank] = window.first_cell + window.offset(centre);
+    weights[rank] = weight / sum;
+  }
+}
+
+// How the work is divided: a block for a tile of a window's tokens and a part of its centres.
+struct Division {
+  int32_t token_tiles;  // of a window
+  int32_t parts;        // of its centres
+  int32_t part_tiles;   // of centres in a part
+  int64_t blocks;
+
+  Division(const Tokens& tokens, int topk) {
+    const auto side = [](const WindowAxis& axis) { return std::min(axis.size, axis.window); };
+    const auto cells = [](const WindowAxis& axis) { return std::min(axis.cells(), axis.clusters); };
+    const Grid& grid = tokens.grid;
+    const int64_t windows = tokens.batch * grid.rows.windows() * grid.columns.windows();
+    const int64_t tiles =
+        ceil_div<int64_t>(int64_t{side(grid.rows)} * side(grid.columns), kTileTokens);
+    const int64_t centre_tiles =
+        ceil_div<int64_t>(int64_t{cells(grid.rows)} * cells(grid.columns), kTileCentres);
+    // All lists together take no more memory than the tokens.
+    const int64_t token_bytes = int64_t{tokens.channels} * (tokens.type == Type::kFloat ? 4 : 2);
+    const int64_t list_bytes = static_cast<int64_t>(sizeof(Pick)) * topk;
+    const int64_t most =
+        std::min({centre_tiles, kEnoughBlocks / (windows * tiles), token_bytes / list_bytes});
+    part_tiles = static_cast<int32_t>(ceil_div(centre_tiles, std::max<int64_t>(most, 1)));
+    parts = static_cast<int32_t>(ceil_div<int64_t>(centre_tiles, part_tiles));
+    token_tiles = static_cast<int32_t>(tiles);
+    blocks = windows * tiles * parts;
+  }
+};
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : 3)
+    match_kernel(const T* __restrict__ tokens,   // (B, H, W, C)
+                 const T* __restrict__ centres,  // (B, h', w', C)
+                 float* distances,               // (B, H, W, parts, topk)
+                 int32_t* picks,                 // (B, H, W, parts, topk)
+                 int32_t* indices,               // (B, H, W, topk); picks if there is one part
+                 float* weights,                 // (B, H, W, topk); distances likewise
+                 Temperature temperature, Grid grid, Division division, int topk, int channels) {
+  extern __shared__ __align__(16) float shared[];
+  __shared__ int64_t offsets[kTileRows];
+  __shared__ float norms[kTileRows];
+  // Not in the registers of each thread, which the products need.
+  __shared__ MatchWindow window;
+  auto* staged = reinterpret_cast<Term*>(shared);
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const auto part = static_cast<int32_t>(blockIdx.x % division.parts);
+  const int64_t tile = blockIdx.x / division.parts;
+  const Position at =
+      position(tile / division.token_tiles, grid.rows.windows(), grid.columns.windows());
+  if (threadIdx.x == 0) {
+    window.set(grid, at);
+  }
+  __syncthreads();
+  const int32_t first_token = static_cast<int32_t>(tile % division.token_tiles) * kTileTokens;
+  const int count = min(window.tokens - first_token, kTileTokens);
+  const int32_t part_begin = part * division.part_tiles * kTileCentres;
+  const int32_t part_end = min(window.cells, part_begin + division.part_tiles * kTileCentres);
+  if (count <= 0) {
+    return;
+  }
+  // The origin of all distances of these tokens: the centre of the cell where the middle one is.
+  const int32_t middle = first_token + count / 2;
+  const int32_t home = grid.rows.home(middle / window.window_width) * window.cell_columns +
+                       grid.columns.home(middle % window.window_width);
+  const T* origin = centres + (window.first_centre + window.offset(home)) * channels;
+  const auto list_of = [&](int t) -> List {
+    const int64_t first = (window.token(first_token + t) * division.parts + part) * topk;
+    return {distances + first, picks + first, topk};
+  };
+
+  for (int32_t first = part_begin; first == part_begin || first < part_end; first += kTileCentres) {
+    for (int r = static_cast<int>(threadIdx.x); r < kTileRows; r += kTileThreads) {
+      const int i = first + r - kTileTokens;
+      int64_t row = -1;
+      if (r < count) {
+        row = window.token(first_token + r);
+      } else if (r >= kTileTokens && i < part_end) {
+        row = window.first_centre + window.offset(i);
       }
-#pragma unroll
-      for (int e = 0; e < kEach; ++e) {
-        const int32_t i = start + own_centre + e * kGroup;
-        if (i < length) {
-          distances[own_token * segment + i] = sums[e];
-        }
-      }
+      offsets[r] = row * channels;
     }
     __syncthreads();
-  };
+    using Rows = Slice<T, V>;
+    Rows slice;
+    float norm[Rows::kHeld] = {};
+    Quarter products;
+    // A quarter of neither tokens nor centres is left out.
+    const bool is_needed = products.row < count && first + products.column < part_end;
+    slice.fetch(tokens, centres, offsets, origin, 0, channels);
+    for (int c = 0; c < channels; c += kStaged) {
+      // The products of the previous slice have been added.
+      __syncthreads();
+      slice.put(staged, norm);
+      __syncthreads();
+      if (c + kStaged < channels) {
+        // In flight while products are added.
+        slice.fetch(tokens, centres, offsets, origin, c + kStaged, channels);
+      }
+      if (is_needed) {
+        products.add(staged);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Rows::kHeld; ++n) {
+#pragma unroll
+      for (int offset = 1; offset < Rows::kAcross; offset *= 2) {
+        norm[n] += __shfl_xor_sync(kAllLanes, norm[n], offset);
+      }
+      if (threadIdx.x % Rows::kAcross == 0) {
+        norms[threadIdx.x / Rows::kAcross + n * Rows::kDown] = norm[n];
+      }
+    }
+    // The staged rows have been read, and the products may take their place.
+    __syncthreads();
+    if (is_needed) {
+      products.store(shared);
+    }
+    __syncthreads();
+    for (int t = warp; t < count; t += kTileWarps) {
+      const auto found = [&](int i) -> Pick {
+        if (first + i >= part_end) {
+          return {INFINITY, -1};
+        }
+        const float d =
+            fmaf(-2.f, shared[t * kProductStride + i], norms[t] + norms[kTileTokens + i]);
+        // Rounding can make less than nothing of it; NaN stays.
+        return {d <= 0.f ? 0.f : d, first + i};
+      };
+      merge(list_of(t), first == part_begin, found(lane), found(lane + kWarp));
+    }
+    // Products and offsets have been read.
+    __syncthreads();
+  }
+  if (division.parts == 1) {
+    const float tau = image_temperature(temperature, at.image);
+    for (int t = warp; t < count; t += kTileWarps) {
+      const int64_t first = window.token(first_token + t) * topk;
+      write_matches(list_of(t), window, tau, indices + first, weights + first);
+    }
+  }
+}
 
-  const int32_t found = topk < cells ? topk : cells;
-  const float tau = image_temperature(temperature, image);
-  // Of the warp's own tokens: what was picked last, the distance of the first pick, the sum of the
-  // softmax. Picks ascend in (key, centre), so the next one is the least that is greater.
-  float last_key[kOwn], least[kOwn], sum[kOwn];
-  int32_t last_centre[kOwn];
-#pragma unroll
-  for (int own = 0; own < kOwn; ++own) {
-    last_key[own] = -1.f;
-    last_centre[own] = -1;
-    least[own] = 0.f;
-    sum[own] = 0.f;
+// Merges the lists of a token's parts. A warp a token.
+__global__ void __launch_bounds__(kThreads, 2)
+    merge_kernel(const float* __restrict__ distances,  // (B, H, W, parts, topk)
+                 const int32_t* __restrict__ picks,    // (B, H, W, parts, topk)
+                 int32_t* indices,                     // (B, H, W, topk)
+                 float* weights,                       // (B, H, W, topk)
+                 Temperature temperature, Grid grid, int parts, int topk, int64_t count) {
+  const int64_t token = global_warp();
+  if (token >= count) {
+    return;
   }
-  for (int32_t rank = 0; rank < found; ++rank) {
-    float best_key[kOwn], best_distance[kOwn];
-    int32_t best_centre[kOwn];
-#pragma unroll
-    for (int own = 0; own < kOwn; ++own) {
-      best_key[own] = INFINITY;
-      best_distance[own] = 0.f;
-      best_centre[own] = 0;
-    }
-    for (int32_t first = 0; first < cells; first += segment) {
-      const int32_t length = segment < cells - first ? segment : cells - first;
-      if (rank == 0 || segment < cells) {
-        if (segment < cells) {
-          // Other warps may still look for their pick in the segment before.
-          __syncthreads();
-        }
-        compute_distances(first, length);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const Position at = position(token, grid.rows.size, grid.columns.size);
+  MatchWindow window;
+  window.set(grid, {at.image, token_spot(grid.rows, at.row).window,
+                    token_spot(grid.columns, at.column).window});
+  const List list{weights + token * topk, indices + token * topk, topk};
+  const int64_t all = int64_t{parts} * topk;
+  for (int64_t first = 0; first < all; first += 2 * kWarp) {
+    const auto found = [&](int64_t n) -> Pick {
+      if (n >= all) {
+        return {INFINITY, -1};
       }
-#pragma unroll
-      for (int own = 0; own < kOwn; ++own) {
-        const int t = warp + own * kWarps;
-        if (t >= kTokens) {
-          continue;
-        }
-        for (int32_t i = lane; i < length; i += kWarp) {
-          const float distance = distances[t * segment + i];
-          // NaN and infinity come last, in the order of their indices.
-          const float key = distance < FLT_MAX ? distance : FLT_MAX;
-          const int32_t centre = first + i;
-          const bool is_left =
-              key > last_key[own] || (key == last_key[own] && centre > last_centre[own]);
-          // A lane meets its centres in ascending order: of equal ones it keeps the lower.
-          if (is_left && key < best_key[own]) {
-            best_key[own] = key;
-            best_distance[own] = distance;
-            best_centre[own] = centre;
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int own = 0; own < kOwn; ++own) {
-      const int t = warp + own * kWarps;
-      if (t >= kTokens) {
-        continue;
-      }
-#pragma unroll
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        const float key = __shfl_xor_sync(kAllLanes, best_key[own], offset);
-        const float distance = __shfl_xor_sync(kAllLanes, best_distance[own], offset);
-        const int32_t centre = __shfl_xor_sync(kAllLanes, best_centre[own], offset);
-        if (key < best_key[own] || (key == best_key[own] && centre < best_centre[own])) {
-          best_key[own] = key;
-          best_distance[own] = distance;
-          best_centre[own] = centre;
-        }
-      }
-      last_key[own] = best_key[own];
-      last_centre[own] = best_centre[own];
-      if (rank == 0) {
-        least[own] = best_distance[own];
-      }
-      // The first pick is the nearest, so no exponent is positive; NaN stays NaN.
-      const float weight = falloff(tau, best_distance[own] - least[own]);
-      sum[own] += weight;
-      if (lane == 0 && first_token + t < count) {
-        const int64_t slot = token_at(first_token + t) * topk + rank;
-        indices[slot] = cell_at(best_centre[own]);
-        weights[slot] = weight;
-      }
-    }
+      return {distances[token * all + n], picks[token * all + n]};
+    };
+    merge(list, first == 0, found(first + lane), found(first + lane + kWarp));
   }
-
-  __syncwarp();
-#pragma unroll
-  for (int own = 0; own < kOwn; ++own) {
-    const int t = warp + own * kWarps;
-    if (t >= kTokens || first_token + t >= count) {
-      continue;
-    }
-    const int64_t row = token_at(first_token + t) * topk;
-    const int32_t nearest = indices[row];
-    for (int rank = lane; rank < topk; rank += kWarp) {
-      if (rank >= found) {
-        indices[row + rank] = nearest;
-      }
-      // Times the sum's inverse, so that what repeats the nearest is NaN where the others are.
-      weights[row + rank] = rank < found ? weights[row + rank] / sum[own] : 0.f / sum[own];
-    }
-  }
+  write_matches(list, window, image_temperature(temperature, at.image), list.centres,
+                list.distances);
 }
 
 }  // namespace
 
+int match_parts(const Tokens& tokens, int topk) {
+  return Division(tokens, topk).parts;
+}
+
 cudaError_t launch_token_match(const Tokens& tokens, int topk, Temperature temperature,
-                               size_t shared_memory, const void* centres, int32_t* indices,
-                               float* weights) {
-  const Grid& grid = tokens.grid;
-  const auto floats = static_cast<int64_t>(shared_memory / sizeof(float));
-  const int64_t cells = int64_t{std::min(grid.rows.cells(), grid.rows.clusters)} *
-                        std::min(grid.columns.cells(), grid.columns.clusters);
-  const int64_t count = int64_t{std::min(grid.rows.size, grid.rows.window)} *
-                        std::min(grid.columns.size, grid.columns.window);
-  const bool many = match_floats(kManyTokens, cells) <= floats;
-  const int held = many ? kManyTokens : kFewTokens;
-  const int64_t room = (floats - match_floats(held, 0)) / held;
-  const auto segment = static_cast<int>(std::min(cells, room));
-  const int64_t blocks = ceil_div<int64_t>(count, held);
-  const int64_t windows = tokens.batch * grid.rows.windows() * grid.columns.windows();
+                               const void* centres, float* distances, int32_t* picks,
+                               int32_t* indices, float* weights) {
+  const Division division(tokens, topk);
   Launcher launch{tokens.stream};
+  if (division.parts == 1) {
+    distances = weights;
+    picks = indices;
+  }
   with_type(tokens.type, [&](auto type) {
     using T = decltype(type);
-    launch.blocks(many ? match_kernel<T, kManyTokens> : match_kernel<T, kFewTokens>,
-                  windows * blocks, kThreads, sizeof(float) * match_floats(held, segment),
-                  static_cast<const T*>(tokens.data), static_cast<const T*>(centres), indices,
-                  weights, temperature, grid, topk, tokens.channels, segment,
-                  static_cast<int>(blocks));
+    const auto* z = static_cast<const T*>(tokens.data);
+    const auto* s = static_cast<const T*>(centres);
+    launch.blocks(
+        can_read_wide<T>(tokens.channels, z, s) ? match_kernel<T, kWide<T>> : match_kernel<T, 1>,
+        division.blocks, kTileThreads, kTileBytes, z, s, distances, picks, indices, weights,
+        temperature, tokens.grid, division, topk, tokens.channels);
   });
+  if (division.parts > 1) {
+    const int64_t count = token_count(tokens.grid, tokens.batch);
+    launch.warps(merge_kernel, count, static_cast<const float*>(distances),
+                 static_cast<const int32_t*>(picks), indices, weights, temperature, tokens.grid,
+                 division.parts, topk, count);
+  }
   return launch.error;
 }
 

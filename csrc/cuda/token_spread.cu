@@ -2,44 +2,66 @@
 //
 // Four launches: centres by pooling, the image's mean token, two distances a token, one sum an
 // image. Every sum has a fixed order, so the same input gives the same bits.
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 
+#include "cuda/candidates.cuh"
 #include "cuda/utils.cuh"
 #include "cuda/windows.cuh"
 
 namespace expedite_d2::cuda {
 namespace {
 
-// Rows of tokens that a block of mean_kernel adds up in parallel.
-constexpr int kMeanRows = 32;
+// Threads of a block of mean_kernel that read neighbouring channels: 64 bytes of a token when each
+// reads 16. Few, so that even one image has blocks for most of a GPU.
+constexpr int kMeanAcross = 4;
+constexpr int kMeanThreads = 1024;
 
-// Mean token of each image. A block for 32 channels of an image: a thread adds every 32nd token.
-template <typename T>
-__global__ void __launch_bounds__(kWarp* kMeanRows)
+// Mean token of each image. A block for kMeanAcross V channels of an image, a thread for V of them
+// and every so many tokens.
+template <typename T, int V>
+__global__ void __launch_bounds__(kMeanThreads)
     mean_kernel(const T* __restrict__ tokens,  // (B, N, C)
                 float* __restrict__ mean,      // (B, C)
                 int64_t count, int channels) {
-  __shared__ float sums[kMeanRows][kWarp];
-  const int parts = ceil_div(channels, kWarp);
+  __shared__ float sums[kMeanThreads / kWarp][kMeanAcross * V];
+  constexpr int kDown = kMeanThreads / kMeanAcross;
+  const int parts = ceil_div(channels, kMeanAcross * V);
   const int64_t image = blockIdx.x / parts;
-  const int lane = threadIdx.x % kWarp;
-  const int row = threadIdx.x / kWarp;
-  const int c = static_cast<int>(blockIdx.x % parts) * kWarp + lane;
-  float sum = 0.f;
-  if (c < channels) {
-    for (int64_t n = row; n < count; n += kMeanRows) {
-      sum += static_cast<float>(tokens[(image * count + n) * channels + c]);
+  const int across = static_cast<int>(threadIdx.x) % kMeanAcross * V;
+  const int first = static_cast<int>(blockIdx.x % parts) * kMeanAcross * V;
+  float sum[V] = {};
+  if (first + across < channels) {
+    const T* from = tokens + image * count * channels + first + across;
+#pragma unroll 4
+    for (int64_t n = threadIdx.x / kMeanAcross; n < count; n += kDown) {
+      float z[V];
+      load<V>(from + n * channels, z);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sum[v] += z[v];
+      }
     }
   }
-  sums[row][lane] = sum;
-  __syncthreads();
-  if (row == 0 && c < channels) {
-    float total = 0.f;
-    for (int r = 0; r < kMeanRows; ++r) {
-      total += sums[r][lane];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int offset = kMeanAcross; offset < kWarp; offset *= 2) {
+      sum[v] += __shfl_xor_sync(kAllLanes, sum[v], offset);
     }
-    mean[image * channels + c] = total / static_cast<float>(count);
+    if (threadIdx.x % kWarp < kMeanAcross) {
+      sums[threadIdx.x / kWarp][across + v] = sum[v];
+    }
+  }
+  __syncthreads();
+  const int c = static_cast<int>(threadIdx.x);
+  if (c < kMeanAcross * V && first + c < channels) {
+    float total = 0.f;
+    for (int w = 0; w < kMeanThreads / kWarp; ++w) {
+      total += sums[w][c];
+    }
+    mean[image * channels + first + c] = total / static_cast<float>(count);
   }
 }
 
@@ -48,39 +70,47 @@ __device__ __forceinline__ float least_or_nan(float a, float b) {
   return a < b || a != a ? a : b;
 }
 
-// Distance of each token to its nearest candidate and to its image's mean. A warp a token.
+// Distance of each token to its nearest candidate and to its image's mean.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     distance_kernel(const T* __restrict__ tokens,       // (B, H, W, C)
                     const float* __restrict__ centres,  // (B, h', w', C)
                     const float* __restrict__ mean,     // (B, C)
                     float* __restrict__ nearest,        // (B, H, W)
                     float* __restrict__ deviation,      // (B, H, W)
-                    Grid grid, int radius, int channels, int64_t count) {
-  const int64_t token = global_warp();
-  if (token >= count) {
-    return;
-  }
-  const Position at = position(token, grid.rows.size, grid.columns.size);
-  const Spot row = token_spot(grid.rows, at.row);
-  const Spot column = token_spot(grid.columns, at.column);
-  const int32_t bottom = grid.rows.last(row.local, radius, row.window);
-  const int32_t right = grid.columns.last(column.local, radius, column.window);
-  const T* z = tokens + token * channels;
-  float least = INFINITY;
-  for (int32_t i = grid.rows.first(row.local, radius); i <= bottom; ++i) {
-    const int64_t line = (at.image * grid.rows.cells() + row.window * grid.rows.clusters + i) *
-                             grid.columns.cells() +
-                         column.window * grid.columns.clusters;
-    for (int32_t j = grid.columns.first(column.local, radius); j <= right; ++j) {
-      least =
-          least_or_nan(squared_distance<V>(z, centres + (line + j) * channels, channels), least);
+                    Grid grid, HomeTiles tiles, int radius, Slots slots, int channels) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const Home home(grid, radius, tiles);
+  // The mean comes after the last candidate.
+  const auto row = [&](int32_t n) {
+    return n < home.candidates ? centres + home.centre(n) * channels : mean + home.image * channels;
+  };
+  for (int32_t pair = home.first_pair; pair < tiles.pairs; pair += tiles.splits) {
+    const int32_t own = home.own(pair);
+    const bool exists = own < home.tokens;
+    float least = INFINITY;
+    for (int32_t first = 0; first < slots.rows * slots.columns + 1; first += kWarp) {
+      const float d =
+          pair_distances<V>(tokens, home, pair, first, home.candidates + 1, row, channels);
+      if (!exists) {
+        continue;
+      }
+      if (first + lane < home.candidates) {
+        least = least_or_nan(d, least);
+      } else if (first + lane == home.candidates) {
+        deviation[home.token(own)] = d;
+      }
     }
-  }
-  const float away = squared_distance<V>(z, mean + at.image * channels, channels);
-  if (threadIdx.x % kWarp == 0) {
-    nearest[token] = least;
-    deviation[token] = away;
+    if (!exists) {
+      continue;
+    }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      least = least_or_nan(__shfl_xor_sync(kAllLanes, least, offset), least);
+    }
+    if (lane == 0) {
+      nearest[home.token(own)] = least;
+    }
   }
 }
 
@@ -124,12 +154,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename T, int V>
-void launch_distance(Launcher& launch, const Tokens& tokens, int radius, const float* mean,
-                     float* centres, float* nearest, float* deviation) {
+void launch_distances(Launcher& launch, const Tokens& tokens, int radius, float* mean,
+                      float* centres, float* nearest, float* deviation) {
+  const auto* data = static_cast<const T*>(tokens.data);
+  launch.blocks(mean_kernel<T, V>, tokens.batch * ceil_div(tokens.channels, kMeanAcross * V),
+                kMeanThreads, 0, data, mean, token_count(tokens.grid, 1), tokens.channels);
   launch_pool<T, V, float>(launch, tokens, centres);
-  const int64_t count = token_count(tokens.grid, tokens.batch);
-  launch.warps(distance_kernel<T, V>, count, static_cast<const T*>(tokens.data), centres, mean,
-               nearest, deviation, tokens.grid, radius, tokens.channels, count);
+  const HomeTiles tiles(tokens.grid, tokens.batch);
+  launch.blocks(distance_kernel<T, std::min(V, kWide<float>)>, tiles.blocks, kThreads, 0, data,
+                centres, mean, nearest, deviation, tokens.grid, tiles, radius,
+                candidate_slots(tokens.grid, radius), tokens.channels);
 }
 
 }  // namespace
@@ -137,18 +171,15 @@ void launch_distance(Launcher& launch, const Tokens& tokens, int radius, const f
 cudaError_t launch_token_spread(const Tokens& tokens, int radius, float* spread, float* mean,
                                 float* centres, float* nearest, float* deviation) {
   Launcher launch{tokens.stream};
-  const int64_t count = token_count(tokens.grid, 1);
   with_type(tokens.type, [&](auto type) {
     using T = decltype(type);
-    const auto* data = static_cast<const T*>(tokens.data);
-    launch.blocks(mean_kernel<T>, tokens.batch * ceil_div(tokens.channels, kWarp),
-                  kWarp * kMeanRows, 0, data, mean, count, tokens.channels);
-    const auto run = can_vectorise(tokens.channels, data, mean, centres)
-                         ? launch_distance<T, kVector>
-                         : launch_distance<T, 1>;
+    const auto run = can_read_wide<T>(tokens.channels, tokens.data, mean, centres)
+                         ? launch_distances<T, kWide<T>>
+                         : launch_distances<T, 1>;
     run(launch, tokens, radius, mean, centres, nearest, deviation);
   });
-  launch.blocks(spread_kernel, tokens.batch, kThreads, 0, nearest, deviation, spread, count);
+  launch.blocks(spread_kernel, tokens.batch, kThreads, 0, nearest, deviation, spread,
+                token_count(tokens.grid, 1));
   return launch.error;
 }
 

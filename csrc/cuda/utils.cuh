@@ -22,17 +22,19 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Eight warps a block: enough of them to hide latency, few enough registers left to each.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// Channels that a thread reads at once where alignment allows: 16 bytes of float32, 8 of the
-// others.
-constexpr int kVector = 4;
+// Channels that a thread reads at once where alignment allows: 16 bytes.
+template <typename T>
+constexpr int kWide = 16 / static_cast<int>(sizeof(T));
 
 template <typename T>
 EXPEDITE_HOST_DEVICE T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// No more than 16 bytes are read at once: eight float32 beside eight of a 16-bit type are two
+// reads.
 template <typename T, int V>
-struct alignas(V * sizeof(T)) Pack {
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {
   T values[V];
 };
 
@@ -66,22 +68,28 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Squared distance of two rows of channels by a full warp, the result in every lane. Differences
-// are squared, so a large common offset of all tokens cancels before it can cost precision.
-template <int V, typename A, typename B>
-__device__ __forceinline__ float squared_distance(const A* a, const B* b, int channels) {
-  float sum = 0.f;
-  for (int c = static_cast<int>(threadIdx.x) % kWarp * V; c < channels; c += kWarp * V) {
-    float x[V], y[V];
-    load<V>(a + c, x);
-    load<V>(b + c, y);
+// Sums over the lanes of a full warp of N values, a power of two: lane l gets that of values[l %
+// N]. Lanes hand each other half of what is left to add up, so N sums take little more than one.
+template <int N>
+__device__ __forceinline__ float warp_sums(float (&values)[N]) {
+  static_assert(N <= kWarp && (N & (N - 1)) == 0);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const float difference = x[v] - y[v];
-      sum = fmaf(difference, difference, sum);
+  for (int half = N / 2; half > 0; half /= 2) {
+    const bool upper = (lane & half) != 0;
+#pragma unroll
+    for (int n = 0; n < half; ++n) {
+      const float given = upper ? values[n] : values[n + half];
+      const float kept = upper ? values[n + half] : values[n];
+      values[n] = kept + __shfl_xor_sync(kAllLanes, given, half);
     }
   }
-  return warp_sum(sum);
+  float sum = values[0];
+#pragma unroll
+  for (int offset = N; offset < kWarp; offset *= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  }
+  return sum;
 }
 
 // Weight, before normalisation, of a squared distance that exceeds the least one by `excess`. NaN
@@ -152,14 +160,11 @@ void with_type(Type type, F f) {
   }
 }
 
-// Whether rows of `channels` that start at these addresses can be read kVector channels at once.
-template <typename T>
-bool is_aligned(const T* address) {
-  return reinterpret_cast<uintptr_t>(address) % (kVector * sizeof(T)) == 0;
-}
-template <typename... Pointers>
-bool can_vectorise(int channels, const Pointers*... addresses) {
-  return channels % kVector == 0 && (is_aligned(addresses) && ...);
+// Whether rows of `channels` T that start at these addresses, or of float32 beside them, can be
+// read kWide<T> channels at once. Null is aligned.
+template <typename T, typename... Pointers>
+bool can_read_wide(int channels, const Pointers*... addresses) {
+  return channels % kWide<T> == 0 && ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
 }
 
 // Tokens or centres of all images.
