@@ -268,14 +268,14 @@ def _dense_hourglass(x: Inputs) -> Callable[[], Any] | None:
     return call
 
 
-def _hourglass(operators: Any) -> Callable[..., Tensor]:
-    """All four in a row, with something added to the centres in the middle."""
-    spread_of, cluster, match, reconstruct = operators
+def _hourglass(
+    reduce: Callable[..., Any], reconstruct: Callable[..., Any]
+) -> Callable[..., Tensor]:
+    """All four as a model calls them, with something added to the centres in the middle."""
 
     def call(tokens: Tensor, gained: Tensor, case: Case) -> Tensor:
-        spread = spread_of(tokens, *_grid(case), case.neighbourhood)
-        centres = cluster(tokens, *[*_cluster_settings(case), spread])
-        indices, weights = match(tokens, centres, *[*_match_settings(case), spread])
+        settings = (case.iterations, case.neighbourhood, case.topk, case.temperature, True)
+        _, centres, indices, weights = reduce(tokens, *_grid(case), *settings)
         return reconstruct(centres + gained, indices, weights, tokens, centres)
 
     return call
@@ -318,8 +318,8 @@ TOKENS = Suite(
             _dense_reconstruct,
         ),
         "all four": Operator(
-            _hourglass(_kernels.values()),
-            _hourglass(_twins.values()),
+            _hourglass(KERNELS.token_reduce.default, _kernels["token_reconstruct"]),
+            _hourglass(reference.token_reduce_ref, _twins["token_reconstruct"]),
             lambda x: (x.tokens, x.gained, x.case),
             _hourglass_work,
             _dense_hourglass,

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expedite_d2.ops.token_cluster import token_cluster
-from expedite_d2.ops.token_match import token_match
 from expedite_d2.ops.token_reconstruct import token_reconstruct
-from expedite_d2.ops.token_spread import token_spread
+from expedite_d2.ops.token_reduce import token_reduce
 
 Reconstruction = Literal["residual", "replace"]
 
@@ -137,29 +135,16 @@ def reduce(
             )
         return tokens, Clustering(None, None, None, None)
     with profiler_range("expedite_d2.reduce", tokens):
-        temperature, spread = reduction.temperature, None
-        if temperature == 0:
-            temperature = _sharpness(window)
-            spread = token_spread(
-                tokens, clusters, window=window, neighbourhood=reduction.neighbourhood
-            )
-        centres = token_cluster(
+        automatic = reduction.temperature == 0
+        _, centres, indices, weights = token_reduce(
             tokens,
             clusters,
             window=window,
             iterations=reduction.iterations,
             neighbourhood=reduction.neighbourhood,
-            temperature=temperature,
-            spread=spread,
-        )
-        indices, weights = token_match(
-            tokens,
-            centres,
-            clusters,
-            window=window,
             topk=reduction.topk,
-            temperature=temperature,
-            spread=spread,
+            temperature=_sharpness(window) if automatic else reduction.temperature,
+            automatic=automatic,
         )
     if reduction.reconstruction == "replace":
         return centres, Clustering(None, None, indices, weights)
@@ -200,7 +185,7 @@ class ObservedOperator(TorchDispatchMode):
     ) -> None:
         """
         Args:
-            operator: such as `torch.ops.expedite_d2.token_match.default`.
+            operator: such as `torch.ops.expedite_d2.token_reduce.default`.
             keep: picks it from a call's positional arguments and its result.
         """
         super().__init__()
@@ -240,9 +225,9 @@ def calibrate(model: nn.Module, images: Iterable[Any]) -> float:
     training = {module: module.training for module in model.modules()}
     calls = 0
     observed = ObservedOperator(
-        torch.ops.expedite_d2.token_spread.default,
-        # (tokens, clusters, window, neighbourhood) -> (B,)
-        lambda args, spread: (_sharpness(args[2]), spread),
+        torch.ops.expedite_d2.token_reduce.default,
+        # (tokens, clusters, window, ...) -> ((B,), ...)
+        lambda args, result: (_sharpness(args[2]), result[0]),
     )
     try:
         model.eval()

@@ -73,6 +73,11 @@ def test_dispatcher_holds_kernels_for_all_built_devices(operator):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"expedite_d2::{operator}", key)
 
 
+def test_token_reduce_is_fused_on_cuda_alone():
+    built_with_cuda()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("expedite_d2::token_reduce", "CUDA")
+
+
 def test_cuda_is_built_for_the_default_architectures():
     path = nvcc()
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):

@@ -10,6 +10,7 @@
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -40,6 +41,15 @@ int checked_channels(const char* op, const at::Tensor& map) {
   return static_cast<int>(map.size(3));
 }
 
+void check_iterations(const char* op, int64_t iterations) {
+  TORCH_CHECK_VALUE(iterations >= 0, op, ": expected iterations of at least 0, got ", iterations);
+}
+
+void check_topk(const char* op, int64_t topk) {
+  TORCH_CHECK_VALUE(topk >= 1 && topk <= std::numeric_limits<int32_t>::max() / 2, op,
+                    ": expected topk of at least 1 and less than 2**30, got ", topk);
+}
+
 std::optional<at::Tensor> dense(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? std::make_optional(tensor->contiguous()) : std::nullopt;
 }
@@ -67,13 +77,26 @@ at::Tensor empty_map(const at::Tensor& tokens, const Grid& grid, at::ScalarType 
                    tokens.options().dtype(type));
 }
 
+int device_attribute(cudaDeviceAttr attribute) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, c10::cuda::current_device()));
+  return value;
+}
+
 // Bytes of shared memory that one block may have on the current device: 99 KiB on some cards, 227
 // on others.
 size_t shared_memory_limit() {
-  int bytes = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                        c10::cuda::current_device()));
-  return static_cast<size_t>(bytes);
+  return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+GramPlan make_gram_plan(const Tokens& tokens) {
+  return gram_plan(tokens, shared_memory_limit(), device_attribute(cudaDevAttrMultiProcessorCount));
+}
+
+void run_gram(const Tokens& tokens, const GramPlan& plan, const GramReduction& reduction,
+              const at::TensorOptions& options) {
+  const at::Tensor scratch = at::empty({plan.scratch}, options.dtype(at::kFloat));
+  C10_CUDA_CHECK(launch_windows_gram(tokens, plan, reduction, scratch.mutable_data_ptr<float>()));
 }
 
 at::Tensor token_spread_cuda(const at::Tensor& tokens,        // (B, H, W, C)
@@ -112,7 +135,7 @@ at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
   check_tokens(op, "tokens", tokens);
   check_neighbourhood(op, neighbourhood);
   check_spread(op, spread, tokens);
-  TORCH_CHECK_VALUE(iterations >= 0, op, ": expected iterations of at least 0, got ", iterations);
+  check_iterations(op, iterations);
   const Grid grid = make_grid(op, tokens, clusters, window);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const at::Tensor centres = empty_map(tokens, grid, tokens.scalar_type());
@@ -124,9 +147,14 @@ at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
   const int radius = static_cast<int>(neighbourhood / 2);
   const Tokens input = make_tokens(op, tokens_, grid);
   const Temperature tau = make_temperature(temperature, spread_);
-  if (iterations > 0 && gram_shared_memory(grid) <= shared_memory_limit()) {
-    C10_CUDA_CHECK(
-        launch_token_cluster_gram(input, iterations, radius, tau, centres.mutable_data_ptr()));
+  const GramPlan plan = make_gram_plan(input);
+  if (iterations > 0 && plan.splits > 0) {
+    GramReduction reduction{};
+    reduction.iterations = iterations;
+    reduction.radius = radius;
+    reduction.temperature = tau;
+    reduction.centres = centres.mutable_data_ptr();
+    run_gram(input, plan, reduction, tokens.options());
     return centres;
   }
   at::Tensor scratch, responsibilities;
@@ -157,8 +185,7 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
   check_same_device(op, "centres", centres, "tokens", tokens);
   check_same_type(op, "centres", centres, "tokens", tokens);
   check_spread(op, spread, tokens);
-  TORCH_CHECK_VALUE(topk >= 1 && topk <= std::numeric_limits<int32_t>::max() / 2, op,
-                    ": expected topk of at least 1 and less than 2**30, got ", topk);
+  check_topk(op, topk);
   const Grid grid = make_grid(op, tokens, clusters, window);
   check_shape(op, "centres", centres,
               {tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)});
@@ -187,6 +214,49 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
       parts > 1 ? picks.mutable_data_ptr<int32_t>() : nullptr, indices.mutable_data_ptr<int32_t>(),
       weights.mutable_data_ptr<float>()));
   return {indices, weights};
+}
+
+// All three, in one path where windows are small: the tokens are read for their Gram matrices and
+// once more for the centres.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_reduce_cuda(
+    const at::Tensor& tokens,        // (B, H, W, C)
+    at::IntArrayRef clusters,        // (h, w)
+    at::OptionalIntArrayRef window,  // (M_h, M_w)
+    int64_t iterations, int64_t neighbourhood, int64_t topk, double temperature, bool automatic) {
+  constexpr const char* op = "token_reduce";
+  check_tokens(op, "tokens", tokens);
+  check_neighbourhood(op, neighbourhood);
+  check_iterations(op, iterations);
+  check_topk(op, topk);
+  const Grid grid = make_grid(op, tokens, clusters, window);
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const at::Tensor tokens_ = tokens.contiguous();
+  const Tokens input = make_tokens(op, tokens_, grid);
+  const auto options = tokens.options();
+  const GramPlan plan = tokens.numel() > 0 ? make_gram_plan(input) : GramPlan{};
+  if (plan.splits == 0) {
+    const auto spread = automatic ? token_spread_cuda(tokens_, clusters, window, neighbourhood)
+                                  : at::ones({tokens.size(0)}, options.dtype(at::kFloat));
+    const auto centres = token_cluster_cuda(tokens_, clusters, window, iterations, neighbourhood,
+                                            temperature, spread);
+    const auto [indices, weights] =
+        token_match_cuda(tokens_, centres, clusters, window, topk, temperature, spread);
+    return {spread, centres, indices, weights};
+  }
+  const int64_t images = tokens.size(0);
+  const at::Tensor spread = automatic ? at::empty({images}, options.dtype(at::kFloat))
+                                      : at::ones({images}, options.dtype(at::kFloat));
+  const at::Tensor centres = empty_map(tokens, grid, tokens.scalar_type());
+  const at::Tensor indices =
+      at::empty({images, tokens.size(1), tokens.size(2), topk}, options.dtype(at::kInt));
+  const at::Tensor weights = at::empty(indices.sizes(), options.dtype(at::kFloat));
+  run_gram(input, plan,
+           {iterations, static_cast<int>(neighbourhood / 2), make_temperature(temperature, {}),
+            automatic, spread.mutable_data_ptr<float>(), centres.mutable_data_ptr(),
+            static_cast<int>(topk), indices.mutable_data_ptr<int32_t>(),
+            weights.mutable_data_ptr<float>()},
+           options);
+  return {spread, centres, indices, weights};
 }
 
 at::Tensor token_reconstruct_cuda(const at::Tensor& refined,                   // (B, h', w', C)
@@ -327,6 +397,7 @@ TORCH_LIBRARY_IMPL(expedite_d2, CUDA, m) {
   m.impl("token_spread", &expedite_d2::cuda::token_spread_cuda);
   m.impl("token_cluster", &expedite_d2::cuda::token_cluster_cuda);
   m.impl("token_match", &expedite_d2::cuda::token_match_cuda);
+  m.impl("token_reduce", &expedite_d2::cuda::token_reduce_cuda);
   m.impl("token_reconstruct", &expedite_d2::cuda::token_reconstruct_cuda);
   m.impl("ms_deform_attn", &expedite_d2::cuda::ms_deform_attn_cuda);
   m.impl("_ms_deform_attn_backward", &expedite_d2::cuda::ms_deform_attn_backward_cuda);

@@ -51,11 +51,32 @@ cudaError_t launch_token_cluster(const Tokens& tokens, int64_t iterations, int r
                                  float* scratch_centres,    // scratch (B, h', w', C)
                                  float* responsibilities);  // scratch (B, H, W, slots)
 
-// Bytes of shared memory that launch_token_cluster_gram needs for each block, and what it may have.
-size_t gram_shared_memory(const Grid& grid);
-cudaError_t launch_token_cluster_gram(const Tokens& tokens, int64_t iterations, int radius,
-                                      Temperature temperature,
-                                      void* centres);  // (B, h', w', C)
+// token_cluster or token_reduce for small windows, whose Gram matrices fit into shared memory.
+struct GramReduction {
+  int64_t iterations;
+  int radius;
+  Temperature temperature;
+  bool automatic;  // divides the temperature by the spread, which it measures
+  float* spread;   // (B,), written if automatic
+  void* centres;   // (B, h', w', C)
+  int topk;
+  int32_t* indices;  // (B, H, W, topk), or null: no match
+  float* weights;    // (B, H, W, topk)
+};
+
+// How the work is divided, from sizes alone. `splits` is 0 where this path does not fit the device
+// or would need too much scratch.
+struct GramPlan {
+  int splits;       // blocks for the Gram matrix of a window
+  int share;        // channels of each
+  int64_t room;     // floats of scratch of each window, besides its mean
+  int64_t scratch;  // floats of scratch in all
+};
+// `shared_memory`: bytes that a block may have.
+GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocessors);
+// `scratch` is aligned to 32 bytes.
+cudaError_t launch_windows_gram(const Tokens& tokens, const GramPlan& plan,
+                                const GramReduction& reduction, float* scratch);
 
 // Parts that the centres are divided into, each with a list of topk for every token. One part needs
 // no scratch.

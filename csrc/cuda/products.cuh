@@ -6,8 +6,9 @@
 // numbers would eat the distances of tokens with a common offset.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <mma.h>
+
+#include <cuda_bf16.h>
 
 #include "cuda/utils.cuh"
 
@@ -17,8 +18,8 @@ using Term = __nv_bfloat16;
 constexpr int kTerms = 3;
 // Rows, columns and channels of the squares that the tensor cores multiply.
 constexpr int kSquare = 16;
-// Channels of all rows that are in shared memory at a time. A staged row is 16 bytes longer, so that
-// eight rows lie in all banks.
+// Channels of all rows that are in shared memory at a time. A staged row is 16 bytes longer, so
+// that eight rows lie in all banks.
 constexpr int kStaged = 32;
 constexpr int kStagedStride = kStaged + 8;
 // Squares beside each other that a warp computes with one load of its rows.
@@ -81,8 +82,8 @@ __device__ __forceinline__ void stage_rows(Term* staged, int rows, int count, co
 }
 
 // sums_ij += a_i b_j over the staged channels, by all warps of a block. Of each of the strips of 16
-// rows of `a`, the squares column(strip, 0) ... column(strip, columns - 1) are computed, each by one
-// warp. `sums` is aligned to 32 bytes, its stride a multiple of 4.
+// rows of `a`, the squares column(strip, 0) ... column(strip, columns - 1) are computed, each by
+// one warp. `sums` is aligned to 32 bytes, its stride a multiple of 4.
 template <typename Column>
 __device__ __forceinline__ void add_products(const Term* a, int a_rows, const Term* b, int b_rows,
                                              int columns, const Column& column, float* sums,
@@ -94,15 +95,15 @@ __device__ __forceinline__ void add_products(const Term* a, int a_rows, const Te
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   for (int unit = static_cast<int>(threadIdx.x) / kWarp; unit < units; unit += warps) {
     const int strip = unit / groups;
-    wmma::fragment<wmma::matrix_a, kSquare, kSquare, kSquare, Term, wmma::row_major>
-        x[kSteps][kTerms];
+    wmma::fragment<wmma::matrix_a, kSquare, kSquare, kSquare, Term, wmma::row_major> x[kSteps]
+                                                                                      [kTerms];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
       for (int t = 0; t < kTerms; ++t) {
-        wmma::load_matrix_sync(
-            x[k][t], a + (t * a_rows + strip * kSquare) * kStagedStride + k * kSquare,
-            kStagedStride);
+        wmma::load_matrix_sync(x[k][t],
+                               a + (t * a_rows + strip * kSquare) * kStagedStride + k * kSquare,
+                               kStagedStride);
       }
     }
     const int end = min((unit % groups + 1) * kStrip, columns);
@@ -116,9 +117,9 @@ __device__ __forceinline__ void add_products(const Term* a, int a_rows, const Te
         wmma::fragment<wmma::matrix_b, kSquare, kSquare, kSquare, Term, wmma::col_major> y[kTerms];
 #pragma unroll
         for (int t = 0; t < kTerms; ++t) {
-          wmma::load_matrix_sync(
-              y[t], b + (t * b_rows + square * kSquare) * kStagedStride + k * kSquare,
-              kStagedStride);
+          wmma::load_matrix_sync(y[t],
+                                 b + (t * b_rows + square * kSquare) * kStagedStride + k * kSquare,
+                                 kStagedStride);
         }
         // The small products first.
 #pragma unroll

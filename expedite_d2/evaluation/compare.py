@@ -281,10 +281,11 @@ def _example(
         .get_submodule("backbone")
         .register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[-2:]))
     )
-    # (tokens, centres, clusters, window, ...) -> indices, weights; the first index is the nearest's
+    # (tokens, clusters, window, ...) -> spread, centres, indices, weights; the first index is the
+    # nearest centre's
     observed = ObservedOperator(
-        torch.ops.expedite_d2.token_match.default,
-        lambda args, result: (args[3], result[0][0, ..., 0]),
+        torch.ops.expedite_d2.token_reduce.default,
+        lambda args, result: (args[2], result[2][0, ..., 0]),
     )
     with hook, observed:
         expedited = prediction_of(models[1]([item])[0])

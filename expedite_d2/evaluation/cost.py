@@ -19,7 +19,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -211,29 +211,56 @@ def match_pairs(grid: Sequence[int], clusters: Sequence[int], window: Sequence[i
     return candidate_pairs(grid, clusters, window, 2 * max(clusters) + 1)
 
 
-def _geometry(inputs: list[Any], clusters: Any, window: Any) -> tuple[list[int], ...]:
-    tokens = _shape(inputs[0])
-    return tokens, _ints(clusters) or [], _ints(window) or tokens[1:3]
+class _Tokens(NamedTuple):
+    """What the work of clustering depends on."""
+
+    shape: list[int]  # (B, H, W, C)
+    clusters: list[int]
+    window: list[int]
+
+    @classmethod
+    def of(cls, tokens: Any, clusters: Any, window: Any) -> _Tokens:
+        """From the arguments of an operator."""
+        shape = _shape(tokens)
+        return cls(shape, _ints(clusters) or [], _ints(window) or shape[1:3])
+
+    def spread(self, neighbourhood: int) -> int:
+        """Pooling (1 a value) and a distance to each candidate: tokens·C + P·C."""
+        return math.prod(self.shape) + self._distances(neighbourhood)
+
+    def cluster(self, iterations: int, neighbourhood: int) -> int:
+        """Pooling, then κ times distances and weighted sums over candidates: tokens·C + 2κ·P·C."""
+        return math.prod(self.shape) + 2 * iterations * self._distances(neighbourhood)
+
+    def match(self) -> int:
+        """A distance to each centre of the window: P_all·C."""
+        pairs = match_pairs(self.shape[1:3], self.clusters, self.window)
+        return self.shape[0] * pairs * self.shape[3]
+
+    def _distances(self, neighbourhood: int) -> int:
+        grid = self.shape[1:3]
+        pairs = candidate_pairs(grid, self.clusters, self.window, neighbourhood)
+        return self.shape[0] * pairs * self.shape[3]
 
 
 def _token_spread(inputs: list[Any], outputs: list[Any]) -> int:
-    """Pooling (1 a value) and a distance to each candidate: tokens·C + P·C."""
-    tokens, clusters, window = _geometry(inputs, inputs[1], inputs[2])
-    pairs = candidate_pairs(tokens[1:3], clusters, window, inputs[3].toIValue())
-    return math.prod(tokens) + tokens[0] * pairs * tokens[3]
+    return _Tokens.of(*inputs[:3]).spread(inputs[3].toIValue())
 
 
 def _token_cluster(inputs: list[Any], outputs: list[Any]) -> int:
-    """Pooling, then κ times distances and weighted sums over candidates: tokens·C + 2κ·P·C."""
-    tokens, clusters, window = _geometry(inputs, inputs[1], inputs[2])
-    pairs = candidate_pairs(tokens[1:3], clusters, window, inputs[4].toIValue())
-    return math.prod(tokens) + 2 * inputs[3].toIValue() * tokens[0] * pairs * tokens[3]
+    return _Tokens.of(*inputs[:3]).cluster(inputs[3].toIValue(), inputs[4].toIValue())
 
 
 def _token_match(inputs: list[Any], outputs: list[Any]) -> int:
-    """A distance to each centre of the window: P_all·C."""
-    tokens, clusters, window = _geometry(inputs, inputs[2], inputs[3])
-    return tokens[0] * match_pairs(tokens[1:3], clusters, window) * tokens[3]
+    return _Tokens.of(inputs[0], *inputs[2:4]).match()
+
+
+def _token_reduce(inputs: list[Any], outputs: list[Any]) -> int:
+    """The sum of the three, of which a fixed temperature needs no spread."""
+    tokens = _Tokens.of(*inputs[:3])
+    iterations, neighbourhood, automatic = (inputs[i].toIValue() for i in (3, 4, 7))
+    spread = tokens.spread(neighbourhood) if automatic else 0
+    return spread + tokens.cluster(iterations, neighbourhood) + tokens.match()
 
 
 def _token_reconstruct(inputs: list[Any], outputs: list[Any]) -> int:
@@ -277,6 +304,7 @@ HANDLES: dict[str, Handle | None] = {f"aten::{name}": None for name in _NOT_COUN
     "expedite_d2::token_spread": _token_spread,
     "expedite_d2::token_cluster": _token_cluster,
     "expedite_d2::token_match": _token_match,
+    "expedite_d2::token_reduce": _token_reduce,
     "expedite_d2::token_reconstruct": _token_reconstruct,
     "expedite_d2::ms_deform_attn": _ms_deform_attn,
 }

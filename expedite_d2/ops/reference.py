@@ -306,6 +306,27 @@ def token_match_ref(
         )
 
 
+def token_reduce_ref(
+    tokens: Tensor,
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    iterations: int,
+    neighbourhood: int,
+    topk: int,
+    temperature: float,
+    automatic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Twin of :func:`expedite_d2.ops.token_reduce`."""
+    grid = (clusters, window)
+    if automatic:
+        spread = token_spread_ref(tokens, *grid, neighbourhood)
+    else:
+        spread = tokens.new_ones(tokens.shape[0], dtype=torch.float32)
+    centres = token_cluster_ref(tokens, *grid, iterations, neighbourhood, temperature, spread)
+    indices, weights = token_match_ref(tokens, centres, *grid, topk, temperature, spread)
+    return spread, centres, indices, weights
+
+
 def token_reconstruct_ref(
     refined: Tensor,
     indices: Tensor,

@@ -103,6 +103,22 @@ def test_own_operators_by_formula(window):
     }
 
 
+@pytest.mark.parametrize("automatic", [False, True])
+def test_reduction_costs_what_its_parts_cost(automatic):
+    settings = (2, 3, 4, 8.0, automatic)
+
+    def reduction(images: torch.Tensor) -> torch.Tensor:
+        tokens = images.permute(0, 2, 3, 1).contiguous()
+        return torch.ops.expedite_d2.token_reduce(tokens, (5, 4), (8, 8), *settings)[1]
+
+    grid, channels = (24, 20), 3
+    near = brute_force_pairs(grid, (5, 4), (8, 8), 3) * channels
+    every = brute_force_pairs(grid, (5, 4), (8, 8), 99) * channels
+    pooled = math.prod(grid) * channels
+    spread = pooled + near if automatic else 0
+    assert count(reduction, *grid) == {"token_reduce": spread + pooled + 2 * 2 * near + every}
+
+
 def test_attention_products_and_convolutions_by_hand():
     def attention(images: torch.Tensor) -> torch.Tensor:
         keys = images[..., :5, :]

@@ -83,6 +83,11 @@ class Sample(NamedTuple):
         rest = (case.clusters, case.window, topk, TEMPERATURE, self.spread)
         return self.tokens, self.centres, *rest
 
+    def reduce_args(self, topk: int = 4) -> tuple[Any, ...]:
+        case = self.case
+        settings = (5, case.neighbourhood, topk, TEMPERATURE, True)
+        return self.tokens, case.clusters, case.window, *settings
+
     def reconstruct_args(self) -> tuple[Any, ...]:
         return self.refined, self.indices, self.weights, self.tokens, self.centres
 

@@ -14,7 +14,9 @@ from op_cases import CASES, Sample, assert_kernel, make_sample
 from expedite_d2 import _ext, ops
 from expedite_d2.ops import reference
 
-NAMES = ["token_spread", "token_cluster", "token_match", "token_reconstruct"]
+KERNELS = ["token_spread", "token_cluster", "token_match", "token_reconstruct"]
+# On the CPU token_reduce is made of others' kernels.
+NAMES = [*KERNELS, "token_reduce"]
 OPCHECK_CASES = ["windows", "ragged", "image", "one_token"]
 
 
@@ -24,6 +26,7 @@ def op_args(name: str, sample: Sample) -> tuple:
         "token_cluster": sample.cluster_args,
         "token_match": sample.match_args,
         "token_reconstruct": sample.reconstruct_args,
+        "token_reduce": sample.reduce_args,
     }[name]()
 
 
@@ -51,7 +54,7 @@ def test_extension_is_loaded():
     assert set(info) == {"cuda", "archs", "compiler", "torch"} and info["compiler"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KERNELS)
 def test_dispatcher_holds_the_kernel(name, device):
     assert_kernel(name, device)
 
@@ -169,7 +172,7 @@ def test_export(device):
     tokens = make_sample(CASES["windows"], device).tokens
     exported = torch.export.export(Pipeline(), (tokens,))
     targets = {str(node.target) for node in exported.graph.nodes}
-    assert {f"expedite_d2.{name}.default" for name in NAMES} <= targets
+    assert {f"expedite_d2.{name}.default" for name in KERNELS} <= targets
     for a, b in zip(exported.module()(tokens), pipeline(tokens), strict=True):
         assert torch.equal(a, b)
 
@@ -206,7 +209,7 @@ def test_cuda_graph():
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX-512")
 def test_narrow_registers_agree():
     """Runs the kernels' other instruction set, which this machine would not choose."""
-    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in NAMES]
+    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in KERNELS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     command += ["-k", "cpu and float32 and kernel_equals_twin and not strided"]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
@@ -231,20 +234,21 @@ def _bad_inputs() -> list:
         ]
 
     rows = []
-    for op in NAMES[:3]:
+    for op in ("token_spread", "token_cluster", "token_match", "token_reduce"):
         rows += maps(op, "tokens")
         for value in ((2,), (2, 2, 2), (0, 2), (2.0, 2), 4, "22"):
             rows.append((op, "clusters", value, ValueError))
         for value in ((3,), (0, 3), (3, -1), (1.5, 3), 3):
             rows.append((op, "window", value, ValueError))
         rows.append((op, "clusters", (2**16, 2**31), ValueError))
-    for op in ("token_spread", "token_cluster"):
+    for op in ("token_spread", "token_cluster", "token_reduce"):
         for value in (4, 0, -1, 2.5):
             rows.append((op, "neighbourhood", value, ValueError))
-    for op in ("token_cluster", "token_match"):
+    for op in ("token_cluster", "token_match", "token_reduce"):
         for value in (0.0, -1.0, float("nan"), float("inf")):
             rows.append((op, "temperature", value, ValueError))
         rows.append((op, "temperature", "hot", TypeError))
+    for op in ("token_cluster", "token_match"):
         rows.append((op, "spread", lambda d: on(d, 3), ValueError))
         rows.append((op, "spread", lambda d: on(d, 2, 1), ValueError))
         rows.append((op, "spread", lambda d: on(d, 2, dtype=torch.float16), TypeError))
@@ -253,6 +257,8 @@ def _bad_inputs() -> list:
         ("token_cluster", "iterations", -1, ValueError),
         ("token_cluster", "iterations", 1.5, ValueError),
         ("token_match", "topk", 0, ValueError),
+        ("token_reduce", "iterations", -1, ValueError),
+        ("token_reduce", "topk", 0, ValueError),
         ("token_match", "centres", lambda d: on(d, 2, 4, 5, 3), ValueError),
         ("token_match", "centres", lambda d: on(d, 2, 4, 4, 2), ValueError),
         ("token_match", "centres", lambda d: on(d, 2, 4, 4, 3, dtype=torch.float16), TypeError),
@@ -293,6 +299,7 @@ def good_arguments(op: str, device: str) -> dict:
         "token_cluster": "tokens clusters window neighbourhood iterations temperature spread",
         "token_match": "tokens centres clusters window topk temperature spread",
         "token_reconstruct": "refined indices weights tokens centres",
+        "token_reduce": "tokens clusters window iterations neighbourhood topk temperature",
     }[op]
     return {name: arguments[name] for name in names.split()}
 

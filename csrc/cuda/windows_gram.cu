@@ -1,0 +1,383 @@
+// token_cluster and token_reduce for small windows, in three or four launches.
+//
+// Centres are always convex combinations of tokens, S = A Z with A (K, N). So every distance
+// follows from the Gram matrix of the window's tokens, G = Z Z^T (N, N):
+//     ||z_p - s_i||^2 = G_pp - 2 (A G)_ip + (A G A^T)_ii.
+// The channels are read for G and for S = A Z, both here on tensor cores, by several blocks a
+// window. In between, spread, iterations and match run on N x N numbers (windows_iterate.cu). The
+// window's mean token is subtracted in G, or the difference of large numbers would eat the
+// distances of tokens with a common offset.
+//
+// For windows of 144 tokens and 64 cells a block has 160 KiB, so cards with less take other paths.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/windows_gram.cuh"
+
+namespace expedite_d2::cuda {
+namespace {
+
+namespace wmma = nvcuda::wmma;
+using Left = wmma::fragment<wmma::matrix_a, kSquare, kSquare, kSquare, Term, wmma::row_major>;
+using Sum = wmma::fragment<wmma::accumulator, kSquare, kSquare, kSquare, float>;
+
+// Squares of G that a warp keeps in registers.
+constexpr int kOwnSquares = 6;
+// The fewest channels of a block of gram_kernel, and those of a block of centres_kernel.
+constexpr int kLeastShare = 128;
+constexpr int kCentreChannels = 128;
+// Staged centres: 32 channels, and eight more so that eight rows lie in all banks.
+constexpr int kCentreStride = kStaged + 8;
+// Every window adds up the sums of all windows of its image.
+constexpr int64_t kMostWindows = 4096;
+// Bytes of scratch that few tokens may have; many have no more than they take themselves.
+constexpr int64_t kFreeScratch = int64_t{4} << 20;
+
+// Channels of 16 bytes.
+template <typename T>
+constexpr int kWide = 16 / sizeof(T);
+
+// sum += a b, each given as its terms. Tensor cores truncate what they add, so the long sum over
+// the channels is taken outside of them.
+template <typename Right>
+__device__ __forceinline__ void add_product(Sum& sum, const Left (&a)[kTerms],
+                                            const Right (&b)[kTerms]) {
+  Sum product;
+  wmma::fill_fragment(product, 0.f);
+  // The small products first.
+#pragma unroll
+  for (int order = kTerms - 1; order >= 0; --order) {
+#pragma unroll
+    for (int t = 0; t <= order; ++t) {
+      wmma::mma_sync(product, a[t], b[order - t], product);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < sum.num_elements; ++e) {
+    sum.x[e] += product.x[e];
+  }
+}
+
+// Bytes for the staged rows and, before them, the sums of the mean; all threads have one.
+EXPEDITE_HOST_DEVICE int64_t gram_staged_bytes(int64_t padded) {
+  const int64_t staged = staged_bytes(padded);
+  const int64_t sums = kThreads * kWide<c10::Half> * static_cast<int64_t>(sizeof(float));
+  return staged > sums ? staged : sums;
+}
+
+// Where a window's tokens begin in the tensor of all tokens.
+__device__ __forceinline__ void find_rows(const GramWindow& window, int channels, int64_t* places) {
+  for (int p = threadIdx.x; p < window.count; p += kThreads) {
+    places[p] = window.token(p) * channels;
+  }
+  __syncthreads();
+}
+
+// The window's mean token, of channels begin ... end - 1.
+template <typename T, int V>
+__device__ __forceinline__ void compute_mean(const T* tokens, const int64_t* places, int count,
+                                             int begin, int end, float* sums, float* mean) {
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  for (int first = begin; first < end; first += kWarp * V) {
+    const int c = first + lane * V;
+    float sum[V] = {};
+    if (c < end) {
+#pragma unroll 4
+      for (int p = warp; p < count; p += kWarps) {
+        float z[V];
+        load<V>(tokens + places[p] + c, z);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          sum[v] += z[v];
+        }
+      }
+    }
+    store<V>(sums + (warp * kWarp + lane) * V, sum);
+    __syncthreads();
+    const int n = static_cast<int>(threadIdx.x);
+    if (n < kWarp * V && first + n < end) {
+      float total = 0.f;
+      for (int w = 0; w < kWarps; ++w) {
+        total += sums[w * kWarp * V + n];
+      }
+      total /= static_cast<float>(count);
+      // A mean that is not finite would spoil the distances of all tokens, not only of the bad one.
+      mean[first + n] = isfinite(total) ? total : 0.f;
+    }
+    __syncthreads();
+  }
+}
+
+// Mean and G of a window for some of its channels.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 2)
+    gram_kernel(const T* __restrict__ tokens,  // (B, H, W, C)
+                GramScratch scratch, Grid grid, int channels, int share) {
+  static_assert(kWarp * V <= kThreads);
+  extern __shared__ __align__(128) float shared[];
+  const int64_t linear = blockIdx.x / scratch.splits;
+  const int split = static_cast<int>(blockIdx.x % scratch.splits);
+  const GramWindow window(grid, linear);
+  const int begin = split * share;
+  const int end = min(begin + share, channels);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int tiles = window.padded / kSquare;
+  const int columns = tiles / 2 + 1;
+  const int squares = tiles * columns;
+  auto* staged = reinterpret_cast<Term*>(shared);
+  auto* places = reinterpret_cast<int64_t*>(reinterpret_cast<char*>(shared) +
+                                            gram_staged_bytes(window.padded));
+  float* mean = scratch.means + linear * channels;
+  float* gram =
+      scratch.windows + linear * scratch.room + static_cast<int64_t>(split) * squares * kSquareSize;
+
+  find_rows(window, channels, places);
+  compute_mean<T, V>(tokens, places, window.count, begin, end, shared, mean);
+  const auto row = [&](int p) { return tokens + places[p]; };
+
+  for (int base = 0; base < squares; base += kWarps * kOwnSquares) {
+    const int left = min(squares - base, kWarps * kOwnSquares);
+    const int first_square = base + left * warp / kWarps;
+    const int own = base + left * (warp + 1) / kWarps - first_square;
+    Sum sums[kOwnSquares];
+#pragma unroll
+    for (int o = 0; o < kOwnSquares; ++o) {
+      wmma::fill_fragment(sums[o], 0.f);
+    }
+    for (int first = begin; first < end; first += kStaged) {
+      // The channels staged before have been read.
+      __syncthreads();
+      stage_rows<V>(staged, window.padded, window.count, row, mean, first, end);
+      __syncthreads();
+#pragma unroll 1
+      for (int k = 0; k < kStaged; k += kSquare) {
+        int strip = first_square / columns;
+        int ahead = first_square % columns;
+        Left x[kTerms];
+#pragma unroll
+        for (int o = 0; o < kOwnSquares; ++o) {
+          if (o < own) {
+            if (o == 0 || ahead == 0) {
+#pragma unroll
+              for (int t = 0; t < kTerms; ++t) {
+                const int at = (t * window.padded + strip * kSquare) * kStagedStride + k;
+                wmma::load_matrix_sync(x[t], staged + at, kStagedStride);
+              }
+            }
+            const int beside = strip + ahead - (strip + ahead < tiles ? 0 : tiles);
+            wmma::fragment<wmma::matrix_b, kSquare, kSquare, kSquare, Term, wmma::col_major>
+                y[kTerms];
+#pragma unroll
+            for (int t = 0; t < kTerms; ++t) {
+              const int at = (t * window.padded + beside * kSquare) * kStagedStride + k;
+              wmma::load_matrix_sync(y[t], staged + at, kStagedStride);
+            }
+            add_product(sums[o], x, y);
+            if (++ahead == columns) {
+              ahead = 0;
+              ++strip;
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int o = 0; o < kOwnSquares; ++o) {
+      if (o < own) {
+        wmma::store_matrix_sync(gram + static_cast<int64_t>(first_square + o) * kSquareSize,
+                                sums[o], kSquare, wmma::mem_row_major);
+      }
+    }
+  }
+}
+
+// S = A Z for some channels of a window. Z is taken about the window's mean, which is added again:
+// a row of A sums to 1.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 2)
+    centres_kernel(const T* __restrict__ tokens,  // (B, H, W, C)
+                   GramScratch scratch,
+                   T* __restrict__ centres,  // (B, h', w', C)
+                   Grid grid, int radius, int channels) {
+  extern __shared__ __align__(128) float shared[];
+  const int parts = ceil_div(channels, kCentreChannels);
+  const int64_t linear = blockIdx.x / parts;
+  const GramWindow window(grid, linear);
+  const int begin = static_cast<int>(blockIdx.x % parts) * kCentreChannels;
+  const int end = min(begin + kCentreChannels, channels);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int padded_cells = static_cast<int>(padded_rows(window.cells));
+  const int stride = window.padded + 8;
+  auto* rows = reinterpret_cast<Term*>(shared);  // (terms, padded_cells, stride)
+  Term* staged = rows + kTerms * padded_cells * stride;
+  auto* sums = reinterpret_cast<float*>(staged + kTerms * window.padded * kStagedStride);
+  auto* places = reinterpret_cast<int64_t*>(sums + padded_cells * kCentreStride);
+  const float* mean = scratch.means + linear * channels;
+
+  const float* a = scratch.windows + linear * scratch.room;
+  const int packs = window.padded / 4;
+  for (int n = threadIdx.x; n < padded_cells * packs; n += kThreads) {
+    const int i = n / packs;
+    float values[4] = {};
+    if (i < window.cells) {
+      load<4>(a + 4 * n, values);
+    }
+    Pack<Term, 4> terms[kTerms];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      Term split_value[kTerms];
+      split(values[v], split_value);
+#pragma unroll
+      for (int t = 0; t < kTerms; ++t) {
+        terms[t].values[v] = split_value[t];
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTerms; ++t) {
+      *reinterpret_cast<Pack<Term, 4>*>(rows + (t * padded_cells + i) * stride + n % packs * 4) =
+          terms[t];
+    }
+  }
+  find_rows(window, channels, places);
+  const auto row = [&](int p) { return tokens + places[p]; };
+
+  for (int first = begin; first < end; first += kStaged) {
+    stage_rows<V>(staged, window.padded, window.count, row, mean, first, end);
+    __syncthreads();
+    // A square of 16 centres and 16 channels is computed by one warp.
+    constexpr int kAcross = kStaged / kSquare;
+    for (int square = warp; square < padded_cells / kSquare * kAcross; square += kWarps) {
+      const int strip = square / kAcross * kSquare;
+      const int column = square % kAcross * kSquare;
+      // Elsewhere these rows of A are zero.
+      const int from = cell_span(window, strip, radius).begin / kSquare * kSquare;
+      const int to = cell_span(window, min(strip + kSquare, window.cells) - 1, radius).end;
+      Sum sum;
+      wmma::fill_fragment(sum, 0.f);
+      for (int p = from; p < to; p += kSquare) {
+        Left x[kTerms];
+        wmma::fragment<wmma::matrix_b, kSquare, kSquare, kSquare, Term, wmma::row_major> y[kTerms];
+#pragma unroll
+        for (int t = 0; t < kTerms; ++t) {
+          wmma::load_matrix_sync(x[t], rows + (t * padded_cells + strip) * stride + p, stride);
+          wmma::load_matrix_sync(y[t], staged + (t * window.padded + p) * kStagedStride + column,
+                                 kStagedStride);
+        }
+        add_product(sum, x, y);
+      }
+      wmma::store_matrix_sync(sums + strip * kCentreStride + column, sum, kCentreStride,
+                              wmma::mem_row_major);
+    }
+    __syncthreads();
+    constexpr int kPacks = kStaged / V;
+    for (int n = threadIdx.x; n < window.cells * kPacks; n += kThreads) {
+      const int i = n / kPacks;
+      const int c = n % kPacks * V;
+      if (first + c < end) {
+        float values[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          values[v] = sums[i * kCentreStride + c + v] + mean[first + c + v];
+        }
+        store<V>(centres + window.image_cell(i) * channels + first + c, values);
+      }
+    }
+  }
+}
+
+// Tokens and cells of a full window; `tokens` 0 where a window has more than any card can take.
+struct WindowSizes {
+  int64_t tokens;
+  int64_t padded;
+  int64_t cells;
+
+  explicit WindowSizes(const Grid& grid) {
+    const auto side = [](const WindowAxis& axis) { return std::min(axis.size, axis.window); };
+    const auto inside = [](const WindowAxis& axis) {
+      return std::min(axis.cells(), axis.clusters);
+    };
+    tokens = int64_t{side(grid.rows)} * side(grid.columns);
+    cells = int64_t{inside(grid.rows)} * inside(grid.columns);
+    // The products below could overflow.
+    tokens = tokens > 1024 || cells > 1 << 15 ? 0 : tokens;
+    padded = padded_rows(tokens);
+  }
+
+  // Bytes of shared memory.
+  size_t gram() const { return gram_staged_bytes(padded) + sizeof(int64_t) * padded; }
+  size_t iterate() const { return iterate_shared_memory(padded, cells); }
+  size_t centres() const {
+    const int64_t rows = padded_rows(cells);
+    return rows * (kTerms * (padded + 8) * sizeof(Term) + kCentreStride * sizeof(float)) +
+           staged_bytes(padded) + sizeof(int64_t) * padded;
+  }
+};
+
+}  // namespace
+
+GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocessors) {
+  const Grid& grid = tokens.grid;
+  const WindowSizes sizes(grid);
+  const int64_t windows = int64_t{grid.rows.windows()} * grid.columns.windows();
+  if (sizes.tokens == 0 || windows > kMostWindows ||
+      std::max({sizes.gram(), sizes.iterate(), sizes.centres()}) > shared_memory) {
+    return {};
+  }
+  const int64_t count = tokens.batch * windows;
+  const int64_t bytes =
+      token_count(grid, tokens.batch) * tokens.channels * (tokens.type == Type::kFloat ? 4 : 2);
+  const int64_t besides = tokens.channels + 2 + spread_parts(tokens.channels);
+  const int64_t most = std::max(bytes, kFreeScratch) / 4 / count - besides;
+  const int64_t gram = gram_squares(sizes.padded) * kSquareSize;
+  const int64_t rows = sizes.cells * sizes.padded;
+  if (std::max(gram, rows) > most) {
+    return {};
+  }
+  // Two blocks a multiprocessor.
+  int64_t splits =
+      std::min({2 * multiprocessors / count, int64_t{tokens.channels / kLeastShare}, most / gram});
+  splits = std::max<int64_t>(splits, 1);
+  GramPlan plan;
+  plan.share = static_cast<int>(ceil_div<int64_t>(tokens.channels, splits * kStaged)) * kStaged;
+  plan.splits = ceil_div(tokens.channels, plan.share);
+  plan.room = std::max(plan.splits * gram, rows);
+  plan.scratch =
+      count * (plan.room + tokens.channels + 2) + tokens.batch * spread_parts(tokens.channels);
+  return plan;
+}
+
+cudaError_t launch_windows_gram(const Tokens& tokens, const GramPlan& plan,
+                                const GramReduction& reduction, float* scratch) {
+  Launcher launch{tokens.stream};
+  const Grid& grid = tokens.grid;
+  const WindowSizes sizes(grid);
+  const int64_t count = tokens.batch * grid.rows.windows() * grid.columns.windows();
+  GramScratch parts{};
+  parts.windows = scratch;
+  parts.means = parts.windows + count * plan.room;
+  parts.near = parts.means + count * tokens.channels;
+  parts.away = parts.near + count;
+  parts.room = plan.room;
+  parts.splits = plan.splits;
+  with_type(tokens.type, [&](auto type) {
+    using T = decltype(type);
+    constexpr int V = kWide<T>;
+    const auto* data = static_cast<const T*>(tokens.data);
+    auto* centres = static_cast<T*>(reduction.centres);
+    const bool wide = tokens.channels % V == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(centres) % 16 == 0;
+    launch.blocks(wide ? gram_kernel<T, V> : gram_kernel<T, 1>, count * plan.splits, kThreads,
+                  sizes.gram(), data, parts, grid, tokens.channels, plan.share);
+    if (reduction.automatic) {
+      launch_window_spread(launch, tokens, reduction.radius, parts, sizes.iterate());
+    }
+    launch_window_iterate(launch, tokens, reduction, parts, sizes.iterate());
+    launch.blocks(wide ? centres_kernel<T, V> : centres_kernel<T, 1>,
+                  count * ceil_div(tokens.channels, kCentreChannels), kThreads, sizes.centres(),
+                  data, parts, centres, grid, reduction.radius, tokens.channels);
+  });
+  return launch.error;
+}
+
+}  // namespace expedite_d2::cuda

@@ -1,0 +1,149 @@
+"""All that comes before the low-resolution blocks in one operator: spread, centres, match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expedite_d2.ops._checks import (
+    check_clusters,
+    check_int,
+    check_map,
+    check_temperature,
+    map_size,
+)
+from expedite_d2.ops.reference import token_reduce_ref
+
+_NAME = "expedite_d2::token_reduce"
+
+torch.library.define(
+    _NAME,
+    "(Tensor tokens, int[] clusters, int[]? window, int iterations, int neighbourhood, int topk, "
+    "float temperature, bool automatic) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_NAME, "default")
+def _compose(
+    tokens: Tensor,
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    iterations: int,
+    neighbourhood: int,
+    topk: int,
+    temperature: float,
+    automatic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By the three operators, with the kernels that they have."""
+    ops = torch.ops.expedite_d2
+    grid = (clusters, window)
+    if automatic:
+        spread = ops.token_spread(tokens, *grid, neighbourhood)
+    else:
+        spread = tokens.new_ones(tokens.shape[0], dtype=torch.float32)
+    centres = ops.token_cluster(tokens, *grid, iterations, neighbourhood, temperature, spread)
+    indices, weights = ops.token_match(tokens, centres, *grid, topk, temperature, spread)
+    return spread, centres, indices, weights
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    tokens: Tensor,
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    iterations: int,
+    neighbourhood: int,
+    topk: int,
+    temperature: float,
+    automatic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, height, width, channels = tokens.shape
+    shape = (batch, height, width, topk)
+    return (
+        tokens.new_empty(batch, dtype=torch.float32),
+        tokens.new_empty((batch, *map_size(tokens, clusters, window), channels)),
+        tokens.new_empty(shape, dtype=torch.int32),
+        tokens.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    spread, _, indices, weights = output
+    ctx.mark_non_differentiable(spread, indices, weights)
+    if ctx.needs_input_grad[0]:
+        tokens, clusters, window, iterations, neighbourhood, _, temperature, _ = inputs
+        ctx.save_for_backward(tokens, spread)
+        ctx.settings = (clusters, window, iterations, neighbourhood, temperature)
+
+
+def _backward(ctx, *grads: Tensor):
+    grad_tokens = None
+    if ctx.needs_input_grad[0]:
+        tokens, spread = ctx.saved_tensors
+        backward = torch.ops.expedite_d2._token_cluster_backward.default
+        grad_tokens = backward(grads[1], tokens, *ctx.settings, spread)
+    return grad_tokens, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+
+_token_reduce = torch.ops.expedite_d2.token_reduce.default
+
+
+def token_reduce(
+    tokens: Tensor,
+    clusters: Sequence[int],
+    *,
+    window: Sequence[int] | None = None,
+    iterations: int = 5,
+    neighbourhood: int = 5,
+    topk: int = 4,
+    temperature: float,
+    automatic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clusters the tokens of a grid or of its windows, and matches every token to the centres.
+
+    The same as :func:`token_spread` (where ``automatic``), :func:`token_cluster` and
+    :func:`token_match` one after the other, which have the details. On CUDA, small windows share
+    what the three have in common: the distances between the tokens of a window.
+
+    Args:
+        tokens: (B, H, W, C), float32, bfloat16, float16 or float64, of any stride.
+        clusters: (h, w), the cells of the grid, or of one window.
+        window: (M_h, M_w), the tokens of one window; None: one grid.
+        iterations: Rounds of soft k-means, kappa; 0 is average pooling.
+        neighbourhood: Candidate cells of a token a side, odd, clipped to its window.
+        topk: Centres a token. Where a window has fewer, its nearest is repeated with weight 0.
+        temperature: tau, the factor of squared distances, positive.
+        automatic: Divides the temperature by the spread of each image.
+
+    Returns:
+        spread: (B,), float32, from :func:`token_spread`; ones if not ``automatic``. Not
+            differentiable.
+        centres: (B, h', w', C), of the type of ``tokens``. Differentiable in ``tokens``, as those
+            of :func:`token_cluster`.
+        indices: (B, H, W, topk), int32, linear in the h' * w' map, nearest first; always in range.
+            Not differentiable.
+        weights: (B, H, W, topk), float32. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: For an argument of wrong shape, value or type.
+
+    Note:
+        Distances and sums are float32 (float64 for float64 tokens), also under autocast;
+        deterministic. Where small windows share their distances, tokens of half types are matched
+        to the centres before those are rounded to that type, and a NaN among a window's tokens
+        spoils all of its matches.
+    """
+    op = "token_reduce"
+    check_map(op, "tokens", tokens)
+    cells, side = check_clusters(op, tokens, clusters, window)
+    check_int(op, "iterations", iterations, 0)
+    check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
+    check_int(op, "topk", topk, 1)
+    tau = check_temperature(op, temperature)
+    # The kernels are for the types that models run in; float64 serves tests of gradients.
+    run = token_reduce_ref if tokens.dtype == torch.float64 else _token_reduce
+    return run(tokens, cells, side, iterations, neighbourhood, topk, tau, bool(automatic))
