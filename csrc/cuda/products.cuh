@@ -22,8 +22,6 @@ constexpr int kSquare = 16;
 // that eight rows lie in all banks.
 constexpr int kStaged = 32;
 constexpr int kStagedStride = kStaged + 8;
-// Squares beside each other that a warp computes with one load of its rows.
-constexpr int kStrip = 4;
 
 EXPEDITE_HOST_DEVICE int64_t padded_rows(int64_t rows) {
   return (rows + kSquare - 1) / kSquare * kSquare;
@@ -77,60 +75,6 @@ __device__ __forceinline__ void stage_rows(Term* staged, int rows, int count, co
 #pragma unroll
     for (int t = 0; t < kTerms; ++t) {
       *reinterpret_cast<Pack<Term, V>*>(staged + (t * rows + r) * kStagedStride + c) = packs[t];
-    }
-  }
-}
-
-// sums_ij += a_i b_j over the staged channels, by all warps of a block. Of each of the strips of 16
-// rows of `a`, the squares column(strip, 0) ... column(strip, columns - 1) are computed, each by
-// one warp. `sums` is aligned to 32 bytes, its stride a multiple of 4.
-template <typename Column>
-__device__ __forceinline__ void add_products(const Term* a, int a_rows, const Term* b, int b_rows,
-                                             int columns, const Column& column, float* sums,
-                                             int stride) {
-  namespace wmma = nvcuda::wmma;
-  constexpr int kSteps = kStaged / kSquare;
-  const int groups = ceil_div(columns, kStrip);
-  const int units = a_rows / kSquare * groups;
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  for (int unit = static_cast<int>(threadIdx.x) / kWarp; unit < units; unit += warps) {
-    const int strip = unit / groups;
-    wmma::fragment<wmma::matrix_a, kSquare, kSquare, kSquare, Term, wmma::row_major> x[kSteps]
-                                                                                      [kTerms];
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-      for (int t = 0; t < kTerms; ++t) {
-        wmma::load_matrix_sync(x[k][t],
-                               a + (t * a_rows + strip * kSquare) * kStagedStride + k * kSquare,
-                               kStagedStride);
-      }
-    }
-    const int end = min((unit % groups + 1) * kStrip, columns);
-    for (int n = unit % groups * kStrip; n < end; ++n) {
-      const int square = column(strip, n);
-      float* to = sums + strip * kSquare * stride + square * kSquare;
-      wmma::fragment<wmma::accumulator, kSquare, kSquare, kSquare, float> sum;
-      wmma::load_matrix_sync(sum, to, stride, wmma::mem_row_major);
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        wmma::fragment<wmma::matrix_b, kSquare, kSquare, kSquare, Term, wmma::col_major> y[kTerms];
-#pragma unroll
-        for (int t = 0; t < kTerms; ++t) {
-          wmma::load_matrix_sync(y[t],
-                                 b + (t * b_rows + square * kSquare) * kStagedStride + k * kSquare,
-                                 kStagedStride);
-        }
-        // The small products first.
-#pragma unroll
-        for (int order = kTerms - 1; order >= 0; --order) {
-#pragma unroll
-          for (int t = 0; t <= order; ++t) {
-            wmma::mma_sync(sum, x[k][t], y[order - t], sum);
-          }
-        }
-      }
-      wmma::store_matrix_sync(to, sum, stride, wmma::mem_row_major);
     }
   }
 }

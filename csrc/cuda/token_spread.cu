@@ -114,29 +114,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Sum over a block of kThreads, in thread 0.
-__device__ __forceinline__ float block_sum(float value) {
-  __shared__ float sums[kWarps];
-  value = warp_sum(value);
-  // Another sum may still be read.
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) {
-    sums[threadIdx.x / kWarp] = value;
-  }
-  __syncthreads();
-  float total = 0.f;
-  for (int w = 0; w < kWarps; ++w) {
-    total += sums[w];
-  }
-  return total;
-}
-
 // Means over the tokens of an image, and the floor. A block an image.
 __global__ void __launch_bounds__(kThreads, 1)
     spread_kernel(const float* __restrict__ nearest,    // (B, N)
                   const float* __restrict__ deviation,  // (B, N)
                   float* __restrict__ spread,           // (B,)
                   int64_t count) {
+  __shared__ float sums[kWarps];
   const int64_t image = blockIdx.x;
   float near = 0.f;
   float away = 0.f;
@@ -144,8 +128,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     near += nearest[image * count + n];
     away += deviation[image * count + n];
   }
-  near = block_sum(near) / static_cast<float>(count);
-  away = block_sum(away) / static_cast<float>(count);
+  near = block_sum(near, sums) / static_cast<float>(count);
+  away = block_sum(away, sums) / static_cast<float>(count);
   if (threadIdx.x == 0) {
     const float floor = fmaf(kSpreadFloor, away, FLT_MIN);
     // NaN fails the comparison and is passed on.

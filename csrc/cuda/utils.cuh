@@ -92,6 +92,22 @@ __device__ __forceinline__ float warp_sums(float (&values)[N]) {
   return sum;
 }
 
+// Sum over a block of kThreads, the same bits in each thread. `sums` is shared memory for kWarps.
+__device__ __forceinline__ float block_sum(float value, float* sums) {
+  value = warp_sum(value);
+  // Another sum may still be read.
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) {
+    sums[threadIdx.x / kWarp] = value;
+  }
+  __syncthreads();
+  float total = 0.f;
+  for (int w = 0; w < kWarps; ++w) {
+    total += sums[w];
+  }
+  return total;
+}
+
 // Weight, before normalisation, of a squared distance that exceeds the least one by `excess`. NaN
 // fails the comparison and stays.
 __device__ __forceinline__ float falloff(float tau, float excess) {

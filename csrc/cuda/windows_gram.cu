@@ -33,10 +33,6 @@ constexpr int64_t kMostWindows = 4096;
 // Bytes of scratch that few tokens may have; many have no more than they take themselves.
 constexpr int64_t kFreeScratch = int64_t{4} << 20;
 
-// Channels of 16 bytes.
-template <typename T>
-constexpr int kWide = 16 / sizeof(T);
-
 // sum += a b, each given as its terms. Tensor cores truncate what they add, so the long sum over
 // the channels is taken outside of them.
 template <typename Right>
@@ -365,8 +361,7 @@ cudaError_t launch_windows_gram(const Tokens& tokens, const GramPlan& plan,
     constexpr int V = kWide<T>;
     const auto* data = static_cast<const T*>(tokens.data);
     auto* centres = static_cast<T*>(reduction.centres);
-    const bool wide = tokens.channels % V == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                      reinterpret_cast<uintptr_t>(centres) % 16 == 0;
+    const bool wide = can_read_wide<T>(tokens.channels, data, centres);
     launch.blocks(wide ? gram_kernel<T, V> : gram_kernel<T, 1>, count * plan.splits, kThreads,
                   sizes.gram(), data, parts, grid, tokens.channels, plan.share);
     if (reduction.automatic) {

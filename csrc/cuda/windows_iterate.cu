@@ -141,7 +141,7 @@ __device__ __forceinline__ void update(const GramNumbers& numbers, const GramWin
     float* row = numbers.rows + i * numbers.stride;
     const float* weights = numbers.next + i * numbers.stride;
     const auto got = [&](int p) {
-      const Home home = numbers.homes[p];
+      const HomeCell home = numbers.homes[p];
       const bool candidate =
           abs(home.row - cell_row) <= radius && abs(home.column - cell_column) <= radius;
       return candidate ? weights[p] * numbers.shares[p] : 0.f;

@@ -12,7 +12,7 @@ EXPEDITE_HOST_DEVICE int64_t gram_stride(int64_t padded) {
 }
 
 // Row and column of a token's home cell.
-struct Home {
+struct HomeCell {
   int32_t row;
   int32_t column;
 };
@@ -20,14 +20,14 @@ struct Home {
 // What the iterations of one window need, in shared memory.
 struct GramNumbers {
   int stride;
-  float* gram;    // (padded, stride): G
-  float* rows;    // (K, stride): A
-  float* next;    // (K, stride): A G, then the falloff of tokens to their candidates
-  Span* spans;    // (K,): cell_span
-  Home* homes;    // (N,)
-  float* norms;   // (K,): diagonal of A G A^T
-  float* shares;  // (N,): what normalises a token's falloff
-  float* sums;    // (kWarps,): for block_sum
+  float* gram;      // (padded, stride): G
+  float* rows;      // (K, stride): A
+  float* next;      // (K, stride): A G, then the falloff of tokens to their candidates
+  Span* spans;      // (K,): cell_span
+  HomeCell* homes;  // (N,)
+  float* norms;     // (K,): diagonal of A G A^T
+  float* shares;    // (N,): what normalises a token's falloff
+  float* sums;      // (kWarps,): for block_sum
 
   static EXPEDITE_HOST_DEVICE int64_t floats(int64_t padded, int64_t cells) {
     return (padded + 2 * cells) * gram_stride(padded) + 3 * cells + 3 * padded + kWarps;
@@ -39,7 +39,7 @@ struct GramNumbers {
     rows = gram + window.padded * stride;
     next = rows + window.cells * stride;
     spans = reinterpret_cast<Span*>(next + window.cells * stride);
-    homes = reinterpret_cast<Home*>(spans + window.cells);
+    homes = reinterpret_cast<HomeCell*>(spans + window.cells);
     norms = reinterpret_cast<float*>(homes + window.padded);
     shares = norms + window.cells;
     sums = shares + window.padded;
@@ -61,7 +61,7 @@ struct Candidates {
 
   __device__ Candidates(const GramNumbers& numbers, const GramWindow& window, int radius,
                         int32_t p) {
-    const Home home = numbers.homes[p];
+    const HomeCell home = numbers.homes[p];
     top = max(home.row - radius, 0);
     bottom = min(home.row + radius, window.cells / window.cell_columns - 1);
     left = max(home.column - radius, 0);
@@ -208,22 +208,6 @@ __device__ __forceinline__ void multiply(const GramNumbers& numbers, const GramW
     }
   }
   __syncthreads();
-}
-
-// Sum over a block of kThreads, the same bits in each thread. `sums` is shared memory for kWarps.
-__device__ __forceinline__ float block_sum(float value, float* sums) {
-  value = warp_sum(value);
-  // Another sum may still be read.
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) {
-    sums[threadIdx.x / kWarp] = value;
-  }
-  __syncthreads();
-  float total = 0.f;
-  for (int w = 0; w < kWarps; ++w) {
-    total += sums[w];
-  }
-  return total;
 }
 
 }  // namespace expedite_d2::cuda
