@@ -46,7 +46,7 @@ class SwinStage(nn.Module):
     ) -> Windows:
         """Geometry of the windows on a map (B, H, W, C) of tokens or clusters."""
         shift = (size[0] // 2, size[1] // 2)
-        plain, shifted = (window_layout(*x.shape[:3], size, by, x.device) for by in ((0, 0), shift))
+        plain, shifted = (window_layout(x, size, by) for by in ((0, 0), shift))
         return Windows(size, plain, shifted, positions, resample)
 
 

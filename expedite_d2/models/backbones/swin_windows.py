@@ -34,24 +34,18 @@ class Layout(NamedTuple):
     mask: Tensor | None
 
 
-def window_layout(
-    batch: int,
-    height: int,
-    width: int,
-    size: tuple[int, int],
-    shift: tuple[int, int],
-    device: torch.device,
-) -> Layout:
-    """Lay windows of ``size`` over maps (B, H, W), padded at their ends and rolled by ``shift``."""
+def window_layout(x: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> Layout:
+    """Lay windows of ``size`` over maps (B, H, W, C), padded at their ends, rolled by ``shift``."""
+    batch, height, width = x.shape[:3]
     down, across = -(-height // size[0]), -(-width // size[1])
-    tokens = torch.arange(batch * down * size[0] * across * size[1], device=device)
+    tokens = torch.arange(batch * down * size[0] * across * size[1], device=x.device)
     maps = tokens.view(batch, down * size[0], across * size[1])
     rolled = maps.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else maps
     windows = rolled.view(batch, down, size[0], across, size[1]).transpose(2, 3)
     mask = None
     if any(shift):
         # A map of two by two windows has every kind of seam.
-        kinds = shift_mask((2 * size[0], 2 * size[1]), size, shift, device).unbind(0)
+        kinds = shift_mask((2 * size[0], 2 * size[1]), size, shift, x.device).unbind(0)
         bodies = (windows[:, :-1], windows[:, -1:])
         parts = [part for body in bodies for part in (body[:, :, :-1], body[:, :, -1:])]
         order = torch.cat([part.reshape(-1) for part in parts])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
@@ -60,8 +60,8 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
         value = value.unflatten(-1, (self.n_heads, -1))
 
         points = (self.n_heads, self.n_levels, self.n_points)
-        weights = self.attention_weights(queries).unflatten(-1, (self.n_heads, -1)).softmax(-1)
-        weights = weights.unflatten(-1, points[1:])
+        logits = cast(nn.Linear, self.attention_weights)(queries)
+        weights = logits.unflatten(-1, (self.n_heads, -1)).softmax(-1).unflatten(-1, points[1:])
         offsets = self.sampling_offsets(queries).unflatten(-1, (*points, 2))  # in pixels
         sizes = torch.tensor(
             [[width, height] for height, width in spatial_shapes_list], device=offsets.device
