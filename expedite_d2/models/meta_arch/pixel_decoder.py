@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
 
-from expedite_d2.ops import ms_deform_attn
+from expedite_d2.ops.ms_deform_attn import ms_deform_attn
 
 
 class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
@@ -60,7 +60,7 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
         value = value.unflatten(-1, (self.n_heads, -1))
 
         points = (self.n_heads, self.n_levels, self.n_points)
-        logits = cast(nn.Linear, self.attention_weights)(queries)
+        logits = self.attention_weights(queries)
         weights = logits.unflatten(-1, (self.n_heads, -1)).softmax(-1).unflatten(-1, points[1:])
         offsets = self.sampling_offsets(queries).unflatten(-1, (*points, 2))  # in pixels
         sizes = torch.tensor(
