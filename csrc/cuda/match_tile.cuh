@@ -37,26 +37,6 @@ __device__ __forceinline__ void split_pair(float a, float b, uint32_t (&pairs)[k
   }
 }
 
-// A square of terms as the tensor cores take it, from shared memory. wmma would load it through
-// generic addresses, with more instructions than the products are.
-__device__ __forceinline__ void load_square(const Term* square, uint32_t (&registers)[4]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const Term* from = square + lane % kSquare * kStagedStride + lane / kSquare * 8;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from)))
-               : "memory");
-}
-
-// sums_ij += a_i b_j for 16 rows of a and 8 of b.
-__device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high,
-                                         float (&sums)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
-}
-
 // A slice of kStaged channels of a tile's rows on the way to shared memory: every thread holds V
 // channels of each kDown-th row.
 template <typename T, int V>
@@ -144,9 +124,7 @@ struct Slice {
 
 // A warp's quarter of the products, in registers.
 struct Quarter {
-  // Of a square, columns 0 ... 7 and 8 ... 15; a lane has two neighbours in rows lane / 4 and
-  // lane / 4 + 8 of each.
-  float sums[kQuarterSide][kQuarterSide][2][4] = {};
+  SquareSums sums[kQuarterSide][kQuarterSide] = {};
   int row, column;  // first ones
 
   __device__ Quarter() {
@@ -155,50 +133,31 @@ struct Quarter {
     column = warp % 2 * kQuarterSide * kSquare;
   }
 
-  // Adds the products of the staged channels. The tensor cores cut off what they add, so few
-  // numbers are added there before the rest is added with rounding.
+  // Adds the products of the staged channels.
   __device__ __forceinline__ void add(const Term* staged) {
     const auto square = [&](int term, int first_row, int k) {
       return staged + (term * kTileRows + first_row) * kStagedStride + k;
     };
 #pragma unroll 1
     for (int k = 0; k < kStaged; k += kSquare) {
-      uint32_t y[kQuarterSide][kTerms][4];
+      SquareTerms y[kQuarterSide];
 #pragma unroll
       for (int j = 0; j < kQuarterSide; ++j) {
 #pragma unroll
         for (int t = 0; t < kTerms; ++t) {
-          load_square(square(t, kTileTokens + column + j * kSquare, k), y[j][t]);
+          load_square(square(t, kTileTokens + column + j * kSquare, k), kStagedStride, y[j][t]);
         }
       }
 #pragma unroll
       for (int i = 0; i < kQuarterSide; ++i) {
-        uint32_t x[kTerms][4];
+        SquareTerms x;
 #pragma unroll
         for (int t = 0; t < kTerms; ++t) {
-          load_square(square(t, row + i * kSquare, k), x[t]);
-        }
-        float added[kQuarterSide][2][4] = {};
-        // The small products first.
-#pragma unroll
-        for (int order = kTerms - 1; order >= 0; --order) {
-#pragma unroll
-          for (int t = 0; t <= order; ++t) {
-#pragma unroll
-            for (int j = 0; j < kQuarterSide; ++j) {
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                multiply(x[t], y[j][order - t][half], y[j][order - t][half + 2], added[j][half]);
-              }
-            }
-          }
+          load_square(square(t, row + i * kSquare, k), kStagedStride, x[t]);
         }
 #pragma unroll
         for (int j = 0; j < kQuarterSide; ++j) {
-#pragma unroll
-          for (int n = 0; n < 8; ++n) {
-            sums[i][j][n / 4][n % 4] += added[j][n / 4][n % 4];
-          }
+          add_products(x, y[j], sums[i][j]);
         }
       }
     }
@@ -206,16 +165,13 @@ struct Quarter {
 
   // Row t of `products` is that of token t, kProductStride long.
   __device__ __forceinline__ void store(float* products) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
     for (int i = 0; i < kQuarterSide; ++i) {
 #pragma unroll
-      for (int n = 0; n < kQuarterSide * 4; ++n) {
-        const float (&sum)[4] = sums[i][n / 4][n / 2 % 2];
-        const int r = row + i * kSquare + lane / 4 + n % 2 * 8;
-        const int c = column + n / 4 * kSquare + n / 2 % 2 * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(products + r * kProductStride + c) =
-            make_float2(sum[n % 2 * 2], sum[n % 2 * 2 + 1]);
+      for (int j = 0; j < kQuarterSide; ++j) {
+        store_square(sums[i][j],
+                     products + (row + i * kSquare) * kProductStride + column + j * kSquare,
+                     kProductStride);
       }
     }
   }

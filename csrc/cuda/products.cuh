@@ -6,8 +6,6 @@
 // numbers would eat the distances of tokens with a common offset.
 #pragma once
 
-#include <mma.h>
-
 #include <cuda_bf16.h>
 
 #include "cuda/utils.cuh"
@@ -76,6 +74,76 @@ __device__ __forceinline__ void stage_rows(Term* staged, int rows, int count, co
     for (int t = 0; t < kTerms; ++t) {
       *reinterpret_cast<Pack<Term, V>*>(staged + (t * rows + r) * kStagedStride + c) = packs[t];
     }
+  }
+}
+
+// A square of terms, as the tensor cores take it, and a square of sums, as they give it: columns
+// 0 ... 7 and 8 ... 15, of which a lane has two neighbours in rows lane / 4 and lane / 4 + 8.
+using SquareTerms = uint32_t[kTerms][4];
+using SquareSums = float[2][4];
+
+// One term of a square of rows, from shared memory. Rows are `stride` terms (a multiple of 8) long.
+// wmma would load it through generic addresses, with more instructions than the products are.
+__device__ __forceinline__ void load_square(const Term* square, int stride,
+                                            uint32_t (&registers)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const Term* from = square + lane % kSquare * stride + lane / kSquare * 8;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from)))
+               : "memory");
+}
+
+// The same of the transposed square: columns of shared memory become rows.
+__device__ __forceinline__ void load_square_transposed(const Term* square, int stride,
+                                                       uint32_t (&registers)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const Term* from = square + (lane / kSquare * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from)))
+               : "memory");
+}
+
+// sums_ij += a_i b_j for 16 rows of a and 8 of b.
+__device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high,
+                                         float (&sums)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
+}
+
+// sums_ij += a_i b_j for 16 rows of each. The tensor cores cut off what they add, so few numbers
+// are added there before they are added to the rest with rounding.
+__device__ __forceinline__ void add_products(const SquareTerms& a, const SquareTerms& b,
+                                             SquareSums& sums) {
+  SquareSums added = {};
+  // The small products first.
+#pragma unroll
+  for (int order = kTerms - 1; order >= 0; --order) {
+#pragma unroll
+    for (int t = 0; t <= order; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        multiply(a[t], b[order - t][half], b[order - t][half + 2], added[half]);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    sums[n / 4][n % 4] += added[n / 4][n % 4];
+  }
+}
+
+// Writes a square whose rows are `stride` (even) apart; `to` is aligned to 8 bytes.
+__device__ __forceinline__ void store_square(const SquareSums& sums, float* to, int stride) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const float (&sum)[4] = sums[n / 2];
+    *reinterpret_cast<float2*>(to + (lane / 4 + n % 2 * 8) * stride + n / 2 * 8 + lane % 4 * 2) =
+        make_float2(sum[n % 2 * 2], sum[n % 2 * 2 + 1]);
   }
 }
 

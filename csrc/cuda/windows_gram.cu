@@ -17,42 +17,17 @@
 namespace expedite_d2::cuda {
 namespace {
 
-namespace wmma = nvcuda::wmma;
-using Left = wmma::fragment<wmma::matrix_a, kSquare, kSquare, kSquare, Term, wmma::row_major>;
-using Sum = wmma::fragment<wmma::accumulator, kSquare, kSquare, kSquare, float>;
-
 // Squares of G that a warp keeps in registers.
 constexpr int kOwnSquares = 6;
 // The fewest channels of a block of gram_kernel, and those of a block of centres_kernel.
 constexpr int kLeastShare = 128;
 constexpr int kCentreChannels = 128;
-// Staged centres: 32 channels, and eight more so that eight rows lie in all banks.
+// Staged centres: 32 channels, and eight more so that four rows lie in all banks.
 constexpr int kCentreStride = kStaged + 8;
 // Every window adds up the sums of all windows of its image.
 constexpr int64_t kMostWindows = 4096;
 // Bytes of scratch that few tokens may have; many have no more than they take themselves.
 constexpr int64_t kFreeScratch = int64_t{4} << 20;
-
-// sum += a b, each given as its terms. Tensor cores truncate what they add, so the long sum over
-// the channels is taken outside of them.
-template <typename Right>
-__device__ __forceinline__ void add_product(Sum& sum, const Left (&a)[kTerms],
-                                            const Right (&b)[kTerms]) {
-  Sum product;
-  wmma::fill_fragment(product, 0.f);
-  // The small products first.
-#pragma unroll
-  for (int order = kTerms - 1; order >= 0; --order) {
-#pragma unroll
-    for (int t = 0; t <= order; ++t) {
-      wmma::mma_sync(product, a[t], b[order - t], product);
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < sum.num_elements; ++e) {
-    sum.x[e] += product.x[e];
-  }
-}
 
 // Bytes for the staged rows and, before them, the sums of the mean; all threads have one.
 EXPEDITE_HOST_DEVICE int64_t gram_staged_bytes(int64_t padded) {
@@ -136,11 +111,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int left = min(squares - base, kWarps * kOwnSquares);
     const int first_square = base + left * warp / kWarps;
     const int own = base + left * (warp + 1) / kWarps - first_square;
-    Sum sums[kOwnSquares];
-#pragma unroll
-    for (int o = 0; o < kOwnSquares; ++o) {
-      wmma::fill_fragment(sums[o], 0.f);
-    }
+    SquareSums sums[kOwnSquares] = {};
     for (int first = begin; first < end; first += kStaged) {
       // The channels staged before have been read.
       __syncthreads();
@@ -150,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int k = 0; k < kStaged; k += kSquare) {
         int strip = first_square / columns;
         int ahead = first_square % columns;
-        Left x[kTerms];
+        SquareTerms x;
 #pragma unroll
         for (int o = 0; o < kOwnSquares; ++o) {
           if (o < own) {
@@ -158,18 +129,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
               for (int t = 0; t < kTerms; ++t) {
                 const int at = (t * window.padded + strip * kSquare) * kStagedStride + k;
-                wmma::load_matrix_sync(x[t], staged + at, kStagedStride);
+                load_square(staged + at, kStagedStride, x[t]);
               }
             }
             const int beside = strip + ahead - (strip + ahead < tiles ? 0 : tiles);
-            wmma::fragment<wmma::matrix_b, kSquare, kSquare, kSquare, Term, wmma::col_major>
-                y[kTerms];
+            SquareTerms y;
 #pragma unroll
             for (int t = 0; t < kTerms; ++t) {
               const int at = (t * window.padded + beside * kSquare) * kStagedStride + k;
-              wmma::load_matrix_sync(y[t], staged + at, kStagedStride);
+              load_square(staged + at, kStagedStride, y[t]);
             }
-            add_product(sums[o], x, y);
+            add_products(x, y, sums[o]);
             if (++ahead == columns) {
               ahead = 0;
               ++strip;
@@ -181,8 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int o = 0; o < kOwnSquares; ++o) {
       if (o < own) {
-        wmma::store_matrix_sync(gram + static_cast<int64_t>(first_square + o) * kSquareSize,
-                                sums[o], kSquare, wmma::mem_row_major);
+        store_square(sums[o], gram + static_cast<int64_t>(first_square + o) * kSquareSize, kSquare);
       }
     }
   }
@@ -249,21 +218,19 @@ __global__ void __launch_bounds__(kThreads, 2)
       // Elsewhere these rows of A are zero.
       const int from = cell_span(window, strip, radius).begin / kSquare * kSquare;
       const int to = cell_span(window, min(strip + kSquare, window.cells) - 1, radius).end;
-      Sum sum;
-      wmma::fill_fragment(sum, 0.f);
+      SquareSums sum = {};
       for (int p = from; p < to; p += kSquare) {
-        Left x[kTerms];
-        wmma::fragment<wmma::matrix_b, kSquare, kSquare, kSquare, Term, wmma::row_major> y[kTerms];
+        SquareTerms x;
+        SquareTerms y;
 #pragma unroll
         for (int t = 0; t < kTerms; ++t) {
-          wmma::load_matrix_sync(x[t], rows + (t * padded_cells + strip) * stride + p, stride);
-          wmma::load_matrix_sync(y[t], staged + (t * window.padded + p) * kStagedStride + column,
-                                 kStagedStride);
+          load_square(rows + (t * padded_cells + strip) * stride + p, stride, x[t]);
+          load_square_transposed(staged + (t * window.padded + p) * kStagedStride + column,
+                                 kStagedStride, y[t]);
         }
-        add_product(sum, x, y);
+        add_products(x, y, sum);
       }
-      wmma::store_matrix_sync(sums + strip * kCentreStride + column, sum, kCentreStride,
-                              wmma::mem_row_major);
+      store_square(sum, sums + strip * kCentreStride + column, kCentreStride);
     }
     __syncthreads();
     constexpr int kPacks = kStaged / V;
