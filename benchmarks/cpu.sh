@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The benchmarks at sizes for a few quiet CPU cores, about ten minutes on two:
+# The benchmarks at sizes for a few quiet CPU cores, about 25 minutes on two:
 #
 #     benchmarks/cpu.sh [operators|backbones|models|competitors ...]      default: all of them
 #
@@ -32,11 +32,18 @@ for section in "${sections[@]}"; do
         --modes compiled
       ;;
     backbones)
-      benchmark backbones models --part backbone --rounds 2 --systems panoptic --sizes 1152x1152
-      benchmark backbones-vit models --part backbone --rounds 2 --systems segmenter dpt
+      # Without hardware for bfloat16 its products take three times as long.
+      benchmark backbones models --part backbone --rounds 5 --systems panoptic --sizes 1152x1152 \
+        --dtype float32
+      benchmark backbones-bfloat16 models --part backbone --rounds 2 --systems panoptic \
+        --sizes 1152x1152 --dtype bfloat16
+      benchmark backbones-vit models --part backbone --rounds 3 --systems segmenter dpt
       ;;
     models)
-      benchmark models models --part model --rounds 2 --systems panoptic --sizes 1024x1024
+      benchmark models models --part model --rounds 3 --systems panoptic --sizes 1024x1024 \
+        --dtype float32
+      benchmark models-bfloat16 models --part model --rounds 1 --systems panoptic \
+        --sizes 1024x1024 --dtype bfloat16
       ;;
     competitors)
       benchmark competitors competitors --part speed accuracy --systems segmenter --rounds 2 \
