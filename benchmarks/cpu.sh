@@ -12,6 +12,9 @@ OUT=${OUT:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
+# Else glibc returns every large tensor to the system, which zeroes its pages for the next one: a
+# tenth of the time and most of its scatter, and more of it at the resolutions that nothing spares.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 sections=("$@")
 [ ${#sections[@]} -gt 0 ] || sections=(operators backbones models competitors)
