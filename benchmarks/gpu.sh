@@ -91,7 +91,7 @@ sanitize() {
   # PyTorch's caching allocator would hide reads beyond a tensor's end.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$seconds" \
     "$sanitizer" --tool "$tool" --error-exitcode 9 --log-file "$OUT/$tool.log" \
-    "$PYTHON" -m pytest -q -x tests/ops -m cuda -k "kernel and float32" -p no:cacheprovider ||
+    "$PYTHON" -m pytest -q -x tests/ops -m cuda -k "(kernel or reduce) and float32" -p no:cacheprovider ||
     { echo "error: $tool failed" >&2; tail -n 40 "$OUT/$tool.log" >&2; exit 1; }
 }
 

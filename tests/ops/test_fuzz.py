@@ -182,6 +182,7 @@ class Arguments(NamedTuple):
     token_cluster: tuple
     token_match: tuple
     token_reconstruct: tuple
+    token_reduce: tuple
 
 
 def arguments(fuzz: Fuzz, data: Data) -> Arguments:
@@ -193,6 +194,10 @@ def arguments(fuzz: Fuzz, data: Data) -> Arguments:
         (data.tokens, *fuzz.grid, fuzz.iterations, neighbourhood, *last),
         (data.tokens, data.centres, *fuzz.grid, fuzz.topk, *last),
         (data.refined, data.indices, data.weights, *residual),
+        (
+            *(data.tokens, *fuzz.grid, fuzz.iterations, neighbourhood, fuzz.topk),
+            *(fuzz.temperature, fuzz.automatic),
+        ),
     )
 
 
@@ -262,6 +267,10 @@ def tolerance(fuzz: Fuzz) -> float:
 def check_spread(fuzz: Fuzz, data: Data, device: str) -> None:
     args = arguments(fuzz, data).token_spread
     (out,) = outputs(fuzz, "token_spread", args, device)
+    assert_spread(fuzz, data, out)
+
+
+def assert_spread(fuzz: Fuzz, data: Data, out: Tensor) -> None:
     # Averages of n tokens are off by up to n roundings of what the tokens share.
     height, width = fuzz.case.window or fuzz.case.shape[1:3]
     largest = data.tokens.double().square().sum(3).flatten(1).amax(1)
@@ -272,8 +281,18 @@ def check_spread(fuzz: Fuzz, data: Data, device: str) -> None:
 def check_cluster(fuzz: Fuzz, data: Data, device: str) -> None:
     args = arguments(fuzz, data).token_cluster
     (out,) = outputs(fuzz, "token_cluster", args, device)
+    assert_averages(fuzz, data, out)
+    # What float32 itself makes of the case tells how much its rounding is amplified.
+    exact = reference.token_cluster_ref(args[0].double(), *args[1:])
+    rounded = reference.token_cluster_ref(args[0].float(), *args[1:])
+    amplified = (rounded - exact).abs().max()
+    slack = tolerance(fuzz) * data.tokens.double().abs().max()
+    assert ((out - exact).abs() <= slack + 30 * amplified).all()
+
+
+def assert_averages(fuzz: Fuzz, data: Data, out: Tensor) -> None:
+    """Centres of this form, within the range of their window's tokens."""
     assert out.is_contiguous() and out.shape[1:3] == fuzz.case.map_size
-    # Centres are averages, whatever the weights are.
     inside, cells = token_windows(fuzz), cell_windows(fuzz)
     tokens = data.tokens.double()
     slack = tolerance(fuzz) * tokens.abs().max()
@@ -281,11 +300,6 @@ def check_cluster(fuzz: Fuzz, data: Data, device: str) -> None:
         z, s = tokens[:, inside == w], out[:, cells == w].double()
         assert (s <= z.amax(1, keepdim=True) + slack).all()
         assert (s >= z.amin(1, keepdim=True) - slack).all()
-    # What float32 itself makes of the case tells how much its rounding is amplified.
-    exact = reference.token_cluster_ref(args[0].double(), *args[1:])
-    rounded = reference.token_cluster_ref(args[0].float(), *args[1:])
-    amplified = (rounded - exact).abs().max()
-    assert ((out - exact).abs() <= slack + 30 * amplified).all()
 
 
 def check_match(fuzz: Fuzz, data: Data, device: str) -> None:
@@ -312,6 +326,18 @@ def check_reconstruct(fuzz: Fuzz, data: Data, device: str) -> None:
     expected = reference.token_reconstruct_ref(*exact)
     largest = max(a.abs().max() for a in exact if torch.is_tensor(a) and a.is_floating_point())
     assert ((out - expected).abs() <= tolerance(fuzz) * expected.abs() + 1e-6 * largest).all()
+
+
+def check_reduce(fuzz: Fuzz, data: Data, device: str) -> None:
+    args = arguments(fuzz, data).token_reduce
+    spread, centres, indices, weights = outputs(fuzz, "token_reduce", args, device)
+    if fuzz.automatic:
+        assert_spread(fuzz, data, spread)
+    else:
+        assert (spread == 1).all()
+    assert_averages(fuzz, data, centres)
+    assert_indices_in_window(fuzz, indices)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
 def assert_indices_in_window(fuzz: Fuzz, indices: Tensor) -> None:
@@ -367,6 +393,12 @@ def check_bad_tokens(fuzz: Fuzz, data: Data, device: str) -> None:
         (indices, weights), outputs(fuzz, "token_match", good.token_match, device), strict=True
     ):
         assert_same_bits(a[kept], c[kept])
+    # All of an image hangs on its spread, otherwise all of a window on its tokens.
+    first, second = (outputs(fuzz, "token_reduce", a.token_reduce, device) for a in (good, bad))
+    assert_indices_in_window(fuzz, second[2])
+    kept &= ~(fuzz.automatic & mask.flatten(1).any(1))[:, None, None]
+    for a, c in zip(second[2:], first[2:], strict=True):
+        assert_same_bits(a[kept], c[kept])
     # And where all centres are lost, too.
     lost = (bad.token_match[0], torch.full_like(data.centres, fuzz.bad), *bad.token_match[2:])
     assert_indices_in_window(fuzz, outputs(fuzz, "token_match", lost, device)[0])
@@ -408,6 +440,7 @@ def test_fuzz(seed, device):
     check_cluster(fuzz, data, device)
     check_match(fuzz, data, device)
     check_reconstruct(fuzz, data, device)
+    check_reduce(fuzz, data, device)
     check_bits(fuzz, data, device)
     if fuzz.bad is not None:
         check_bad_tokens(fuzz, data, device)
