@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The benchmarks at sizes for a few quiet CPU cores, about 25 minutes on two:
+# The benchmarks at sizes for a few quiet CPU cores, about half an hour on two:
 #
 #     benchmarks/cpu.sh [operators|backbones|models|competitors ...]      default: all of them
 #
@@ -37,7 +37,7 @@ for section in "${sections[@]}"; do
       ;;
     backbones)
       # Without hardware for bfloat16 its products take three times as long.
-      benchmark backbones models --part backbone --rounds 5 --systems panoptic --sizes 1152x1152 \
+      benchmark backbones models --part backbone --rounds 11 --systems panoptic --sizes 1152x1152 \
         --dtype float32
       benchmark backbones-bfloat16 models --part backbone --rounds 2 --systems panoptic \
         --sizes 1152x1152 --dtype bfloat16
