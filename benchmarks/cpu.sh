@@ -12,8 +12,7 @@ OUT=${OUT:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
-# Else glibc returns every large tensor to the system, which zeroes its pages for the next one: a
-# tenth of the time and most of its scatter, and more of it at the resolutions that nothing spares.
+# Else glibc returns every large tensor to the system, which zeroes its pages for the next one.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 sections=("$@")
@@ -29,8 +28,7 @@ for section in "${sections[@]}"; do
   case "$section" in
     operators)
       benchmark operators operators --rounds 3 --cases swin_l_1152 vit_l_640 dpt_352x1216 \
-        mask2former_1024 \
-        --modes twin released
+        mask2former_1024 --modes twin released
       # Compiling takes longest: one case shows what it brings.
       benchmark operators-compiled operators --rounds 3 --cases swin_l_1152 --dtype float32 \
         --modes compiled

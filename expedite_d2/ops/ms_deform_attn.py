@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expedite_d2.ops._checks import check_levels, check_like, check_map, check_samples
-from expedite_d2.ops.reference import ms_deform_attn_backward_ref, ms_deform_attn_ref
+from expedite_d2.ops.reference_deform import ms_deform_attn_backward_ref, ms_deform_attn_ref
 
 _NAME = "expedite_d2::ms_deform_attn"
 _BACKWARD = "expedite_d2::_ms_deform_attn_backward"

@@ -6,7 +6,7 @@ of N = M_h * M_w positions, of which ragged windows use only a part; K = m_h * m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,19 +104,19 @@ def _fold(
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
 
 
-def _precise(x: Tensor) -> Tensor:
+def precise(x: Tensor) -> Tensor:
     """Float32 or better, the type of all distances and weights."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> torch.autocast:
     """Distances must not be computed in low precision when an operator is called under autocast."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _unfold_tokens(tokens: Tensor, grid: _Grid) -> Tensor:
     side = (grid.rows.real.shape[1], grid.columns.real.shape[1])
-    return _unfold(_precise(tokens), grid.rows.windows, grid.columns.windows, side)
+    return _unfold(precise(tokens), grid.rows.windows, grid.columns.windows, side)
 
 
 def _mean_token(z: Tensor, real: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def token_spread_ref(
     tokens: Tensor, clusters: Sequence[int], window: Sequence[int] | None, neighbourhood: int
 ) -> Tensor:
     """Twin of :func:`expedite_d2.ops.token_spread`."""
-    with torch.no_grad(), _no_autocast(tokens):
+    with torch.no_grad(), no_autocast(tokens):
         height, width = tokens.shape[1:3]
         grid = _grid(tokens, clusters, window, neighbourhood)
         z = _centred(_unfold_tokens(tokens, grid), grid)
@@ -196,7 +196,7 @@ def token_spread_ref(
         nearest = distances.amin(3)
         nearest = torch.where(grid.real, nearest, torch.zeros_like(nearest))
         spread = nearest.sum((1, 2)) / (height * width)
-        flat = _precise(tokens).flatten(1, 2)
+        flat = precise(tokens).flatten(1, 2)
         variance = (flat - flat.mean(1, keepdim=True)).square().sum(2).mean(1)
         floor = 1e-6 * variance + torch.finfo(torch.float32).tiny
         return torch.maximum(spread, floor).float()
@@ -228,7 +228,7 @@ def token_cluster_ref(
     spread: Tensor | None,
 ) -> Tensor:
     """Twin of :func:`expedite_d2.ops.token_cluster`; the responsibilities are constants in it."""
-    with _no_autocast(tokens):
+    with no_autocast(tokens):
         rows, grid = token_cluster_assignments(
             tokens, clusters, window, iterations, neighbourhood, temperature, spread
         )
@@ -250,12 +250,12 @@ def token_cluster_backward_ref(
     spread: Tensor | None,
 ) -> Tensor:
     """Gradient of the tokens (B, H, W, C) for ``grad`` of the centres (B, h', w', C)."""
-    with _no_autocast(tokens):
+    with no_autocast(tokens):
         rows, grid = token_cluster_assignments(
             tokens, clusters, window, iterations, neighbourhood, temperature, spread
         )
         windows = (grid.rows.windows, grid.columns.windows)
-        unfolded = _unfold(_precise(grad), *windows, (clusters[0], clusters[1]))
+        unfolded = _unfold(precise(grad), *windows, (clusters[0], clusters[1]))
         side = (grid.rows.real.shape[1], grid.columns.real.shape[1])
         out = _fold(
             rows.transpose(2, 3) @ unfolded, *windows, side, (tokens.shape[1], tokens.shape[2])
@@ -273,13 +273,13 @@ def token_match_ref(
     spread: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Twin of :func:`expedite_d2.ops.token_match`."""
-    with torch.no_grad(), _no_autocast(tokens):
+    with torch.no_grad(), no_autocast(tokens):
         grid = _grid(tokens, clusters, window, neighbourhood=1)
         windows = (grid.rows.windows, grid.columns.windows)
         z = _unfold_tokens(tokens, grid)
         side = (clusters[0], clusters[1])
         mean = _mean_token(z, grid.real)
-        s = _unfold(_precise(centres), *windows, side) - mean
+        s = _unfold(precise(centres), *windows, side) - mean
         distances = _squared_distances(z - mean, s)
         # The order puts NaN behind every number, and cells that do not exist behind NaN.
         order = distances.nan_to_num(nan=torch.finfo(distances.dtype).max)
@@ -335,11 +335,11 @@ def token_reconstruct_ref(
     centres: Tensor | None,
 ) -> Tensor:
     """Twin of :func:`expedite_d2.ops.token_reconstruct`."""
-    with _no_autocast(refined):
+    with no_autocast(refined):
         batch, channels = refined.shape[0], refined.shape[3]
-        delta = _precise(refined)
+        delta = precise(refined)
         if centres is not None:
-            delta = delta - _precise(centres)
+            delta = delta - precise(centres)
         # One flat table for all images, so that each of the topk steps is a single lookup.
         table = delta.reshape(-1, channels)
         first = torch.arange(batch, device=refined.device) * (refined.shape[1] * refined.shape[2])
@@ -347,7 +347,7 @@ def token_reconstruct_ref(
         weights = weights.detach().to(table.dtype)
         out = torch.zeros((*indices.shape[:3], channels), dtype=table.dtype, device=refined.device)
         if tokens is not None:
-            out = _precise(tokens)
+            out = precise(tokens)
         for k in range(indices.shape[3]):
             out = out + weights[..., k, None] * table[at[..., k]]
         return out.to(refined.dtype if tokens is None else tokens.dtype)
@@ -357,8 +357,8 @@ def token_reconstruct_backward_ref(
     grad: Tensor, indices: Tensor, weights: Tensor, cells: Sequence[int]
 ) -> Tensor:
     """Gradient of ``refined`` (B, *cells, C) for ``grad`` of the output (B, H, W, C)."""
-    with _no_autocast(grad):
-        dtype, grad = grad.dtype, _precise(grad)
+    with no_autocast(grad):
+        dtype, grad = grad.dtype, precise(grad)
         batch, channels = grad.shape[0], grad.shape[3]
         total = cells[0] * cells[1]
         first = torch.arange(batch, device=grad.device) * total
@@ -369,100 +369,3 @@ def token_reconstruct_backward_ref(
             # index_put, not index_add: with accumulate it adds in a fixed order on CUDA, too.
             out = out.index_put((at[..., k].reshape(-1),), part, accumulate=True)
         return out.view(batch, cells[0], cells[1], channels).to(dtype)
-
-
-class _Level(NamedTuple):
-    """What one level adds to the samples of :func:`ms_deform_attn_ref`; R = B * heads."""
-
-    maps: Tensor  # (R, D, h, w)
-    grid: Tensor  # (R, Q, points, 2), as grid_sample has it
-    weights: Tensor  # (R, 1, Q, points)
-    inside: Tensor  # (R, Q, points, 2): where the grid follows the location
-
-
-def _levels(
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    level_start: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Iterator[_Level]:
-    """The levels one by one, in float32 or better."""
-    value = _precise(value)
-    for level, start in enumerate(level_start):
-        height, width = spatial_shapes[2 * level], spatial_shapes[2 * level + 1]
-        maps = value[:, start : start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
-        at = sampling_locations[:, :, :, level].transpose(1, 2).flatten(0, 1).to(value.dtype)
-        # All is zero outside of -1 ... 2, and far outside grid_sample's integers overflow.
-        bounded = at.clamp(-1, 2)
-        weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1).to(value.dtype)
-        # What grid_sample makes of NaN depends on the device; here it makes NaN.
-        weights = weights + (bounded.sum(-1) * 0)
-        yield _Level(
-            maps.unflatten(2, (height, width)),
-            (2 * bounded - 1).nan_to_num(0.0),
-            weights[:, None],
-            at == bounded,
-        )
-
-
-def ms_deform_attn_ref(
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    level_start: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    """Twin of :func:`expedite_d2.ops.ms_deform_attn`; spatial_shapes as h0, w0, h1, w1 ..."""
-    with _no_autocast(value):
-        batch, _, heads, channels = value.shape
-        queries = sampling_locations.shape[1]
-        out = _precise(value).new_zeros(batch * heads, channels, queries)
-        for level in _levels(
-            value, spatial_shapes, level_start, sampling_locations, attention_weights
-        ):
-            samples = torch.nn.functional.grid_sample(level.maps, level.grid, align_corners=False)
-            out = out + (samples * level.weights).sum(-1)
-        out = out.view(batch, heads * channels, queries).transpose(1, 2)
-        return out.to(value.dtype).contiguous()
-
-
-def ms_deform_attn_backward_ref(
-    grad: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    level_start: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights for ``grad`` (B, Q, heads * D)."""
-    with _no_autocast(value):
-        batch, _, heads, channels = value.shape
-        grad = _precise(grad).mT.reshape(batch * heads, channels, grad.shape[1], 1)
-        grad_value = torch.zeros_like(_precise(value), memory_format=torch.contiguous_format)
-        grad_locations, grad_weights = [], []
-        for start, level in zip(
-            level_start,
-            _levels(value, spatial_shapes, level_start, sampling_locations, attention_weights),
-            strict=True,
-        ):
-            samples = torch.nn.functional.grid_sample(level.maps, level.grid, align_corners=False)
-            grad_weights.append((grad * samples).sum(1))
-            grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
-                grad * level.weights, level.maps, level.grid, 0, 0, False, [True, True]
-            )
-            grad_locations.append(torch.where(level.inside, 2 * grad_grid, 0.0))
-            rows = grad_maps.flatten(2).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
-            grad_value[:, start : start + rows.shape[1]] += rows
-
-        def per_query(grads: list[Tensor], like: Tensor) -> Tensor:
-            return (
-                torch.stack(grads, 2).unflatten(0, (batch, heads)).transpose(1, 2)
-                .to(like.dtype).contiguous()
-            )  # fmt: skip
-
-        return (
-            grad_value.to(value.dtype),
-            per_query(grad_locations, sampling_locations),
-            per_query(grad_weights, attention_weights),
-        )
