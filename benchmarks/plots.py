@@ -30,20 +30,23 @@ def operators(rows: Sequence[Row]) -> Figure | None:
         return None
     dtypes = sorted({row["dtype"] for row in rows})
     cases = list(dict.fromkeys(row["case"] for row in rows))
+    measured = {"floor"}.union(*(row["variants"] for row in rows))
+    variants = [name for name in _VARIANTS if name in measured]
+    width = 0.8 / len(variants)
     figure, panels = plt.subplots(
         1, len(dtypes), figsize=(6.5 * len(dtypes), 4), sharey=True, squeeze=False
     )
     for panel, dtype in zip(panels[0], dtypes, strict=True):
         found = {row["case"]: row for row in rows if row["dtype"] == dtype}
-        for place, variant in enumerate(_VARIANTS):
+        for place, variant in enumerate(variants):
             values = [_milliseconds(found.get(case), variant) for case in cases]
-            x = np.arange(len(cases)) + 0.16 * (place - 2)
-            panel.bar(x, values, 0.16, label=variant, color=f"C{place}")
+            x = np.arange(len(cases)) + width * (place - (len(variants) - 1) / 2)
+            panel.bar(x, values, width, label=variant, color=f"C{_VARIANTS.index(variant)}")
         panel.set_yscale("log")
         panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
         panel.set_title(f"spread, cluster, match and reconstruct, {dtype}")
     panels[0][0].set_ylabel("milliseconds")
-    panels[0][0].legend()
+    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

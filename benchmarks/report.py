@@ -105,7 +105,11 @@ def milliseconds(times: Mapping[str, float] | None) -> str | None:
     """Median and spread."""
     if not times:
         return None
-    return f"{times['median']:.3g} ({times['min']:.3g} to {times['max']:.3g})"
+    median, least, most = (
+        f"{times[name]:.3g}" if times[name] < 1000 else f"{times[name]:.0f}"
+        for name in ("median", "min", "max")
+    )
+    return f"{median} ({least} to {most})"
 
 
 def percent(share: float) -> str:

@@ -2,6 +2,7 @@
 
 python -m expedite_d2.checkpoint.export OUTPUT_DIR/model_final.pth weights.pth
 python -m expedite_d2.checkpoint.export --backbone OUTPUT_DIR/model_final.pth backbone.pth
+python -m expedite_d2.checkpoint.export --base swin.pth OUTPUT_DIR/model_final.pth heads.pth
 """
 
 from __future__ import annotations
@@ -9,36 +10,63 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from expedite_d2.checkpoint.files import read_checkpoint
+from expedite_d2.checkpoint.files import backbone_of, read_checkpoint
 from expedite_d2.checkpoint.loading import is_training_only
 from expedite_d2.config import cli
 from expedite_d2.files import replacing
 
 
-def export(source: Path, destination: Path, backbone: bool = False) -> None:
+def export(
+    source: Path, destination: Path, backbone: bool = False, base: Path | None = None
+) -> None:
     """Write the weights alone, in float16, without what only training needs.
 
     Args:
         source: a checkpoint of this project's names that ``read_checkpoint`` reads.
         destination: the file to write; it appears whole or not at all.
         backbone: whether to write the backbone alone, for a model with other heads.
+        base: an exported file in the folder of ``destination`` that has the same backbone: it is
+            named in place of a second copy, and read with the new file.
 
     Raises:
-        FileNotFoundError: ``source`` is missing.
-        ValueError: ``source`` is no checkpoint, or has no backbone.
+        FileNotFoundError: ``source`` or ``base`` is missing.
+        ValueError: ``source`` is no checkpoint, or has no backbone, or another one than ``base``,
+            or nothing else, or ``base`` does not lie beside ``destination``.
     """
     state = {
         name: tensor.half() if tensor.is_floating_point() else tensor
         for name, tensor in read_checkpoint(source).items()
-        if not is_training_only(name) and (name.startswith("backbone.") or not backbone)
+        if not is_training_only(name)
     }
-    if not state:
+    shared = backbone_of(state)
+    if (backbone or base) and not shared:
         raise ValueError(f"{source} has no backbone: none of its names starts with 'backbone.'")
+    content: dict[str, Any] = {"model": shared if backbone else state}
+    if base is not None:
+        _check_base(source, shared, base, destination)
+        heads = {name: tensor for name, tensor in state.items() if name not in shared}
+        if not heads:
+            raise ValueError(f"{source} has nothing but the backbone that {base} has")
+        content = {"model": heads, "base": base.name}
     with replacing(destination) as partial:
-        torch.save({"model": state}, partial)
+        torch.save(content, partial)
+
+
+def _check_base(source: Path, backbone: dict[str, Tensor], base: Path, destination: Path) -> None:
+    if base.resolve().parent != destination.resolve().parent:
+        raise ValueError(f"{base} must lie beside {destination}, which is read with it")
+    if base.resolve() == destination.resolve():
+        raise ValueError(f"{destination} cannot be its own base")
+    theirs = backbone_of(read_checkpoint(base))
+    if backbone.keys() != theirs.keys() or any(
+        not torch.equal(tensor, theirs[name]) for name, tensor in backbone.items()
+    ):
+        raise ValueError(f"{source} has another backbone than {base}")
 
 
 @cli
@@ -46,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m expedite_d2.checkpoint.export")
     parser.add_argument("source", type=Path, help="a checkpoint, e.g. OUTPUT_DIR/model_final.pth")
     parser.add_argument("destination", type=Path, help="the file to write")
-    parser.add_argument("--backbone", action="store_true", help="write the backbone alone")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--backbone", action="store_true", help="write the backbone alone")
+    part.add_argument("--base", type=Path, help="file beside the new one that has its backbone")
     args = parser.parse_args(argv)
-    export(args.source, args.destination, args.backbone)
+    export(args.source, args.destination, args.backbone, args.base)
     megabytes = args.destination.stat().st_size / 1e6
     print(f"wrote {args.destination}, {megabytes:.1f} MB")
 

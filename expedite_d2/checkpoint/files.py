@@ -53,7 +53,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
     Args:
         path: .safetensors; .pth, .pt or .bin of torch.save; .pkl of Detectron2's model zoo; or a
-            directory with ``config.json`` and weights, in one file or in shards.
+            directory with ``config.json`` and weights, in one file or in shards. A file of
+            ``export --base`` has its backbone in the file beside it that its ``base`` names.
 
     Returns:
         The state dict, on the CPU.
@@ -69,6 +70,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     for file in files:
         state |= _read_file(file)
     return state
+
+
+def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict of this project's names that is the backbone."""
+    return {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
 
 
 def _weights_of_directory(path: Path) -> list[Path]:
@@ -96,13 +102,31 @@ def _shards(index: Path) -> list[str]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    content = _content(path)
+    state = _tensors(path, content)
+    base = content.get("base") if isinstance(content, Mapping) else None
+    if base is None:
+        return state
+    if not isinstance(base, str) or Path(base).name != base:
+        raise ValueError(f"{path}: base must be the name of a file beside it, got {base!r}")
+    beside = path.with_name(base)
+    if not beside.is_file():
+        raise FileNotFoundError(f"{path} has its backbone in {beside}, which is not found")
+    return backbone_of(_tensors(beside, _content(beside))) | state
+
+
+def _content(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} not found")
     try:
-        content = _unpack(path)
+        return _unpack(path)
     except Exception as error:  # corrupt files fail in as many ways as there are readers
         reason = why_unreadable(path, error)
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+
+
+def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict in what a file holds, which may have it under a key."""
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
