@@ -87,6 +87,9 @@ inline Grid make_grid(const char* op, const at::Tensor& tokens, at::IntArrayRef 
     axes[axis] = {static_cast<int32_t>(size), static_cast<int32_t>(side),
                   static_cast<int32_t>(clusters[axis])};
   }
+  TORCH_CHECK_VALUE(tokens.size(1) * tokens.size(2) <= std::numeric_limits<int32_t>::max(), op,
+                    ": expected a map of fewer than 2**31 tokens, got ", tokens.size(1), " x ",
+                    tokens.size(2));
   const Grid grid{axes[0], axes[1]};
   TORCH_CHECK_VALUE(
       int64_t{grid.rows.cells()} * grid.columns.cells() <= std::numeric_limits<int32_t>::max(), op,

@@ -270,7 +270,8 @@ void launch_iterations(Launcher& launch, const Tokens& tokens, int64_t iteration
 
 Slots candidate_slots(const Grid& grid, int radius) {
   const auto side = [radius](const WindowAxis& axis) {
-    return radius < axis.clusters / 2 ? 2 * radius + 1 : axis.clusters;
+    const int32_t cells = std::min(axis.clusters, axis.cells());
+    return radius < cells / 2 ? 2 * radius + 1 : cells;
   };
   return {side(grid.rows), side(grid.columns)};
 }

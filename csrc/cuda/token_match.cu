@@ -68,6 +68,8 @@ __device__ __forceinline__ void write_matches(const List& list, const MatchWindo
     sum += falloff(tau, list.distances[rank] - nearest.distance);
   }
   sum = warp_sum(sum);
+  // Before the first pick is overwritten every lane has read it.
+  __syncwarp();
   for (int rank = lane; rank < list.length; rank += kWarp) {
     // What repeats the nearest has weight 0, or NaN where the others are.
     const bool is_found = rank < found;

@@ -126,6 +126,22 @@ __device__ __forceinline__ float image_temperature(const Temperature& temperatur
                                temperature.spread == nullptr ? 1.f : temperature.spread[b]);
 }
 
+// Lets a kernel without static shared memory ask for all that a block may have, whatever this
+// launch needs: it is the kernel's property, so that the smaller size of a launch from another
+// thread would forbid the larger one of this.
+inline cudaError_t allow_all_shared_memory(const void* kernel) {
+  int device = 0;
+  int bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  }
+  return error;
+}
+
 // Launches kernels one after the other on a stream. After the first error nothing more is launched;
 // `error` is that of the first launch that failed, as the launch itself reports it.
 struct Launcher {
@@ -143,11 +159,9 @@ struct Launcher {
       error = cudaErrorInvalidConfiguration;
       return;
     }
-    // More than 48 KiB must be asked for; the caller has seen that the device has as much.
+    // More than 48 KiB must be allowed; the caller has seen that the device has as much.
     if (shared > 48 * 1024) {
-      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared));
+      error = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
       if (error != cudaSuccess) {
         return;
       }

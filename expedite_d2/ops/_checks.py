@@ -59,6 +59,11 @@ def check_clusters(
                 f"{op}: expected tokens or window times clusters below 2**31, got {tall} x "
                 f"{cells[axis]}"
             )
+    height, width = tokens.shape[1:3]
+    if height * width >= _LIMIT:
+        raise ValueError(
+            f"{op}: expected a map of fewer than 2**31 tokens, got {height} x {width}"
+        )
     return cells, side
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -40,6 +41,12 @@ def pipeline(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     refined = centres * 1.5
     out = ops.token_reconstruct(refined, indices, weights, tokens=tokens, centres=centres)
     return spread, centres, indices, weights, out
+
+
+def reduced(tokens: torch.Tensor, side: int) -> tuple[torch.Tensor, ...]:
+    """What windows of side x side give, each of 8 x 8 cells."""
+    window, clusters = (side, side), (8, 8)
+    return ops.token_reduce(tokens, clusters, window=window, temperature=8.0, automatic=True)
 
 
 class Pipeline(torch.nn.Module):
@@ -196,13 +203,34 @@ def test_cuda_graph():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     tokens = make_sample(CASES["windows"], "cuda").tokens
-    pipeline(tokens)
+
+    def calls() -> list[torch.Tensor]:
+        # Windows of several sizes, as what a kernel may ask for is one number.
+        return [*pipeline(tokens), *reduced(tokens, 12), *reduced(tokens, 10)]
+
+    calls()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        out = pipeline(tokens)
+        out = calls()
     tokens.mul_(0.5).add_(1.0)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(out, pipeline(tokens), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(out, calls(), strict=True))
+
+
+@pytest.mark.cuda
+def test_threads_with_windows_of_different_sizes():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+    tokens = make_sample(CASES["windows"], "cuda").tokens
+
+    def reduce_often(side: int) -> bool:
+        expected = reduced(tokens, side)
+        results = (reduced(tokens, side) for _ in range(200))
+        return all(torch.equal(a, b) for one in results for a, b in zip(one, expected, strict=True))
+
+    with ThreadPoolExecutor() as pool:
+        assert all(pool.map(reduce_often, (10, 12)))
 
 
 @pytest.mark.slow
@@ -241,6 +269,7 @@ def _bad_inputs() -> list:
         for value in ((3,), (0, 3), (3, -1), (1.5, 3), 3):
             rows.append((op, "window", value, ValueError))
         rows.append((op, "clusters", (2**16, 2**31), ValueError))
+        rows.append((op, "tokens", lambda d: on(d, 1).expand(1, 2**16, 2**16, 1), ValueError))
     for op in ("token_spread", "token_cluster", "token_reduce"):
         for value in (4, 0, -1, 2.5):
             rows.append((op, "neighbourhood", value, ValueError))

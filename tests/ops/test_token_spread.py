@@ -103,3 +103,12 @@ def test_token_spread_does_not_require_grad(device):
     tokens = make_tokens(Case((1, 8, 8, 4), (2, 2), None)).to(device).requires_grad_()
     assert not token_spread(tokens, (2, 2)).requires_grad
     assert not token_spread(tokens.double(), (2, 2)).requires_grad
+
+
+def test_token_spread_kernel_of_one_token_in_a_huge_window(device):
+    """More cells than 32 bits can count, of which one exists."""
+    assert_kernel("token_spread", device)
+    tokens = torch.ones(1, 1, 1, 8, device=device)
+    kernel = torch.ops.expedite_d2.token_spread
+    out = kernel(tokens, (46341, 46341), (23168, 23168), 46343)
+    assert torch.equal(out, kernel(tokens, (1, 1), None, 1))
