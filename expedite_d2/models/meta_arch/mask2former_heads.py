@@ -124,6 +124,8 @@ def build_transformer_decoder(config: Mask2FormerConfig) -> Mask2FormerTransform
     config = copy.deepcopy(config)
     config.dropout = 0.0
     decoder = Mask2FormerTransformerModule(config.feature_size, config)
+    # A plain list in some releases of transformers 5: no part of its state, and left on the CPU.
+    decoder.input_projections = nn.ModuleList(decoder.input_projections)
     _initialise(decoder, config)
     return decoder
 
