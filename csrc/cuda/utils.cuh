@@ -83,8 +83,8 @@ __device__ __forceinline__ Raw<T, V> load_once(const T* from) {
   }
 }
 
-// The same place `row` rows of `bytes` later. In C++ it would be a product of 64-bit numbers, as the
-// compiler widens what is the same in all rounds of a loop ahead of it.
+// The same place `row` rows of `bytes` later. In C++ it would be a product of 64-bit numbers, as
+// the compiler widens what is the same in all rounds of a loop ahead of it.
 template <typename T>
 __device__ __forceinline__ T* row_at(T* first, int row, uint32_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
