@@ -252,18 +252,24 @@ void differentiate(const Sizes& sizes, const T* grad, const at::Tensor& value,
             offsets[t] = samples.rows()[t * n + i] * stride;
             shares[t] = samples.weights()[t * n + i];
           }
-          const auto [top_left, top_right, bottom_left, bottom_right] =
-              spread(row.get(), stride, table.get(), grad_table.get(), offsets, shares);
-          const float x = samples.right(i), y = samples.bottom(i);
-          const float top = top_left + x * (top_right - top_left);
-          const float bottom = bottom_left + x * (bottom_right - bottom_left);
-          const float along_x =
-              (1.0f - y) * (top_right - top_left) + y * (bottom_right - bottom_left);
+          auto products = spread(row.get(), stride, table.get(), grad_table.get(), offsets, shares);
+          const float right = samples.right(i), left = 1.0f - right;
+          const float bottom = samples.bottom(i), top = 1.0f - bottom;
           const float weight = weights[item * n + i];
-          grad_weights[item * n + i] = top + y * (bottom - top);
+          grad_weights[item * n + i] = top * (left * products[0] + right * products[1]) +
+                                       bottom * (left * products[2] + right * products[3]);
+          // To the slopes a pixel that does not exist adds nothing, whatever grad is, which may be
+          // NaN.
+          for (int t = 0; t < kCorners; ++t) {
+            products[t] = samples.rows()[t * n + i] < sizes.rows ? products[t] : 0.0f;
+          }
+          const float along_x =
+              top * (products[1] - products[0]) + bottom * (products[3] - products[2]);
+          const float along_y =
+              left * (products[2] - products[0]) + right * (products[3] - products[1]);
           float* to = grad_locations + (item * n + i) * 2;
           to[0] = weight * along_x * samples.width(i);
-          to[1] = weight * (bottom - top) * samples.height(i);
+          to[1] = weight * along_y * samples.height(i);
         }
       }
       for (int64_t s = 0; s < sizes.rows; ++s) {

@@ -34,9 +34,9 @@ Type kernel_type(const at::Tensor& tensor) {
   }
 }
 
-// The kernels count channels in 32 bits, with room to step over the end.
+// The kernels count channels in 32 bits, with room to step over the end, and the bytes of a row.
 int checked_channels(const char* op, const at::Tensor& map) {
-  TORCH_CHECK_VALUE(map.size(3) <= (1 << 30), op, ": expected at most 2**30 channels, got ",
+  TORCH_CHECK_VALUE(map.size(3) < (1 << 30), op, ": expected fewer than 2**30 channels, got ",
                     map.size(3));
   return static_cast<int>(map.size(3));
 }
@@ -301,9 +301,9 @@ Deformation make_deformation(const char* op, const at::Tensor& value,
   TORCH_CHECK_VALUE(locations.size(4) <= (1 << 30), op,
                     ": expected sampling_locations of at most 2**30 points, got ",
                     locations.size(4));
-  TORCH_CHECK_VALUE(value.size(2) <= (1 << 30) / value.size(3), op,
-                    ": expected value of at most 2**30 channels in all heads, got ", value.size(2),
-                    " heads of ", value.size(3));
+  TORCH_CHECK_VALUE(value.size(2) <= ((1 << 30) - 1) / value.size(3), op,
+                    ": expected value of fewer than 2**30 channels in all heads, got ",
+                    value.size(2), " heads of ", value.size(3));
   Deformation sizes{kernel_type(value),
                     value.size(0),
                     value.size(1),

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "cuda/products.cuh"
 #include "cuda/utils.cuh"
@@ -45,12 +44,8 @@ struct Slice {
   static constexpr int kDown = kTileThreads / kAcross;
   static constexpr int kHeld = kTileRows / kDown;
 
-  // In words where that is possible: halves of registers would each be handled by themselves.
-  using Values = Pack<T, V>;
-  using Held =
-      std::conditional_t<sizeof(Values) % 4 == 0, Pack<uint32_t, sizeof(Values) / 4>, Values>;
-  Held rows[kHeld];
-  Held origin;
+  Raw<T, V> rows[kHeld];
+  Raw<T, V> origin;
 
   // Reads the slice that begins at channel `first`. Rows that do not exist have negative offsets.
   __device__ __forceinline__ void fetch(const T* tokens, const T* centres, const int64_t* offsets,
@@ -60,7 +55,7 @@ struct Slice {
     const bool has_channels = c < channels;
     origin = {};
     if (has_channels) {
-      origin = *reinterpret_cast<const Held*>(origin_row + c);
+      origin = load_raw<V>(origin_row + c);
     }
 #pragma unroll
     for (int n = 0; n < kHeld; ++n) {
@@ -68,7 +63,7 @@ struct Slice {
       const T* from = n * kDown < kTileTokens ? tokens : centres;
       rows[n] = {};
       if (has_channels && offset >= 0) {
-        rows[n] = *reinterpret_cast<const Held*>(from + offset + c);
+        rows[n] = load_raw<V>(from + offset + c);
       }
     }
   }
@@ -79,19 +74,19 @@ struct Slice {
     const int c = static_cast<int>(threadIdx.x) % kAcross * V;
     const int row = static_cast<int>(threadIdx.x) / kAcross;
     float zero[V];
+    unpack<T>(origin, zero);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      zero[v] = static_cast<float>(reinterpret_cast<const Values&>(origin).values[v]);
       // Or it would spoil the distances of all tokens, not only those to one centre.
       zero[v] = isfinite(zero[v]) ? zero[v] : 0.f;
     }
 #pragma unroll
     for (int n = 0; n < kHeld; ++n) {
       float values[V];
+      unpack<T>(rows[n], values);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        values[v] =
-            static_cast<float>(reinterpret_cast<const Values&>(rows[n]).values[v]) - zero[v];
+        values[v] -= zero[v];
         norms[n] = fmaf(values[v], values[v], norms[n]);
       }
       Term* to = staged + (row + n * kDown) * kStagedStride + c;

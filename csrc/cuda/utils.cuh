@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -38,14 +39,69 @@ struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {
   T values[V];
 };
 
+// V neighbouring channels as they lie in memory. 16-bit ones in words, where they fill some: halves
+// of registers would each be handled by themselves.
+template <typename T, int V>
+using Raw = std::conditional_t<sizeof(T) == 2 && V % 2 == 0, Pack<uint32_t, V / 2>, Pack<T, V>>;
+
+template <int V, typename T>
+__device__ __forceinline__ Raw<T, V> load_raw(const T* from) {
+  return *reinterpret_cast<const Raw<T, V>*>(from);
+}
+
+// The channels as float32.
+template <typename T, int V>
+__device__ __forceinline__ void unpack(const Raw<T, V>& raw, float (&values)[V]) {
+  if constexpr (std::is_same_v<T, c10::BFloat16> && V % 2 == 0) {
+#pragma unroll
+    for (int v = 0; v < V; v += 2) {
+      values[v] = __uint_as_float(raw.values[v / 2] << 16);
+      values[v + 1] = __uint_as_float(raw.values[v / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      values[v] = static_cast<float>(reinterpret_cast<const Pack<T, V>&>(raw).values[v]);
+    }
+  }
+}
+
 // Reads V neighbouring channels as float32.
 template <int V, typename T>
 __device__ __forceinline__ void load(const T* from, float (&values)[V]) {
-  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    values[v] = static_cast<float>(pack.values[v]);
+  unpack<T>(load_raw<V>(from), values);
+}
+
+// Channels that nobody else reads: caches give them up first.
+template <int V, typename T>
+__device__ __forceinline__ Raw<T, V> load_once(const T* from) {
+  if constexpr (sizeof(Raw<T, V>) == sizeof(uint4)) {
+    const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(from));
+    return reinterpret_cast<const Raw<T, V>&>(raw);
+  } else {
+    return load_raw<V>(from);
   }
+}
+
+// The same place `row` rows of `bytes` later. In C++ it would be a product of 64-bit numbers, as
+// the compiler widens what is the same in all rounds of a loop ahead of it.
+template <typename T>
+__device__ __forceinline__ T* row_at(T* first, int row, uint32_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  uint64_t offset;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(offset) : "r"(row), "r"(bytes));
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + offset);
+}
+
+// Channels of such a row, or zeros where there is none. To be unpacked once all reads that shall be
+// under way together have begun.
+template <int V, typename T>
+__device__ __forceinline__ Raw<T, V> load_if(bool exists, const T* first, int row, uint32_t bytes) {
+  Raw<T, V> raw = {};
+  if (exists) {
+    raw = load_raw<V>(row_at(first, row, bytes));
+  }
+  return raw;
 }
 
 template <int V, typename T>

@@ -207,6 +207,23 @@ def test_ms_deform_attn_gradient_is_the_twins(case, dtype, device):
         close(a, b, dtype if name == "value" else torch.float32, 4 * scale)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each_dtype
+def test_ms_deform_attn_pixels_outside_add_no_slope(bad, dtype, device):
+    """Not even 0 times the gradient of the output."""
+    value = torch.ones(1, 12, 1, 8, dtype=dtype, device=device)  # 3 x 4 pixels
+    beside = [[-0.3, 0.5], [1.3, 0.5], [0.5, -0.3], [0.5, 1.3]]
+    across = [[0.05, 0.45], [0.95, 0.45], [0.45, 0.05], [0.45, 0.95]]
+    locations = torch.tensor([beside, across], device=device).view(1, 2, 1, 1, 4, 2)
+    grad = torch.full((1, 2, 8), bad, dtype=dtype, device=device)
+    weights = torch.ones(1, 2, 1, 1, 4, device=device)
+    found = BACKWARD(grad, value, [3, 4], [0], locations, weights)[1].cpu().view(2, 4, 2)
+    assert found[0].count_nonzero() == 0
+    slopes = torch.stack([found[1, :2, 0], found[1, 2:, 1]])  # across the rim
+    expected = torch.tensor([bad, -bad]).expand(2, 2)
+    torch.testing.assert_close(slopes, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("needed", [0, 3, 4])
 def test_ms_deform_attn_gradient_of_one_input(needed, device):
     args = list(make_args(CASES["odd"], device))
