@@ -1,11 +1,10 @@
 // Products of a tile of tokens with a tile of centres on the tensor cores, for token_match.
 //
 // Numbers are split into terms and multiplied as products.cuh has it. Here the tile has one size,
-// sums stay in registers, and each slice of channels is read while the one before is multiplied.
+// of rows from two tensors, whose norms are added up on the way.
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "cuda/products.cuh"
 #include "cuda/utils.cuh"
@@ -26,17 +25,6 @@ constexpr int kProductStride = kTileCentres + 8;
 constexpr int kTileBytes = kTileRows * kTerms * kStagedStride * static_cast<int>(sizeof(Term));
 static_assert(kTileTokens * kProductStride * static_cast<int>(sizeof(float)) <= kTileBytes);
 
-// Two numbers as pairs of terms, the first number's in the lower half.
-__device__ __forceinline__ void split_pair(float a, float b, uint32_t (&pairs)[kTerms]) {
-#pragma unroll
-  for (int t = 0; t < kTerms; ++t) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    pairs[t] = *reinterpret_cast<const uint32_t*>(&pair);
-    a -= __uint_as_float(pairs[t] << 16);
-    b -= __uint_as_float(pairs[t] & 0xffff0000u);
-  }
-}
-
 // A slice of kStaged channels of a tile's rows on the way to shared memory: every thread holds V
 // channels of each kDown-th row.
 template <typename T, int V>
@@ -45,12 +33,8 @@ struct Slice {
   static constexpr int kDown = kTileThreads / kAcross;
   static constexpr int kHeld = kTileRows / kDown;
 
-  // In words where that is possible: halves of registers would each be handled by themselves.
-  using Values = Pack<T, V>;
-  using Held =
-      std::conditional_t<sizeof(Values) % 4 == 0, Pack<uint32_t, sizeof(Values) / 4>, Values>;
-  Held rows[kHeld];
-  Held origin;
+  Held<T, V> rows[kHeld];
+  Held<T, V> origin;
 
   // Reads the slice that begins at channel `first`. Rows that do not exist have negative offsets.
   __device__ __forceinline__ void fetch(const T* tokens, const T* centres, const int64_t* offsets,
@@ -60,7 +44,7 @@ struct Slice {
     const bool has_channels = c < channels;
     origin = {};
     if (has_channels) {
-      origin = *reinterpret_cast<const Held*>(origin_row + c);
+      origin = *reinterpret_cast<const Held<T, V>*>(origin_row + c);
     }
 #pragma unroll
     for (int n = 0; n < kHeld; ++n) {
@@ -68,7 +52,7 @@ struct Slice {
       const T* from = n * kDown < kTileTokens ? tokens : centres;
       rows[n] = {};
       if (has_channels && offset >= 0) {
-        rows[n] = *reinterpret_cast<const Held*>(from + offset + c);
+        rows[n] = *reinterpret_cast<const Held<T, V>*>(from + offset + c);
       }
     }
   }
@@ -81,7 +65,7 @@ struct Slice {
     float zero[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      zero[v] = static_cast<float>(reinterpret_cast<const Values&>(origin).values[v]);
+      zero[v] = static_cast<float>(reinterpret_cast<const Pack<T, V>&>(origin).values[v]);
       // Or it would spoil the distances of all tokens, not only those to one centre.
       zero[v] = isfinite(zero[v]) ? zero[v] : 0.f;
     }
@@ -91,33 +75,11 @@ struct Slice {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         values[v] =
-            static_cast<float>(reinterpret_cast<const Values&>(rows[n]).values[v]) - zero[v];
+            static_cast<float>(reinterpret_cast<const Pack<T, V>&>(rows[n]).values[v]) - zero[v];
         norms[n] = fmaf(values[v], values[v], norms[n]);
       }
-      Term* to = staged + (row + n * kDown) * kStagedStride + c;
-      if constexpr (V == 1) {
-        Term terms[kTerms];
-        split(values[0], terms);
-#pragma unroll
-        for (int t = 0; t < kTerms; ++t) {
-          to[t * kTileRows * kStagedStride] = terms[t];
-        }
-      } else {
-        Pack<uint32_t, V / 2> packs[kTerms];
-#pragma unroll
-        for (int v = 0; v < V; v += 2) {
-          uint32_t pairs[kTerms];
-          split_pair(values[v], values[v + 1], pairs);
-#pragma unroll
-          for (int t = 0; t < kTerms; ++t) {
-            packs[t].values[v / 2] = pairs[t];
-          }
-        }
-#pragma unroll
-        for (int t = 0; t < kTerms; ++t) {
-          *reinterpret_cast<Pack<uint32_t, V / 2>*>(to + t * kTileRows * kStagedStride) = packs[t];
-        }
-      }
+      store_terms<V>(staged + (row + n * kDown) * kStagedStride + c, kTileRows * kStagedStride,
+                     values);
     }
   }
 };
