@@ -93,9 +93,9 @@ template <typename T, int V>
 struct RowSlice {
   static constexpr int kAcross = kStaged / V;
   static constexpr int kDown = kThreads / kAcross;
-  // Enough for the 144 rows of a window of 12 x 12 tokens, where V channels are read. Other rows
-  // are read when they are staged.
-  static constexpr int kHeld = V == 1 ? 8 : (144 + kDown - 1) / kDown;
+  // As many as the registers of gram_kernel allow. Of the 144 rows of a window of 12 x 12 tokens
+  // these are all in 16-bit types and 128 in float32; others are read when they are staged.
+  static constexpr int kHeld = V == 1 ? 8 : V == kWide<float> ? 4 : 3;
 
   const T* tokens;
   const int64_t* offsets;  // (count,): where the rows begin
