@@ -1,7 +1,7 @@
 // Products of a tile of tokens with a tile of centres on the tensor cores, for token_match.
 //
 // Numbers are split into terms and multiplied as products.cuh has it. Here the tile has one size,
-// sums stay in registers, and each slice of channels is read while the one before is multiplied.
+// of rows from two tensors, whose norms are added up on the way.
 #pragma once
 
 #include <cmath>
@@ -24,17 +24,6 @@ constexpr int kProductStride = kTileCentres + 8;
 // Bytes of the staged rows; later the products are in their place.
 constexpr int kTileBytes = kTileRows * kTerms * kStagedStride * static_cast<int>(sizeof(Term));
 static_assert(kTileTokens * kProductStride * static_cast<int>(sizeof(float)) <= kTileBytes);
-
-// Two numbers as pairs of terms, the first number's in the lower half.
-__device__ __forceinline__ void split_pair(float a, float b, uint32_t (&pairs)[kTerms]) {
-#pragma unroll
-  for (int t = 0; t < kTerms; ++t) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    pairs[t] = *reinterpret_cast<const uint32_t*>(&pair);
-    a -= __uint_as_float(pairs[t] << 16);
-    b -= __uint_as_float(pairs[t] & 0xffff0000u);
-  }
-}
 
 // A slice of kStaged channels of a tile's rows on the way to shared memory: every thread holds V
 // channels of each kDown-th row.
@@ -89,30 +78,8 @@ struct Slice {
         values[v] -= zero[v];
         norms[n] = fmaf(values[v], values[v], norms[n]);
       }
-      Term* to = staged + (row + n * kDown) * kStagedStride + c;
-      if constexpr (V == 1) {
-        Term terms[kTerms];
-        split(values[0], terms);
-#pragma unroll
-        for (int t = 0; t < kTerms; ++t) {
-          to[t * kTileRows * kStagedStride] = terms[t];
-        }
-      } else {
-        Pack<uint32_t, V / 2> packs[kTerms];
-#pragma unroll
-        for (int v = 0; v < V; v += 2) {
-          uint32_t pairs[kTerms];
-          split_pair(values[v], values[v + 1], pairs);
-#pragma unroll
-          for (int t = 0; t < kTerms; ++t) {
-            packs[t].values[v / 2] = pairs[t];
-          }
-        }
-#pragma unroll
-        for (int t = 0; t < kTerms; ++t) {
-          *reinterpret_cast<Pack<uint32_t, V / 2>*>(to + t * kTileRows * kStagedStride) = packs[t];
-        }
-      }
+      store_terms<V>(staged + (row + n * kDown) * kStagedStride + c, kTileRows * kStagedStride,
+                     values);
     }
   }
 };

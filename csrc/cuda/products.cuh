@@ -39,43 +39,121 @@ __device__ __forceinline__ void split(float value, Term (&terms)[kTerms]) {
   }
 }
 
-// Stages channels first ... first + kStaged - 1 of `count` rows, by all threads of a block. `row`
-// gives the address of a row's channel 0. Rows up to `rows` (a multiple of kSquare) and channels
-// beyond the last one are zeros. Term t of row r begins at staged + (t * rows + r) * kStagedStride.
-template <int V, typename Row>
-__device__ __forceinline__ void stage_rows(Term* staged, int rows, int count, const Row& row,
-                                           const float* origin,  // (channels,) or null
-                                           int first, int channels) {
-  constexpr int kAcross = kStaged / V;
-  for (int n = threadIdx.x; n < rows * kAcross; n += blockDim.x) {
-    const int r = n / kAcross;
-    const int c = n % kAcross * V;
-    float values[V] = {};
-    if (r < count && first + c < channels) {
-      load<V>(row(r) + first + c, values);
-      if (origin != nullptr) {
+// Two numbers as pairs of terms, the first number's in the lower half.
+__device__ __forceinline__ void split_pair(float a, float b, uint32_t (&pairs)[kTerms]) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          values[v] -= origin[first + c + v];
-        }
-      }
+  for (int t = 0; t < kTerms; ++t) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    pairs[t] = *reinterpret_cast<const uint32_t*>(&pair);
+    a -= __uint_as_float(pairs[t] << 16);
+    b -= __uint_as_float(pairs[t] & 0xffff0000u);
+  }
+}
+
+// Writes the terms of V neighbouring numbers, those of one order `stride` after those of the order
+// before.
+template <int V>
+__device__ __forceinline__ void store_terms(Term* to, int stride, const float (&values)[V]) {
+  if constexpr (V == 1) {
+    Term terms[kTerms];
+    split(values[0], terms);
+#pragma unroll
+    for (int t = 0; t < kTerms; ++t) {
+      to[t * stride] = terms[t];
     }
-    Pack<Term, V> packs[kTerms];
+  } else {
+    Pack<uint32_t, V / 2> packs[kTerms];
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      Term terms[kTerms];
-      split(values[v], terms);
+    for (int v = 0; v < V; v += 2) {
+      uint32_t pairs[kTerms];
+      split_pair(values[v], values[v + 1], pairs);
 #pragma unroll
       for (int t = 0; t < kTerms; ++t) {
-        packs[t].values[v] = terms[t];
+        packs[t].values[v / 2] = pairs[t];
       }
     }
 #pragma unroll
     for (int t = 0; t < kTerms; ++t) {
-      *reinterpret_cast<Pack<Term, V>*>(staged + (t * rows + r) * kStagedStride + c) = packs[t];
+      *reinterpret_cast<Pack<uint32_t, V / 2>*>(to + t * stride) = packs[t];
     }
   }
 }
+
+// A slice of kStaged channels of some rows on the way to shared memory, by kThreads: each of them
+// holds V channels of every kDown-th row, so that one slice is read while another is multiplied.
+template <typename T, int V>
+struct RowSlice {
+  static constexpr int kAcross = kStaged / V;
+  static constexpr int kDown = kThreads / kAcross;
+  // As many as the registers of gram_kernel allow. Of the 144 rows of a window of 12 x 12 tokens
+  // these are all in 16-bit types and 128 in float32; others are read when they are staged.
+  static constexpr int kHeld = V == 1 ? 8 : V == kWide<float> ? 4 : 3;
+
+  const T* tokens;
+  const int64_t* offsets;  // (count,): where the rows begin
+  int count;
+  const float* origin;  // (end,): subtracted from all rows
+  int end;              // of the channels
+  Raw<T, V> rows[kHeld];
+  float zero[V];  // the origin's channels
+
+  __device__ __forceinline__ Raw<T, V> read(int r, int c) const {
+    Raw<T, V> raw = {};
+    if (r < count && c < end) {
+      raw = load_raw<V>(tokens + offsets[r] + c);
+    }
+    return raw;
+  }
+
+  // Reads the rows of the slice that begins at channel `first`.
+  __device__ __forceinline__ void fetch_rows(int first) {
+    const int c = first + static_cast<int>(threadIdx.x) % kAcross * V;
+    const int row = static_cast<int>(threadIdx.x) / kAcross;
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) {
+      rows[n] = read(row + n * kDown, c);
+    }
+  }
+
+  // And the origin. This is apart so that its registers are free during the products.
+  __device__ __forceinline__ void fetch_origin(int first) {
+    const int c = first + static_cast<int>(threadIdx.x) % kAcross * V;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      zero[v] = 0.f;
+    }
+    if (c < end) {
+      load<V>(origin + c, zero);
+    }
+  }
+
+  // Stages the slice, which begins at channel `first`. Term t of row r begins at staged + (t *
+  // padded + r) * kStagedStride. Rows from `count` to `padded` and channels from `end` on are
+  // zeros.
+  __device__ __forceinline__ void put(Term* staged, int padded, int first) const {
+    const int c = static_cast<int>(threadIdx.x) % kAcross * V;
+    const int row = static_cast<int>(threadIdx.x) / kAcross;
+    const auto put_row = [&](const Raw<T, V>& raw, int r) {
+      float values[V];
+      unpack<T>(raw, values);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        values[v] = r < count ? values[v] - zero[v] : 0.f;
+      }
+      store_terms<V>(staged + r * kStagedStride + c, padded * kStagedStride, values);
+    };
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) {
+      if (row + n * kDown < padded) {
+        put_row(rows[n], row + n * kDown);
+      }
+    }
+#pragma unroll 1
+    for (int r = row + kHeld * kDown; r < padded; r += kDown) {
+      put_row(read(r, first + c), r);
+    }
+  }
+};
 
 // A square of terms, as the tensor cores take it, and a square of sums, as they give it: columns
 // 0 ... 7 and 8 ... 15, of which a lane has two neighbours in rows lane / 4 and lane / 4 + 8.

@@ -148,7 +148,8 @@ __device__ __forceinline__ float warp_sums(float (&values)[N]) {
   return sum;
 }
 
-// Sum over a block of kThreads, the same bits in each thread. `sums` is shared memory for kWarps.
+// Sum over a block of `Warps`, the same bits in each thread. `sums` is shared memory for as many.
+template <int Warps = kWarps>
 __device__ __forceinline__ float block_sum(float value, float* sums) {
   value = warp_sum(value);
   // Another sum may still be read.
@@ -158,7 +159,7 @@ __device__ __forceinline__ float block_sum(float value, float* sums) {
   }
   __syncthreads();
   float total = 0.f;
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < Warps; ++w) {
     total += sums[w];
   }
   return total;

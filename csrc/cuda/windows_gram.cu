@@ -8,7 +8,7 @@
 // window's mean token is subtracted in G, or the difference of large numbers would eat the
 // distances of tokens with a common offset.
 //
-// For windows of 144 tokens and 64 cells a block has 160 KiB, so cards with less take other paths.
+// For windows of 144 tokens and 64 cells a block has 156 KiB, so cards with less take other paths.
 #include <algorithm>
 #include <cmath>
 
@@ -19,9 +19,16 @@ namespace {
 
 // Squares of G that a warp keeps in registers.
 constexpr int kOwnSquares = 6;
+// Rows that a warp reads together for the mean: half of its share of 144.
+constexpr int kMeanRows = 9;
+// Packs of A that a thread of centres_kernel reads together.
+constexpr int kPacksOfA = 3;
 // The fewest channels of a block of gram_kernel, and those of a block of centres_kernel.
 constexpr int kLeastShare = 128;
 constexpr int kCentreChannels = 128;
+// What a block of gram_kernel does besides its channels, and those who add up its part of G after
+// it, takes about as long as so many channels more.
+constexpr int64_t kShareCost = 64;
 // Staged centres: 32 channels, and eight more so that four rows lie in all banks.
 constexpr int kCentreStride = kStaged + 8;
 // Every window adds up the sums of all windows of its image.
@@ -54,13 +61,18 @@ __device__ __forceinline__ void compute_mean(const T* tokens, const int64_t* pla
     const int c = first + lane * V;
     float sum[V] = {};
     if (c < end) {
-#pragma unroll 4
-      for (int p = warp; p < count; p += kWarps) {
-        float z[V];
-        load<V>(tokens + places[p] + c, z);
+      for (int p = warp; p < count; p += kMeanRows * kWarps) {
+        float z[kMeanRows][V];
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          sum[v] += z[v];
+        for (int n = 0; n < kMeanRows; ++n) {
+          load<V>(tokens + places[min(p + n * kWarps, count - 1)] + c, z[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < kMeanRows; ++n) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            sum[v] += p + n * kWarps < count ? z[n][v] : 0.f;
+          }
         }
       }
     }
@@ -105,18 +117,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   find_rows(window, channels, places);
   compute_mean<T, V>(tokens, places, window.count, begin, end, shared, mean);
-  const auto row = [&](int p) { return tokens + places[p]; };
+  RowSlice<T, V> slice{tokens, places, window.count, mean, end};
 
   for (int base = 0; base < squares; base += kWarps * kOwnSquares) {
     const int left = min(squares - base, kWarps * kOwnSquares);
     const int first_square = base + left * warp / kWarps;
     const int own = base + left * (warp + 1) / kWarps - first_square;
     SquareSums sums[kOwnSquares] = {};
+    slice.fetch_rows(begin);
     for (int first = begin; first < end; first += kStaged) {
+      slice.fetch_origin(first);
       // The channels staged before have been read.
       __syncthreads();
-      stage_rows<V>(staged, window.padded, window.count, row, mean, first, end);
+      slice.put(staged, window.padded, first);
       __syncthreads();
+      slice.fetch_rows(first + kStaged);
 #pragma unroll 1
       for (int k = 0; k < kStaged; k += kSquare) {
         int strip = first_square / columns;
@@ -180,36 +195,35 @@ __global__ void __launch_bounds__(kThreads, 2)
   auto* places = reinterpret_cast<int64_t*>(sums + padded_cells * kCentreStride);
   const float* mean = scratch.means + linear * channels;
 
+  find_rows(window, channels, places);
+  RowSlice<T, V> slice{tokens, places, window.count, mean, end};
+  slice.fetch_rows(begin);
+  slice.fetch_origin(begin);
+
   const float* a = scratch.windows + linear * scratch.room;
   const int packs = window.padded / 4;
-  for (int n = threadIdx.x; n < padded_cells * packs; n += kThreads) {
-    const int i = n / packs;
-    float values[4] = {};
-    if (i < window.cells) {
-      load<4>(a + 4 * n, values);
-    }
-    Pack<Term, 4> terms[kTerms];
+  for (int base = threadIdx.x; base < padded_cells * packs; base += kPacksOfA * kThreads) {
+    float values[kPacksOfA][4] = {};
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      Term split_value[kTerms];
-      split(values[v], split_value);
-#pragma unroll
-      for (int t = 0; t < kTerms; ++t) {
-        terms[t].values[v] = split_value[t];
+    for (int e = 0; e < kPacksOfA; ++e) {
+      const int n = base + e * kThreads;
+      if (n / packs < window.cells) {
+        load<4>(a + 4 * n, values[e]);
       }
     }
 #pragma unroll
-    for (int t = 0; t < kTerms; ++t) {
-      *reinterpret_cast<Pack<Term, 4>*>(rows + (t * padded_cells + i) * stride + n % packs * 4) =
-          terms[t];
+    for (int e = 0; e < kPacksOfA; ++e) {
+      const int n = base + e * kThreads;
+      if (n / packs < padded_cells) {
+        store_terms<4>(rows + n / packs * stride + n % packs * 4, padded_cells * stride, values[e]);
+      }
     }
   }
-  find_rows(window, channels, places);
-  const auto row = [&](int p) { return tokens + places[p]; };
 
   for (int first = begin; first < end; first += kStaged) {
-    stage_rows<V>(staged, window.padded, window.count, row, mean, first, end);
+    slice.put(staged, window.padded, first);
     __syncthreads();
+    slice.fetch_rows(first + kStaged);
     // A square of 16 centres and 16 channels is computed by one warp.
     constexpr int kAcross = kStaged / kSquare;
     for (int square = warp; square < padded_cells / kSquare * kAcross; square += kWarps) {
@@ -219,6 +233,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int from = cell_span(window, strip, radius).begin / kSquare * kSquare;
       const int to = cell_span(window, min(strip + kSquare, window.cells) - 1, radius).end;
       SquareSums sum = {};
+      // More of these would need registers that hold the next slice.
+#pragma unroll 1
       for (int p = from; p < to; p += kSquare) {
         SquareTerms x;
         SquareTerms y;
@@ -232,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       store_square(sum, sums + strip * kCentreStride + column, kCentreStride);
     }
+    slice.fetch_origin(first + kStaged);
     __syncthreads();
     constexpr int kPacks = kStaged / V;
     for (int n = threadIdx.x; n < window.cells * kPacks; n += kThreads) {
@@ -239,9 +256,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int c = n % kPacks * V;
       if (first + c < end) {
         float values[V];
+        load<V>(mean + first + c, values);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          values[v] = sums[i * kCentreStride + c + v] + mean[first + c + v];
+          values[v] += sums[i * kCentreStride + c + v];
         }
         store<V>(centres + window.image_cell(i) * channels + first + c, values);
       }
@@ -297,13 +315,22 @@ GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocesso
   if (std::max(gram, rows) > most) {
     return {};
   }
-  // Two blocks a multiprocessor.
-  int64_t splits =
-      std::min({2 * multiprocessors / count, int64_t{tokens.channels / kLeastShare}, most / gram});
-  splits = std::max<int64_t>(splits, 1);
-  GramPlan plan;
-  plan.share = static_cast<int>(ceil_div<int64_t>(tokens.channels, splits * kStaged)) * kStaged;
-  plan.splits = ceil_div(tokens.channels, plan.share);
+  // There is room for two blocks a multiprocessor. The last of them to begin decide.
+  const int64_t slots = int64_t{2} * multiprocessors;
+  const int64_t most_splits = std::min(int64_t{tokens.channels / kLeastShare}, most / gram);
+  GramPlan plan{};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t splits = 1; splits <= std::max<int64_t>(most_splits, 1); ++splits) {
+    const int64_t slices = ceil_div<int64_t>(tokens.channels, splits * kStaged);
+    const int share = static_cast<int>(slices) * kStaged;
+    const int parts = ceil_div(tokens.channels, share);
+    const int64_t cost = ceil_div(count * parts, slots) * (share + kShareCost);
+    if (cost < least) {
+      least = cost;
+      plan.splits = parts;
+      plan.share = share;
+    }
+  }
   plan.room = std::max(plan.splits * gram, rows);
   plan.scratch =
       count * (plan.room + tokens.channels + 2) + tokens.batch * spread_parts(tokens.channels);

@@ -5,10 +5,14 @@
 
 namespace expedite_d2::cuda {
 
-// Of G, A and A G in shared memory: rows are aligned to 16 bytes, and eight neighbouring ones lie
-// in different banks.
+// The shared memory of one block fills a multiprocessor: it has as many threads as registers allow.
+constexpr int kNumberThreads = 512;
+constexpr int kNumberWarps = kNumberThreads / kWarp;
+
+// Of G, A and A G in shared memory: an odd number of half rows of banks, so that sixteen tokens of
+// a row and sixteen of the next one lie in different banks. `padded` is a multiple of sixteen.
 EXPEDITE_HOST_DEVICE int64_t gram_stride(int64_t padded) {
-  return padded + 4;
+  return padded | kSquare;
 }
 
 // Row and column of a token's home cell.
@@ -27,10 +31,10 @@ struct GramNumbers {
   HomeCell* homes;  // (N,)
   float* norms;     // (K,): diagonal of A G A^T
   float* shares;    // (N,): what normalises a token's falloff
-  float* sums;      // (kWarps,): for block_sum
+  float* sums;      // (kNumberWarps,): for block_sum
 
   static EXPEDITE_HOST_DEVICE int64_t floats(int64_t padded, int64_t cells) {
-    return (padded + 2 * cells) * gram_stride(padded) + 3 * cells + 3 * padded + kWarps;
+    return (padded + 2 * cells) * gram_stride(padded) + 3 * cells + 3 * padded + kNumberWarps;
   }
 
   __device__ GramNumbers(float* shared, const GramWindow& window)
@@ -45,12 +49,22 @@ struct GramNumbers {
     sums = shares + window.padded;
   }
 
-  // Squared distance of token p to centre i, from A G and the norms. NaN stays.
-  __device__ __forceinline__ float distance(int32_t i, int32_t p) const {
-    const float d = fmaf(-2.f, next[i * stride + p], gram[p * stride + p]) + norms[i];
+  // G_pp, which all distances of token p begin with. Stores to shared memory would make the
+  // compiler read it again for each of them.
+  __device__ __forceinline__ float square(int32_t p) const { return gram[p * stride + p]; }
+
+  // Squared distance of token p, whose G_pp is `square`, to centre i, from A G and the norms. NaN
+  // stays.
+  __device__ __forceinline__ float distance(int32_t i, int32_t p, float square) const {
+    const float d = fmaf(-2.f, next[i * stride + p], square) + norms[i];
     return d < 0.f ? 0.f : d;
   }
 };
+
+// Neighbouring lanes that share the centres of a token. They read from neighbouring rows of A G.
+constexpr int kTokenLanes = 2;
+// Candidates whose distances a lane reads before it writes: a column of the default neighbourhood.
+constexpr int kColumn = 5;
 
 // The cells that a token may belong to: rows top ... bottom, columns left ... right.
 struct Candidates {
@@ -67,57 +81,110 @@ struct Candidates {
     left = max(home.column - radius, 0);
     right = min(home.column + radius, window.cell_columns - 1);
   }
+
+  // Calls f(first cell, count, distances) for this lane's share of them: every kTokenLanes-th
+  // column of cells, in groups of at most kColumn. Beyond `count` the last distance is repeated.
+  template <typename F>
+  __device__ __forceinline__ void each(const GramNumbers& numbers, int32_t cell_columns, int32_t p,
+                                       const F& f) const {
+    const float square = numbers.square(p);
+    for (int32_t j = left + static_cast<int32_t>(threadIdx.x) % kTokenLanes; j <= right;
+         j += kTokenLanes) {
+      for (int32_t i = top; i <= bottom; i += kColumn) {
+        const int32_t first = i * cell_columns + j;
+        const int32_t count = min(bottom - i + 1, kColumn);
+        float distances[kColumn];
+#pragma unroll
+        for (int e = 0; e < kColumn; ++e) {
+          distances[e] = numbers.distance(first + min(e, count - 1) * cell_columns, p, square);
+        }
+        f(first, count, distances);
+      }
+    }
+  }
 };
 
-// G as the sum of its parts, the tables of the window, and the rows of A for the initial centres:
-// the average of each cell's real tokens. By all threads of a block.
+// Calls f(token, whether it exists) by kTokenLanes lanes for each token, with all lanes of a warp:
+// those beyond the last token get the last one once more.
+template <typename F>
+__device__ __forceinline__ void each_token(const GramWindow& window, const F& f) {
+  for (int first = 0; first < window.count; first += kNumberThreads / kTokenLanes) {
+    const int p = first + static_cast<int>(threadIdx.x) / kTokenLanes;
+    f(min(p, window.count - 1), p < window.count);
+  }
+}
+
+// Packs of G that a thread reads together: those of 144 tokens at once.
+constexpr int kPacksAtOnce = 6;
+
+// G as the sum of its parts (with `keep`, written in place of the first one), the tables of the
+// window, and the rows of A for the initial centres: the average of each cell's real tokens. By all
+// threads of a block.
 __device__ __forceinline__ void load_numbers(const GramNumbers& numbers, const GramWindow& window,
                                              int radius,
-                                             const float* parts,  // (splits, squares, 16, 16)
-                                             int splits) {
+                                             float* parts,  // (splits, squares, 16, 16)
+                                             int splits, bool keep) {
   constexpr int kPacks = kSquare / 4;
   const int stride = numbers.stride;
   const int tiles = window.padded / kSquare;
   const int columns = tiles / 2 + 1;
   const int squares = tiles * columns;
-  for (int n = threadIdx.x; n < window.cells * (stride / 4); n += kThreads) {
+  for (int n = threadIdx.x; n < window.cells * (stride / 4); n += kNumberThreads) {
     store<4>(numbers.rows + 4 * n, {0.f, 0.f, 0.f, 0.f});
   }
-  for (int i = threadIdx.x; i < window.cells; i += kThreads) {
+  for (int i = threadIdx.x; i < window.cells; i += kNumberThreads) {
     numbers.spans[i] = cell_span(window, i, radius);
   }
-  for (int p = threadIdx.x; p < window.count; p += kThreads) {
+  for (int p = threadIdx.x; p < window.count; p += kNumberThreads) {
     numbers.homes[p] = {window.grid.rows.home(p / window.width),
                         window.grid.columns.home(p % window.width)};
   }
-  for (int n = threadIdx.x; n < squares * kSquare * kPacks; n += kThreads) {
-    const int square = n / (kSquare * kPacks);
-    const int row = n / kPacks % kSquare;
-    const int column = n % kPacks * 4;
-    float sum[4] = {};
+  const int packs = squares * kSquare * kPacks;
+  for (int first = threadIdx.x; first < packs; first += kPacksAtOnce * kNumberThreads) {
+    float sums[kPacksAtOnce][4] = {};
+#pragma unroll 2
     for (int split = 0; split < splits; ++split) {
-      float part[4];
-      load<4>(parts + (static_cast<int64_t>(split) * squares * kSquare * kPacks + n) * 4, part);
+      const float* part = parts + static_cast<int64_t>(split) * packs * 4;
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        sum[v] += part[v];
+      for (int e = 0; e < kPacksAtOnce; ++e) {
+        const int n = first + e * kNumberThreads;
+        float values[4] = {};
+        if (n < packs) {
+          load<4>(part + 4 * n, values);
+        }
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          sums[e][v] += values[v];
+        }
       }
     }
-    const int strip = square / columns;
-    const int ahead = square % columns;
-    const int p = strip * kSquare + row;
-    const int r = (strip + ahead) % tiles * kSquare + column;
-    store<4>(numbers.gram + p * stride + r, sum);
-    // With an even number of tiles both squares that are half of them apart were computed.
-    if (ahead > 0 && 2 * ahead != tiles) {
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        numbers.gram[(r + v) * stride + p] = sum[v];
+    for (int e = 0; e < kPacksAtOnce; ++e) {
+      const int n = first + e * kNumberThreads;
+      if (n >= packs) {
+        break;
+      }
+      const float (&sum)[4] = sums[e];
+      if (keep) {
+        store<4>(parts + 4 * n, sum);
+      }
+      const int square = n / (kSquare * kPacks);
+      const int strip = square / columns;
+      const int ahead = square % columns;
+      const int p = strip * kSquare + n / kPacks % kSquare;
+      const int r = (strip + ahead) % tiles * kSquare + n % kPacks * 4;
+      store<4>(numbers.gram + p * stride + r, sum);
+      // With an even number of tiles both squares that are half of them apart were computed.
+      if (ahead > 0 && 2 * ahead != tiles) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          numbers.gram[(r + v) * stride + p] = sum[v];
+        }
       }
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < window.cells; i += kThreads) {
+  for (int i = threadIdx.x; i < window.cells; i += kNumberThreads) {
     const int32_t cell_row = i / window.cell_columns;
     const int32_t cell_column = i % window.cell_columns;
     const int32_t bottom = window.grid.rows.end(cell_row, window.row);
@@ -134,19 +201,22 @@ __device__ __forceinline__ void load_numbers(const GramNumbers& numbers, const G
   __syncthreads();
 }
 
-// Centres whose products a warp computes together, so that an entry of G read once serves them all,
-// and tokens of each lane, for which a number of A serves.
-constexpr int kGramCentres = 8;
-constexpr int kGramTokens = 3;
+// Centres whose products a warp computes together, and tokens of each lane: every number of A and G
+// that is read serves several products. Both halves of a warp have the same tokens, but sum over
+// different rows of G.
+constexpr int kGramCentres = 4;
+constexpr int kGramTokens = 6;
+constexpr int kGramLanes = kWarp / 2;
 
 // A G and the norms, by all threads of a block: for all tokens, or for those that can be in one of
 // the centres that a warp computes together.
 __device__ __forceinline__ void multiply(const GramNumbers& numbers, const GramWindow& window,
                                          bool all) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int half = lane / kGramLanes;
   const int stride = numbers.stride;
   for (int i = static_cast<int>(threadIdx.x) / kWarp * kGramCentres; i < window.cells;
-       i += kWarps * kGramCentres) {
+       i += kNumberWarps * kGramCentres) {
     const int last = min(i + kGramCentres, window.cells) - 1;
     // A is zero outside of the spans, which ascend. Fours of tokens are read at once; beyond the
     // last token there are zeros.
@@ -160,14 +230,16 @@ __device__ __forceinline__ void multiply(const GramNumbers& numbers, const GramW
     for (int v = 0; v < kGramCentres; ++v) {
       rows[v] = numbers.rows + min(i + v, last) * stride;
     }
-    for (int start = from; start < to; start += kWarp * kGramTokens) {
+    for (int start = from; start < to; start += kGramLanes * kGramTokens) {
       const float* columns[kGramTokens];
       float sums[kGramCentres][kGramTokens] = {};
 #pragma unroll
       for (int t = 0; t < kGramTokens; ++t) {
-        columns[t] = numbers.gram + min(start + lane + t * kWarp, to - 1);
+        columns[t] =
+            numbers.gram + min(start + lane % kGramLanes + (t ^ half) * kGramLanes, to - 1);
       }
-      for (int r = begin; r < end; r += 4) {
+      // The halves read from the same banks in different rows, so they take turns with the tokens.
+      for (int r = begin + 4 * half; r < end; r += 8) {
         float a[kGramCentres][4];
 #pragma unroll
         for (int v = 0; v < kGramCentres; ++v) {
@@ -185,16 +257,22 @@ __device__ __forceinline__ void multiply(const GramNumbers& numbers, const GramW
           }
         }
       }
+      // What one half keeps the other gives away.
 #pragma unroll
-      for (int t = 0; t < kGramTokens; ++t) {
-        const int p = start + lane + t * kWarp;
-        if (p < to) {
+      for (int t = 0; t < kGramTokens; t += 2) {
+        const int p = start + lane % kGramLanes + (t + half) * kGramLanes;
+        float products[kGramCentres];
+        float a[kGramCentres];
 #pragma unroll
-          for (int v = 0; v < kGramCentres; ++v) {
-            norms[v] = fmaf(rows[v][p], sums[v][t], norms[v]);
-            if (i + v <= last) {
-              numbers.next[(i + v) * stride + p] = sums[v][t];
-            }
+        for (int v = 0; v < kGramCentres; ++v) {
+          products[v] = sums[v][t] + __shfl_xor_sync(kAllLanes, sums[v][t + 1], kGramLanes);
+          a[v] = p < to ? rows[v][p] : 0.f;
+        }
+#pragma unroll
+        for (int v = 0; v < kGramCentres; ++v) {
+          norms[v] = fmaf(a[v], products[v], norms[v]);
+          if (p < to && i + v <= last) {
+            numbers.next[(i + v) * stride + p] = products[v];
           }
         }
       }
