@@ -1,10 +1,10 @@
 // Squared distances of tokens to the centres that are their candidates, for token_spread and the
 // direct form of token_cluster.
 //
-// Tokens that share their home cell share their candidates: a warp takes two of them, so that a
-// centre serves both when it is read. A block takes neighbouring cells, whose candidates are mostly
-// the same and come from the first-level cache. Differences are squared, so a large common offset
-// of all tokens cancels before it can cost precision.
+// A warp takes a pair of neighbours in a row of tokens, whose candidates are mostly the same, so
+// that a centre serves both when it is read. A block takes neighbouring pairs and goes through the
+// channels with all of them, so that most centres come from the first-level cache. Differences are
+// squared, so a large common offset of all tokens cancels before it can cost precision.
 #pragma once
 
 #include <algorithm>
@@ -14,87 +14,88 @@
 
 namespace expedite_d2::cuda {
 
-// Home cells of a block along rows and along columns.
-constexpr int kHomes = 2;
-// Tokens of one home cell that a warp looks at together.
+// Tokens that a warp looks at together.
 constexpr int kPair = 2;
-// Warps that share the channels of a pair. Each of them then has one of the tokens to itself.
-constexpr int kShares = kWarps / (kHomes * kHomes);
-static_assert(kShares == kPair);
-// Candidates whose reads are in flight together.
-constexpr int kAtOnce = 4;
-// So many blocks fill any GPU; beyond that a block takes several pairs of a cell.
+// Pairs of a block that lie side by side.
+constexpr int kPairsAcross = 2;
+// Candidates whose reads are in flight together: those of a pair often are a multiple of five.
+constexpr int kAtOnce = 5;
+// So many blocks fill any GPU; with fewer, two warps share the channels of a pair.
 constexpr int64_t kEnoughBlocks = 512;
 
-// How the work is divided: a block for a tile of kHomes x kHomes cells of the map and every
-// `splits`-th pair of their tokens.
-struct HomeTiles {
+// How the work is divided: a block for a tile of pairs.
+struct PairTiles {
   int32_t rows, columns;  // of tiles
-  int32_t pairs;          // of tokens in a cell, at most
-  int32_t splits;
+  int32_t height;         // rows of tokens in a tile
+  int32_t window_pairs;   // in a row of a window
+  int32_t shares;         // warps that share the channels of a pair, 1 or kPair
+  int32_t candidates;     // of a pair, at most
   int64_t blocks;
 
-  HomeTiles(const Grid& grid, int64_t batch)
-      : rows(ceil_div(grid.rows.cells(), kHomes)), columns(ceil_div(grid.columns.cells(), kHomes)) {
-    const int64_t tokens = int64_t{ceil_div(grid.rows.window, grid.rows.clusters)} *
-                           ceil_div(grid.columns.window, grid.columns.clusters);
-    const int64_t tiles = batch * rows * columns;
-    pairs = static_cast<int32_t>(ceil_div<int64_t>(tokens, kPair));
-    splits = static_cast<int32_t>(
-        std::clamp<int64_t>(kEnoughBlocks / tiles, 1, static_cast<int64_t>(pairs)));
-    blocks = tiles * splits;
+  PairTiles(const Grid& grid, Slots slots, int64_t batch) {
+    const WindowAxis& across = grid.columns;
+    window_pairs = ceil_div(std::min(across.size, across.window), kPair);
+    columns = ceil_div(across.windows() * window_pairs, kPairsAcross);
+    // A token's neighbour has its home at most so many cells further.
+    const int32_t step = ceil_div(across.clusters, across.window);
+    candidates = slots.rows * std::min(across.clusters, slots.columns + step);
+    for (shares = 1;; shares = kPair) {
+      height = kWarps / kPairsAcross / shares;
+      rows = ceil_div(grid.rows.size, height);
+      blocks = batch * rows * columns;
+      if (blocks >= kEnoughBlocks || shares == kPair) {
+        break;
+      }
+    }
   }
 };
 
-// The tokens whose home is this warp's cell, and their candidates.
-struct Home {
+// The tokens of a warp and their candidates.
+struct TokenPair {
   int64_t image;
-  int64_t first_token;   // in (B, H, W)
-  int64_t first_centre;  // in (B, h', w')
-  int32_t stride, centre_stride;
-  int32_t tokens = 0, width = 1;       // lie in rows of `width`, `stride` apart
-  int32_t candidates = 0, across = 1;  // lie in rows of `across`, `centre_stride` apart
-  int32_t first_pair;
+  int64_t first_token;                        // in (B, H, W)
+  int64_t first_centre;                       // in (B, h', w')
+  int32_t tokens;                             // there may be one or none
+  int32_t candidates, across, centre_stride;  // lie in rows of `across`, so far apart
+  int32_t skipped[kPair], width[kPair];       // columns that are candidates of each token
+  int32_t shares, share;
 
-  __device__ Home(const Grid& grid, int radius, const HomeTiles& tiles) {
-    const int cell = static_cast<int>(threadIdx.x) / kWarp / kShares;
-    const Position at = position(blockIdx.x / tiles.splits, tiles.rows, tiles.columns);
-    const int32_t cell_row = at.row * kHomes + cell / kHomes;
-    const int32_t cell_column = at.column * kHomes + cell % kHomes;
+  __device__ void set(const Grid& grid, int radius, const PairTiles& tiles) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    shares = tiles.shares;
+    share = shares == 1 ? 0 : warp % kPair;
+    const int n = shares == 1 ? warp : warp / kPair;
+    const Position at = position(blockIdx.x, tiles.rows, tiles.columns);
+    const int32_t y = at.row * tiles.height + n / kPairsAcross;
+    const int32_t pair = at.column * kPairsAcross + n % kPairsAcross;
+    const int32_t window = pair / tiles.window_pairs;
+    const int32_t x = pair % tiles.window_pairs * kPair;
+    const int32_t left = grid.columns.real(window) - x;
     image = at.image;
-    first_pair = static_cast<int32_t>(blockIdx.x % tiles.splits);
-    stride = grid.columns.size;
+    tokens = candidates = 0;
+    across = 1;
+    if (y >= grid.rows.size || left <= 0) {
+      return;
+    }
+    tokens = min(left, kPair);
+    first_token = (image * grid.rows.size + y) * grid.columns.size +
+                  int64_t{window} * grid.columns.window + x;
+    const Spot row = token_spot(grid.rows, y);
+    const int32_t upper = grid.rows.first(row.local, radius);
+    const int32_t leftmost = grid.columns.first(x, radius);
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      const int32_t local = x + min(t, tokens - 1);
+      const int32_t first = grid.columns.first(local, radius);
+      skipped[t] = first - leftmost;
+      width[t] = grid.columns.last(local, radius, window) - first + 1;
+    }
+    across = skipped[kPair - 1] + width[kPair - 1];
+    candidates = (grid.rows.last(row.local, radius, row.window) - upper + 1) * across;
     centre_stride = grid.columns.cells();
-    if (cell_row >= grid.rows.cells() || cell_column >= grid.columns.cells()) {
-      return;
-    }
-    const Spot row = cell_spot(grid.rows, cell_row);
-    const Spot column = cell_spot(grid.columns, cell_column);
-    const int32_t top = grid.rows.reach_begin(row.local, 0);
-    const int32_t left = grid.columns.reach_begin(column.local, 0);
-    const int32_t height = grid.rows.reach_end(row.local, 0, row.window) - top;
-    const int32_t wide = grid.columns.reach_end(column.local, 0, column.window) - left;
-    // Where there are more cells than tokens, some are nobody's home.
-    if (height <= 0 || wide <= 0) {
-      return;
-    }
-    width = wide;
-    tokens = height * wide;
-    first_token =
-        (image * grid.rows.size + row.window * grid.rows.window + top) * grid.columns.size +
-        column.window * grid.columns.window + left;
-    const int32_t upper = grid.rows.first(top, radius);
-    const int32_t leftmost = grid.columns.first(left, radius);
-    across = grid.columns.last(left, radius, column.window) - leftmost + 1;
-    candidates = (grid.rows.last(top, radius, row.window) - upper + 1) * across;
-    first_centre = (image * grid.rows.cells() + row.window * grid.rows.clusters + upper) *
-                       grid.columns.cells() +
-                   column.window * grid.columns.clusters + leftmost;
-  }
-
-  // Token t of the cell in (B, H, W).
-  __device__ int64_t token(int32_t t) const {
-    return first_token + int64_t{t / width} * stride + t % width;
+    first_centre =
+        (image * grid.rows.cells() + row.window * grid.rows.clusters + upper) * centre_stride +
+        window * grid.columns.clusters + leftmost;
   }
 
   // Candidate n in (B, h', w').
@@ -102,75 +103,99 @@ struct Home {
     return first_centre + int64_t{n / across} * centre_stride + n % across;
   }
 
-  // The token of a pair that is this warp's own; it may not exist.
-  __device__ int32_t own(int32_t pair) const {
-    return pair * kPair + static_cast<int>(threadIdx.x) / kWarp % kPair;
+  // Where candidate n stands among those of token t, in rows of `columns`; -1 if it is none.
+  __device__ int32_t slot(int t, int32_t n, int32_t columns) const {
+    const int32_t column = n % across - skipped[t];
+    return n < candidates && column >= 0 && column < width[t] ? n / across * columns + column : -1;
   }
+
+  // Whether token t exists and it is this warp that makes something of its distances.
+  __device__ bool owns(int t) const { return t < tokens && (shares == 1 || t == share); }
 };
 
-// Squared distance of home.own(pair) to row(first + lane), which is one of `count`. By all threads
-// of a block; what is returned where there is no such token or row has no meaning.
+// That of this warp. Not in the registers of each thread, which the sums need.
+__device__ __forceinline__ const TokenPair& token_pair(const Grid& grid, int radius,
+                                                       const PairTiles& tiles) {
+  __shared__ TokenPair pairs[kWarps];
+  TokenPair& pair = pairs[threadIdx.x / kWarp];
+  if (threadIdx.x % kWarp == 0) {
+    pair.set(grid, radius, tiles);
+  }
+  __syncwarp();
+  return pair;
+}
+
+// Squared distances of a pair's tokens to candidate first + lane; what is returned where there is
+// no such token or candidate has no meaning. By all threads of a block.
 // Most of what is read is float32, of which 16 bytes are few channels: V is not more, for any type.
-template <int V, typename T, typename Row>
-__device__ __forceinline__ float pair_distances(const T* tokens, const Home& home, int32_t pair,
-                                                int32_t first, int32_t count, const Row& row,
-                                                int channels) {
+template <int V, typename T>
+__device__ __forceinline__ void pair_distances(const T* tokens, const float* centres,
+                                               const TokenPair& pair, int32_t first, int channels,
+                                               float (&distances)[kPair]) {
   static_assert(V <= kWide<float>);
+  __shared__ int64_t offsets[kWarps][kWarp];
   __shared__ float sums[kWarps][kPair][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  // Sums of before have been read.
-  __syncthreads();
-  if (pair * kPair < home.tokens) {
-    const int32_t end = min(count, first + kWarp);
-    const T* z[kPair];
+  const int32_t count = pair.candidates - first;
+  if (count > 0) {
+    // Offsets of before have been read.
+    __syncwarp();
+    offsets[warp][lane] = pair.centre(first + min(lane, count - 1)) * channels;
+    __syncwarp();
+    const T* z = tokens + pair.first_token * channels;
+    const int beside = pair.tokens == kPair ? channels : 0;
+    float partial[kPair][kWarp] = {};
+    const int start = (pair.share * kWarp + lane) * V;
+    const int step = pair.shares * kWarp * V;
+    // Advanced, and not found anew for each candidate.
+    const float* from = centres + start;
+    // Channels outside and candidates inside: the tokens are read once.
+#pragma unroll 1
+    for (int c = start; c < channels; c += step, from += step) {
+      float x[kPair][V];
+      load<V>(z + c, x[0]);
+      load<V>(z + beside + c, x[1]);
 #pragma unroll
-    for (int t = 0; t < kPair; ++t) {
-      z[t] = tokens + home.token(min(pair * kPair + t, home.tokens - 1)) * channels;
-    }
-    for (int32_t n = first; n < end; n += kAtOnce) {
-      const float* s[kAtOnce];
+      for (int n = 0; n < kWarp; n += kAtOnce) {
+        if (n < count) {
+          float y[kAtOnce][V];
 #pragma unroll
-      for (int e = 0; e < kAtOnce; ++e) {
-        s[e] = row(min(n + e, end - 1));
-      }
-      float partial[kAtOnce * kPair] = {};
-#pragma unroll 2
-      for (int c = (warp % kShares * kWarp + lane) * V; c < channels; c += kShares * kWarp * V) {
-        float x[kPair][V], y[kAtOnce][V];
+          for (int e = 0; e < kAtOnce; ++e) {
+            if (n + e < kWarp) {
+              load<V>(from + offsets[warp][n + e], y[e]);
+            }
+          }
 #pragma unroll
-        for (int t = 0; t < kPair; ++t) {
-          load<V>(z[t] + c, x[t]);
-        }
+          for (int e = 0; e < kAtOnce; ++e) {
 #pragma unroll
-        for (int e = 0; e < kAtOnce; ++e) {
-          load<V>(s[e] + c, y[e]);
-        }
+            for (int t = 0; n + e < kWarp && t < kPair; ++t) {
 #pragma unroll
-        for (int e = 0; e < kAtOnce; ++e) {
-#pragma unroll
-          for (int t = 0; t < kPair; ++t) {
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              const float difference = x[t][v] - y[e][v];
-              partial[e * kPair + t] = fmaf(difference, difference, partial[e * kPair + t]);
+              for (int v = 0; v < V; ++v) {
+                const float difference = x[t][v] - y[e][v];
+                partial[t][n + e] = fmaf(difference, difference, partial[t][n + e]);
+              }
             }
           }
         }
       }
-      const float sum = warp_sums(partial);
-      if (lane < kAtOnce * kPair) {
-        sums[warp][lane % kPair][n - first + lane / kPair] = sum;
-      }
+    }
+    distances[0] = warp_sums(partial[0]);
+    distances[1] = warp_sums(partial[1]);
+  }
+  if (pair.shares > 1) {
+    // Sums of before have been read.
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      sums[warp][t][lane] = distances[t];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      distances[t] = sums[warp - pair.share][t][lane] + sums[warp - pair.share + 1][t][lane];
     }
   }
-  __syncthreads();
-  float distance = 0.f;
-#pragma unroll
-  for (int share = 0; share < kShares; ++share) {
-    distance += sums[warp / kShares * kShares + share][warp % kPair][lane];
-  }
-  return distance;
 }
 
 }  // namespace expedite_d2::cuda

@@ -23,45 +23,65 @@ __global__ void __launch_bounds__(kThreads, 2)
                           const float* __restrict__ centres,  // (B, h', w', C)
                           Temperature temperature,
                           float* __restrict__ responsibilities,  // (B, H, W, slots)
-                          Grid grid, HomeTiles tiles, int radius, Slots slots, int channels) {
+                          Grid grid, PairTiles tiles, int radius, Slots slots, int channels) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const Home home(grid, radius, tiles);
-  const auto row = [&](int32_t n) { return centres + home.centre(n) * channels; };
-  const float tau = image_temperature(temperature, home.image);
-  for (int32_t pair = home.first_pair; pair < tiles.pairs; pair += tiles.splits) {
-    const int32_t own = home.own(pair);
-    const bool exists = own < home.tokens;
-    float* q = responsibilities + (exists ? home.token(own) * slots.rows * slots.columns : 0);
-    const auto slot = [&](int32_t n) -> float& {
-      return q[n / home.across * slots.columns + n % home.across];
-    };
-    // NaN is left to the sum: fminf skips it, but exp(NaN) makes all of this token's numbers NaN.
-    float least = INFINITY;
-    for (int32_t first = 0; first < slots.rows * slots.columns; first += kWarp) {
-      const float d = pair_distances<V>(tokens, home, pair, first, home.candidates, row, channels);
-      const int32_t n = first + lane;
-      if (exists && n < home.candidates) {
-        slot(n) = d;
-        least = fminf(least, d);
+  const TokenPair& pair = token_pair(grid, radius, tiles);
+  const auto slots_of = [&](int t) {
+    return responsibilities + (pair.first_token + t) * slots.rows * slots.columns;
+  };
+  // With one candidate a lane, distances stay in registers.
+  const bool is_direct = tiles.candidates <= kWarp;
+  float distances[kPair] = {};
+  // NaN is left to the sum: fminf skips it, but exp(NaN) makes all of this token's numbers NaN.
+  float least[kPair] = {INFINITY, INFINITY};
+  for (int32_t first = 0; first < tiles.candidates; first += kWarp) {
+    pair_distances<V>(tokens, centres, pair, first, channels, distances);
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      const int32_t slot = pair.slot(t, first + lane, slots.columns);
+      if (slot >= 0 && pair.owns(t)) {
+        least[t] = fminf(least[t], distances[t]);
+        if (!is_direct) {
+          slots_of(t)[slot] = distances[t];
+        }
       }
     }
-    if (!exists) {
+  }
+  const float tau = image_temperature(temperature, pair.image);
+#pragma unroll
+  for (int t = 0; t < kPair; ++t) {
+    if (!pair.owns(t)) {
       continue;
     }
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      least = fminf(least, __shfl_xor_sync(kAllLanes, least, offset));
+      least[t] = fminf(least[t], __shfl_xor_sync(kAllLanes, least[t], offset));
+    }
+    float* q = slots_of(t);
+    if (is_direct) {
+      const int32_t slot = pair.slot(t, lane, slots.columns);
+      const float weight = slot < 0 ? 0.f : falloff(tau, distances[t] - least[t]);
+      const float sum = warp_sum(weight);
+      if (slot >= 0) {
+        q[slot] = weight / sum;
+      }
+      continue;
     }
     // Every lane reads and writes the slots that it has filled.
     float sum = 0.f;
-    for (int32_t n = lane; n < home.candidates; n += kWarp) {
-      const float weight = falloff(tau, slot(n) - least);
-      slot(n) = weight;
-      sum += weight;
+    for (int32_t n = lane; n < pair.candidates; n += kWarp) {
+      const int32_t slot = pair.slot(t, n, slots.columns);
+      if (slot >= 0) {
+        q[slot] = falloff(tau, q[slot] - least[t]);
+        sum += q[slot];
+      }
     }
     sum = warp_sum(sum);
-    for (int32_t n = lane; n < home.candidates; n += kWarp) {
-      slot(n) /= sum;
+    for (int32_t n = lane; n < pair.candidates; n += kWarp) {
+      const int32_t slot = pair.slot(t, n, slots.columns);
+      if (slot >= 0) {
+        q[slot] /= sum;
+      }
     }
   }
 }
@@ -76,14 +96,16 @@ constexpr int kHelpers = kWarps / (kQuads * kQuads);
 static_assert(kHelpers == 2);
 // Tokens whose reads are in flight together.
 constexpr int kInFlight = 4;
+static_assert(kWarp % kInFlight == 0);
 
 // Tokens along an axis that have a cell as a candidate, counted on the whole map.
 struct Reach {
   int32_t begin, end;  // nothing for a cell that does not exist
   int32_t local;       // the cell in its window
 
-  __device__ Reach(const WindowAxis& axis, int32_t cell, int radius)
-      : begin(std::numeric_limits<int32_t>::max()), end(0), local(0) {
+  __device__ void set(const WindowAxis& axis, int32_t cell, int radius) {
+    begin = std::numeric_limits<int32_t>::max();
+    end = local = 0;
     if (cell < axis.cells()) {
       const Spot spot = cell_spot(axis, cell);
       begin = spot.window * axis.window + axis.reach_begin(spot.local, radius);
@@ -104,7 +126,7 @@ struct Shares {
 // A token as a warp's lanes share it.
 struct __align__(16) Member {
   Shares shares;
-  int64_t token;
+  int64_t offset;  // of its first channel
 };
 
 // New centres: the mean of the tokens that have the cell as a candidate, weighted by their
@@ -117,6 +139,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                   const float* previous,                       // (B, h', w', C)
                   Out* centres,                                // (B, h', w', C)
                   Grid grid, int radius, Slots slots, int channels) {
+  constexpr int kBlockSide = kSide * kQuads;
+  // Of the block's rows of cells and of its columns.
+  __shared__ Reach reaches[2][kBlockSide];
   __shared__ Member members[kWarps][kWarp];
   __shared__ float handed[kQuads * kQuads][kQuad * (V + 1)][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -127,14 +152,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int c = (static_cast<int>(blockIdx.x % parts) * kWarp + lane) * V;
   // Lanes beyond the last channel read what another one reads, and write nothing.
   const T* from = tokens + min(c, channels - V);
-  constexpr int kBlockSide = kSide * kQuads;
   const Position at = position(blockIdx.x / parts, ceil_div(grid.rows.cells(), kBlockSide),
                                ceil_div(grid.columns.cells(), kBlockSide));
-  const int32_t cell_row = at.row * kBlockSide + quad / kQuads * kSide;
-  const int32_t cell_column = at.column * kBlockSide + quad % kQuads * kSide;
-  const Reach rows[kSide] = {{grid.rows, cell_row, radius}, {grid.rows, cell_row + 1, radius}};
-  const Reach columns[kSide] = {{grid.columns, cell_column, radius},
-                                {grid.columns, cell_column + 1, radius}};
+  // The divisions are many, so a thread does those for one row or column and not each for all.
+  if (threadIdx.x < 2 * kBlockSide) {
+    const int axis = static_cast<int>(threadIdx.x) / kBlockSide;
+    const int n = static_cast<int>(threadIdx.x) % kBlockSide;
+    reaches[axis][n].set(axis == 0 ? grid.rows : grid.columns,
+                         (axis == 0 ? at.row : at.column) * kBlockSide + n, radius);
+  }
+  __syncthreads();
+  const int first_row = quad / kQuads * kSide;
+  const int first_column = quad % kQuads * kSide;
+  const Reach* rows = reaches[0] + first_row;
+  const Reach* columns = reaches[1] + first_column;
   const int32_t top = min(rows[0].begin, rows[1].begin);
   const int32_t left = min(columns[0].begin, columns[1].begin);
   const int32_t height = max(max(rows[0].end, rows[1].end) - top, 0);
@@ -150,8 +181,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (n < count) {
       const auto y = top + static_cast<int32_t>(n / width);
       const auto x = left + static_cast<int32_t>(n % width);
-      own.token = (at.image * grid.rows.size + y) * grid.columns.size + x;
-      const float* q = responsibilities + own.token * slots.rows * slots.columns;
+      const int64_t token = (at.image * grid.rows.size + y) * grid.columns.size + x;
+      own.offset = token * channels;
+      const float* q = responsibilities + token * slots.rows * slots.columns;
       const int32_t upper = grid.rows.first(y % grid.rows.window, radius);
       const int32_t leftmost = grid.columns.first(x % grid.columns.window, radius);
 #pragma unroll
@@ -174,9 +206,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       Shares shares[kInFlight];
 #pragma unroll
       for (int m = 0; m < kInFlight; ++m) {
-        // Behind the last token another one is read, and what is there belongs to no cell.
-        load<V>(from + members[warp][min(first + m, filled - 1)].token * channels, z[m]);
-        shares[m] = members[warp][first + m].shares;
+        // Behind the last token the tensor's first one is read, and belongs to no cell.
+        const Member& member = members[warp][first + m];
+        load<V>(from + member.offset, z[m]);
+        shares[m] = member.shares;
       }
 #pragma unroll
       for (int m = 0; m < kInFlight; ++m) {
@@ -211,8 +244,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 #pragma unroll
   for (int k = 0; k < kQuad; ++k) {
-    const int32_t i = cell_row + k / kSide;
-    const int32_t j = cell_column + k % kSide;
+    const int32_t i = at.row * kBlockSide + first_row + k / kSide;
+    const int32_t j = at.column * kBlockSide + first_column + k % kSide;
     if (i >= grid.rows.cells() || j >= grid.columns.cells()) {
       continue;
     }
@@ -251,13 +284,13 @@ void launch_iterations(Launcher& launch, const Tokens& tokens, int64_t iteration
     launch_pool<T, V, T>(launch, tokens, out);
     return;
   }
-  const HomeTiles tiles(tokens.grid, tokens.batch);
+  const Slots slots = candidate_slots(tokens.grid, radius);
+  const PairTiles tiles(tokens.grid, slots, tokens.batch);
   launch_pool<T, V, float>(launch, tokens, centres);
   for (int64_t step = 1; step <= iterations; ++step) {
     launch.blocks(responsibility_kernel<T, std::min(V, kWide<float>)>, tiles.blocks, kThreads, 0,
                   static_cast<const T*>(tokens.data), centres, temperature, responsibilities,
-                  tokens.grid, tiles, radius, candidate_slots(tokens.grid, radius),
-                  tokens.channels);
+                  tokens.grid, tiles, radius, slots, tokens.channels);
     if (step < iterations) {
       launch_update<T, V, float>(launch, tokens, radius, responsibilities, centres, centres);
     } else {

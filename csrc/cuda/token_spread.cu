@@ -70,6 +70,22 @@ __device__ __forceinline__ float least_or_nan(float a, float b) {
   return a < b || a != a ? a : b;
 }
 
+// Squared distance of two rows. By a full warp.
+template <int V, typename T>
+__device__ __forceinline__ float row_distance(const T* a, const float* b, int channels) {
+  float sum = 0.f;
+  for (int c = static_cast<int>(threadIdx.x) % kWarp * V; c < channels; c += kWarp * V) {
+    float x[V], y[V];
+    load<V>(a + c, x);
+    load<V>(b + c, y);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      sum = fmaf(x[v] - y[v], x[v] - y[v], sum);
+    }
+  }
+  return warp_sum(sum);
+}
+
 // Distance of each token to its nearest candidate and to its image's mean.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -78,38 +94,35 @@ __global__ void __launch_bounds__(kThreads, 2)
                     const float* __restrict__ mean,     // (B, C)
                     float* __restrict__ nearest,        // (B, H, W)
                     float* __restrict__ deviation,      // (B, H, W)
-                    Grid grid, HomeTiles tiles, int radius, Slots slots, int channels) {
+                    Grid grid, PairTiles tiles, int radius, Slots slots, int channels) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const Home home(grid, radius, tiles);
-  // The mean comes after the last candidate.
-  const auto row = [&](int32_t n) {
-    return n < home.candidates ? centres + home.centre(n) * channels : mean + home.image * channels;
-  };
-  for (int32_t pair = home.first_pair; pair < tiles.pairs; pair += tiles.splits) {
-    const int32_t own = home.own(pair);
-    const bool exists = own < home.tokens;
-    float least = INFINITY;
-    for (int32_t first = 0; first < slots.rows * slots.columns + 1; first += kWarp) {
-      const float d =
-          pair_distances<V>(tokens, home, pair, first, home.candidates + 1, row, channels);
-      if (!exists) {
-        continue;
-      }
-      if (first + lane < home.candidates) {
-        least = least_or_nan(d, least);
-      } else if (first + lane == home.candidates) {
-        deviation[home.token(own)] = d;
+  const TokenPair& pair = token_pair(grid, radius, tiles);
+  float distances[kPair] = {};
+  float least[kPair] = {INFINITY, INFINITY};
+  for (int32_t first = 0; first < tiles.candidates; first += kWarp) {
+    pair_distances<V>(tokens, centres, pair, first, channels, distances);
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      if (pair.slot(t, first + lane, slots.columns) >= 0) {
+        least[t] = least_or_nan(distances[t], least[t]);
       }
     }
-    if (!exists) {
+  }
+#pragma unroll
+  for (int t = 0; t < kPair; ++t) {
+    if (!pair.owns(t)) {
       continue;
     }
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      least = least_or_nan(__shfl_xor_sync(kAllLanes, least, offset), least);
+      least[t] = least_or_nan(__shfl_xor_sync(kAllLanes, least[t], offset), least[t]);
     }
+    const int64_t token = pair.first_token + t;
+    const float away =
+        row_distance<V>(tokens + token * channels, mean + pair.image * channels, channels);
     if (lane == 0) {
-      nearest[home.token(own)] = least;
+      nearest[token] = least[t];
+      deviation[token] = away;
     }
   }
 }
@@ -144,10 +157,11 @@ void launch_distances(Launcher& launch, const Tokens& tokens, int radius, float*
   launch.blocks(mean_kernel<T, V>, tokens.batch * ceil_div(tokens.channels, kMeanAcross * V),
                 kMeanThreads, 0, data, mean, token_count(tokens.grid, 1), tokens.channels);
   launch_pool<T, V, float>(launch, tokens, centres);
-  const HomeTiles tiles(tokens.grid, tokens.batch);
+  const Slots slots = candidate_slots(tokens.grid, radius);
+  const PairTiles tiles(tokens.grid, slots, tokens.batch);
   launch.blocks(distance_kernel<T, std::min(V, kWide<float>)>, tiles.blocks, kThreads, 0, data,
-                centres, mean, nearest, deviation, tokens.grid, tiles, radius,
-                candidate_slots(tokens.grid, radius), tokens.channels);
+                centres, mean, nearest, deviation, tokens.grid, tiles, radius, slots,
+                tokens.channels);
 }
 
 }  // namespace

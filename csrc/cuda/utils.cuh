@@ -124,28 +124,26 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Sums over the lanes of a full warp of N values, a power of two: lane l gets that of values[l %
-// N]. Lanes hand each other half of what is left to add up, so N sums take little more than one.
+// Sums over the lanes of a full warp of as many values: lane l gets that of values[l]. Lanes hand
+// each other half of what is left to add up, so all the sums take little more than one.
+// Recursive, because loops of that shape are not always unrolled.
 template <int N>
-__device__ __forceinline__ float warp_sums(float (&values)[N]) {
+__device__ __forceinline__ float warp_sums(const float (&values)[N]) {
   static_assert(N <= kWarp && (N & (N - 1)) == 0);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if constexpr (N == 1) {
+    return values[0];
+  } else {
+    constexpr int kHalf = N / 2;
+    const bool upper = (static_cast<int>(threadIdx.x) & kHalf) != 0;
+    float left[kHalf];
 #pragma unroll
-  for (int half = N / 2; half > 0; half /= 2) {
-    const bool upper = (lane & half) != 0;
-#pragma unroll
-    for (int n = 0; n < half; ++n) {
-      const float given = upper ? values[n] : values[n + half];
-      const float kept = upper ? values[n + half] : values[n];
-      values[n] = kept + __shfl_xor_sync(kAllLanes, given, half);
+    for (int n = 0; n < kHalf; ++n) {
+      const float given = upper ? values[n] : values[n + kHalf];
+      const float kept = upper ? values[n + kHalf] : values[n];
+      left[n] = kept + __shfl_xor_sync(kAllLanes, given, kHalf);
     }
+    return warp_sums(left);
   }
-  float sum = values[0];
-#pragma unroll
-  for (int offset = N; offset < kWarp; offset *= 2) {
-    sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  }
-  return sum;
 }
 
 // Sum over a block of `Warps`, the same bits in each thread. `sums` is shared memory for as many.
