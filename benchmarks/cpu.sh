@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The benchmarks at sizes for a few quiet CPU cores, about half an hour on two:
+# The benchmarks at sizes for a few quiet CPU cores, about an hour and a half on two:
 #
 #     benchmarks/cpu.sh [operators|backbones|models|competitors ...]      default: all of them
 #
@@ -34,17 +34,23 @@ for section in "${sections[@]}"; do
         --modes compiled
       ;;
     backbones)
-      # Without hardware for bfloat16 its products take three times as long.
-      benchmark backbones models --part backbone --rounds 11 --systems panoptic --sizes 1152x1152 \
+      benchmark backbones models --part backbone --rounds 5 --systems panoptic semantic instance \
         --dtype float32
+      benchmark backbones-batch8 models --part backbone --rounds 2 --systems panoptic \
+        --sizes 1152x1152 640x640 --dtype float32 --batch 8
+      benchmark backbones-compiled models --part backbone --rounds 5 --systems panoptic \
+        --sizes 1152x1152 --dtype float32 --modes compiled
+      # Without hardware for bfloat16 its products take three times as long.
       benchmark backbones-bfloat16 models --part backbone --rounds 2 --systems panoptic \
-        --sizes 1152x1152 --dtype bfloat16
+        --sizes 1152x1152 --dtype bfloat16 --modes eager compiled
       benchmark backbones-vit models --part backbone --rounds 3 --systems segmenter dpt
       ;;
     models)
       benchmark models models --part model --rounds 3 --systems panoptic --sizes 1024x1024 \
         --dtype float32
-      benchmark models-bfloat16 models --part model --rounds 1 --systems panoptic \
+      benchmark models-compiled models --part model --rounds 3 --systems panoptic \
+        --sizes 1024x1024 --dtype float32 --modes compiled
+      benchmark models-bfloat16 models --part model --rounds 3 --systems panoptic \
         --sizes 1024x1024 --dtype bfloat16
       ;;
     competitors)

@@ -201,7 +201,8 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
   const at::Tensor centres_ = centres.contiguous();
   const std::optional<at::Tensor> spread_ = dense(spread);
   const Tokens input = make_tokens(op, tokens_, grid);
-  const int parts = match_parts(input, static_cast<int>(topk));
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int parts = match_parts(input, static_cast<int>(topk), multiprocessors);
   at::Tensor distances, picks;
   if (parts > 1) {
     distances =
@@ -209,7 +210,7 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
     picks = at::empty(distances.sizes(), indices.options());
   }
   C10_CUDA_CHECK(launch_token_match(
-      input, static_cast<int>(topk), make_temperature(temperature, spread_),
+      input, static_cast<int>(topk), multiprocessors, make_temperature(temperature, spread_),
       centres_.const_data_ptr(), parts > 1 ? distances.mutable_data_ptr<float>() : nullptr,
       parts > 1 ? picks.mutable_data_ptr<int32_t>() : nullptr, indices.mutable_data_ptr<int32_t>(),
       weights.mutable_data_ptr<float>()));

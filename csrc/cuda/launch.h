@@ -80,8 +80,9 @@ cudaError_t launch_windows_gram(const Tokens& tokens, const GramPlan& plan,
 
 // Parts that the centres are divided into, each with a list of topk for every token. One part needs
 // no scratch.
-int match_parts(const Tokens& tokens, int topk);
-cudaError_t launch_token_match(const Tokens& tokens, int topk, Temperature temperature,
+int match_parts(const Tokens& tokens, int topk, int multiprocessors);
+cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocessors,
+                               Temperature temperature,
                                const void* centres,  // (B, h', w', C)
                                float* distances,     // scratch (B, H, W, parts, topk) or null
                                int32_t* picks,       // scratch (B, H, W, parts, topk) or null

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <limits>
 
 #include "cuda/match_tile.cuh"
 #include "cuda/picks.cuh"
@@ -17,8 +18,10 @@
 namespace expedite_d2::cuda {
 namespace {
 
-// So many blocks fill any GPU.
-constexpr int64_t kEnoughBlocks = 512;
+// Blocks that a multiprocessor has room for.
+constexpr int kBlocksAtOnce = 3;
+// What a block does besides its products takes about as long as so many tiles of centres more.
+constexpr int64_t kPartCost = 1;
 
 // A window of tokens and the map of its centres.
 struct MatchWindow {
@@ -87,7 +90,7 @@ struct Division {
   int32_t part_tiles;   // of centres in a part
   int64_t blocks;
 
-  Division(const Tokens& tokens, int topk) {
+  Division(const Tokens& tokens, int topk, int multiprocessors) {
     const auto side = [](const WindowAxis& axis) { return std::min(axis.size, axis.window); };
     const auto cells = [](const WindowAxis& axis) { return std::min(axis.cells(), axis.clusters); };
     const Grid& grid = tokens.grid;
@@ -99,17 +102,27 @@ struct Division {
     // All lists together take no more memory than the tokens.
     const int64_t token_bytes = int64_t{tokens.channels} * (tokens.type == Type::kFloat ? 4 : 2);
     const int64_t list_bytes = static_cast<int64_t>(sizeof(Pick)) * topk;
-    const int64_t most =
-        std::min({centre_tiles, kEnoughBlocks / (windows * tiles), token_bytes / list_bytes});
-    part_tiles = static_cast<int32_t>(ceil_div(centre_tiles, std::max<int64_t>(most, 1)));
-    parts = static_cast<int32_t>(ceil_div<int64_t>(centre_tiles, part_tiles));
+    const int64_t most = std::min(centre_tiles, token_bytes / list_bytes);
+    // The last blocks to begin decide.
+    const int64_t slots = int64_t{kBlocksAtOnce} * multiprocessors;
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (int64_t n = 1; n <= std::max<int64_t>(most, 1); ++n) {
+      const int64_t each = ceil_div(centre_tiles, n);
+      const int64_t count = ceil_div(centre_tiles, each);
+      const int64_t cost = ceil_div(windows * tiles * count, slots) * (each + kPartCost);
+      if (cost < least) {
+        least = cost;
+        part_tiles = static_cast<int32_t>(each);
+        parts = static_cast<int32_t>(count);
+      }
+    }
     token_tiles = static_cast<int32_t>(tiles);
     blocks = windows * tiles * parts;
   }
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : 3)
+__global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
     match_kernel(const T* __restrict__ tokens,   // (B, H, W, C)
                  const T* __restrict__ centres,  // (B, h', w', C)
                  float* distances,               // (B, H, W, parts, topk)
@@ -256,14 +269,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-int match_parts(const Tokens& tokens, int topk) {
-  return Division(tokens, topk).parts;
+int match_parts(const Tokens& tokens, int topk, int multiprocessors) {
+  return Division(tokens, topk, multiprocessors).parts;
 }
 
-cudaError_t launch_token_match(const Tokens& tokens, int topk, Temperature temperature,
-                               const void* centres, float* distances, int32_t* picks,
-                               int32_t* indices, float* weights) {
-  const Division division(tokens, topk);
+cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocessors,
+                               Temperature temperature, const void* centres, float* distances,
+                               int32_t* picks, int32_t* indices, float* weights) {
+  const Division division(tokens, topk, multiprocessors);
   Launcher launch{tokens.stream};
   if (division.parts == 1) {
     distances = weights;
