@@ -61,9 +61,7 @@ def check_clusters(
             )
     height, width = tokens.shape[1:3]
     if height * width >= _LIMIT:
-        raise ValueError(
-            f"{op}: expected a map of fewer than 2**31 tokens, got {height} x {width}"
-        )
+        raise ValueError(f"{op}: expected a map of fewer than 2**31 tokens, got {height} x {width}")
     return cells, side
 
 
