@@ -26,6 +26,7 @@ from expedite_d2.models.backbones.swin_v2_blocks import (
     SwinV2Block,
 )
 from expedite_d2.models.backbones.swin_windows import Windows, window_layout
+from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.patch.windows import relative_position_index
 
 
@@ -161,6 +162,7 @@ class ExpeditedSwinTransformer(Backbone):
         self.apply(_init_weights)
         if ape:
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        use_float32_products(self)
         self.reduction = reduction
 
     @classmethod

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.hourglass import Clustering, Reduction, profiler_range
 from expedite_d2.models.backbones.settings import reduction_from_config
+from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.lazy_timm import import_timm
 from expedite_d2.patch import clustering_of, expedite, restore
 from expedite_d2.patch.adapter import inherits
@@ -359,4 +360,5 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
             "MODEL.VIT.IMG_SIZE must be at least MODEL.VIT.PATCH_SIZE, got "
             f"{vit.IMG_SIZE} and {vit.PATCH_SIZE}"
         )
+    use_float32_products(model)
     return model

@@ -18,6 +18,7 @@ from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbon
 from expedite_d2.hourglass import profiler_range
 from expedite_d2.models.backbones.settings import check_clusters
 from expedite_d2.models.backbones.vit import ExpeditedViT, ViTFeatures
+from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.dpt_loss import (
     gradient_loss,
     scale_invariant_loss,
@@ -85,6 +86,7 @@ class ExpediteDPT(nn.Module):
             "pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False
         )
         self.eval_dtype: torch.dtype = getattr(torch, cfg.TEST.DTYPE)
+        use_float32_products(self)
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expedite_d2.config_rules import DETECTOR_KEYS, check, each, whole
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList
+from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.cascade import cascade_stages
 from expedite_d2.models.meta_arch.detection_inference import Suppression, View, augmented
 from expedite_d2.models.meta_arch.detector import PyramidDetector
@@ -42,6 +43,7 @@ class ExpediteHTC(PyramidDetector):
             SemanticBranch(cfg, self.shapes) if cfg.MODEL.HTC.SEMANTIC_ON else None
         )
         self.augmentation: Any = cfg.TEST.AUG if cfg.TEST.AUG.ENABLED else None
+        use_float32_products(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, results at evaluation, with Detectron2's formats.

@@ -21,6 +21,7 @@ from expedite_d2.d2 import (
     build_backbone,
 )
 from expedite_d2.hourglass import profiler_range
+from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.mask2former_heads import (
     build_pixel_decoder,
     build_transformer_decoder,
@@ -87,6 +88,7 @@ class ExpediteMask2Former(nn.Module):
             "pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False
         )
         self.eval_dtype: torch.dtype = getattr(torch, cfg.TEST.DTYPE)
+        use_float32_products(self)
 
         self.semantic_on = former.TEST.SEMANTIC_ON
         self.panoptic_on = former.TEST.PANOPTIC_ON

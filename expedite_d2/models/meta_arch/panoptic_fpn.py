@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expedite_d2.config_rules import DETECTOR_KEYS, check
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, Instances
+from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.cascade import Stage
 from expedite_d2.models.meta_arch.detection_inference import Suppression
 from expedite_d2.models.meta_arch.detector import PyramidDetector
@@ -54,6 +55,7 @@ class ExpeditePanopticFPN(PyramidDetector):
         self.combine_overlap_threshold = combine.OVERLAP_THRESH
         self.combine_stuff_area_limit = combine.STUFF_AREA_LIMIT
         self.combine_score_threshold = combine.INSTANCES_CONFIDENCE_THRESH
+        use_float32_products(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, results at evaluation, with Detectron2's formats.

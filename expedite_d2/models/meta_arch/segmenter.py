@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
 from expedite_d2.hourglass import profiler_range, reconstruct
 from expedite_d2.models.backbones.settings import check_clusters
+from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.mask2former_inference import resize_masks
 from expedite_d2.models.meta_arch.mask2former_loss import semantic_loss
 from expedite_d2.models.meta_arch.segmenter_decoders import LinearDecoder, MaskDecoder
@@ -68,6 +69,7 @@ class ExpediteSegmenter(nn.Module):
             values = torch.tensor(cfg.MODEL[name.upper()]).view(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self.eval_dtype: torch.dtype = getattr(torch, cfg.TEST.DTYPE)
+        use_float32_products(self)
 
     @property
     def device(self) -> torch.device:

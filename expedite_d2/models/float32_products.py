@@ -1,0 +1,87 @@
+"""16-bit layers on CPUs without instructions for 16-bit products.
+
+There a product of bfloat16 or float16 matrices takes three times as long as that of float32 ones,
+and more. These layers take their products in float32 then, and round only what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _slow_dtypes(capabilities: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
+    """What a CPU with these capabilities multiplies faster in float32."""
+    if capabilities.get("architecture") != "x86_64":
+        return ()
+    instructions = {
+        torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+        torch.float16: ("avx512_fp16", "amx_fp16"),
+    }
+    return tuple(
+        dtype
+        for dtype, names in instructions.items()
+        if not any(capabilities.get(name) for name in names)
+    )
+
+
+# PyTorch before 2.11 does not tell: there all products are left as they are.
+_SLOW = _slow_dtypes(torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {})
+
+
+def multiply(
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """A layer's product, in float32 where the CPU is slow in the arithmetic at hand.
+
+    Args:
+        function: of input, weight and bias, such as ``torch.nn.functional.linear``.
+        x: input.
+        weight: as ``function`` takes it.
+        bias: likewise, or None.
+
+    Returns:
+        ``function(x, weight, bias)``, in the dtype that it would have without this.
+    """
+    dtype = x.dtype
+    if x.device.type == "cpu" and dtype != torch.float64 and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    if x.device.type != "cpu" or dtype not in _SLOW:
+        return function(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        bias = None if bias is None else bias.float()
+        return function(x.float(), weight.float(), bias).to(dtype)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` by way of `multiply`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return multiply(nn.functional.linear, input, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` by way of `multiply`."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return multiply(super()._conv_forward, input, weight, bias)
+
+
+def use_float32_products(model: nn.Module) -> None:
+    """Gives PyTorch's own linear layers and 2-D convolutions in a model these classes.
+
+    Names, parameters and hooks stay; layers of other classes are left alone.
+    """
+    for module in model.modules():
+        # Another class for the same instance: a new module would draw initial weights again.
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+        elif type(module) is nn.Conv2d:
+            module.__class__ = Conv2d
