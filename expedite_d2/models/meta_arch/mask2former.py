@@ -41,6 +41,7 @@ from expedite_d2.models.meta_arch.mask2former_loss import (
     prepare_targets,
     semantic_loss,
 )
+from expedite_d2.models.meta_arch.masked_decoder import predict_masks
 from expedite_d2.models.meta_arch.sliding_window import SlidingWindow
 
 
@@ -154,9 +155,10 @@ class ExpediteMask2Former(nn.Module):
         """
         half = not self.training and self.eval_dtype != torch.float32
         with self._autocast(self.eval_dtype) if half else contextlib.nullcontext():
-            hidden, masks, _ = self._decode(images)
+            hidden, embeddings, features = self._decode(images)
             classes = self.class_predictor(hidden[-1].transpose(0, 1))
-        return classes.float(), masks[-1].float()
+            masks = predict_masks(embeddings[-1], features)
+        return classes.float(), masks.float()
 
     def _preprocess(
         self, batched_inputs: list[dict[str, Any]], size_divisibility: int
@@ -178,7 +180,7 @@ class ExpediteMask2Former(nn.Module):
         )
 
     def _decode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-        """Each layer's queries (Q, B, C) and mask logits; mask features (B, C, H/4, W/4)."""
+        """Each layer's queries (Q, B, C) and mask embeddings; mask features (B, C, H/4, W/4)."""
         with profiler_range("expedite_d2.backbone", images):
             features = self.backbone(images)
         maps = [features[name].float() for name in self.in_features]
@@ -203,14 +205,15 @@ class ExpediteMask2Former(nn.Module):
     def _losses(
         self, images: Tensor, batched_inputs: list[dict[str, Any]], size: tuple[int, int]
     ) -> dict[str, Tensor]:
-        hidden, masks, mask_features = self._decode(images)
+        hidden, embeddings, mask_features = self._decode(images)
         if not self.deep_supervision:
-            hidden, masks = hidden[-1:], masks[-1:]
+            hidden, embeddings = hidden[-1:], embeddings[-1:]
+        masks = [predict_masks(layer, mask_features).float() for layer in embeddings]
         classes = [self.class_predictor(layer.transpose(0, 1)).float() for layer in hidden]
         count = classes[0].shape[-1] - 1
         targets, labels = prepare_targets(batched_inputs, size, count, images.device)
         with self._autocast(torch.float32):
-            losses = self.criterion([mask.float() for mask in masks], classes, targets, labels)
+            losses = self.criterion(masks, classes, targets, labels)
             if self.sem_aux_weight > 0:
                 pixel_logits = self.sem_aux(mask_features.float())
                 loss = semantic_loss(pixel_logits, batched_inputs, size, self.ignore_value)

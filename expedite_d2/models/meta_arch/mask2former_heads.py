@@ -15,6 +15,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from expedite_d2.d2 import CfgNode, ShapeSpec
+from expedite_d2.models.meta_arch.masked_decoder import use_mask_embeddings
 from expedite_d2.models.meta_arch.pixel_decoder import use_operator
 
 PIXEL_DECODER_FEEDFORWARD = 1024  # Mask2Former fixes it in code, its configs have no key
@@ -126,6 +127,7 @@ def build_transformer_decoder(config: Mask2FormerConfig) -> Mask2FormerTransform
     decoder = Mask2FormerTransformerModule(config.feature_size, config)
     # A plain list in some releases of transformers 5: no part of its state, and left on the CPU.
     decoder.input_projections = nn.ModuleList(decoder.input_projections)
+    use_mask_embeddings(decoder)
     _initialise(decoder, config)
     return decoder
 
