@@ -34,7 +34,8 @@ def predict_masks(embeddings: Tensor, features: Tensor) -> Tensor:
 class MaskPredictor(Mask2FormerMaskPredictor):
     """transformers' module and parameters; gives what `predict_masks` needs, not the masks."""
 
-    def forward(  # type: ignore[override] (theirs says the size is an int)
+    # transformers says that the size is an int.
+    def forward(  # type: ignore[override]
         self,
         outputs: Tensor,
         pixel_embeddings: Tensor,
