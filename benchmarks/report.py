@@ -45,7 +45,9 @@ How the numbers come about:
   once) or its multiply-adds alone would take, whichever is longer, at the bandwidth of a copy and
   the rate of a matrix product that the same run measured. Inputs rotate through more than twice the
   last cache. On a GPU the kernel's time for this is that of its replay in a CUDA graph.
-- On a CPU `cpu.sh` keeps freed memory in the process, for all that is compared (see there).
+- On a CPU `cpu.sh` keeps freed memory in the process, for all that is compared (see there). Without
+  instructions for bfloat16 products the layers of our models take them in float32, transformers'
+  and the operators' rivals in bfloat16.
 - Efficiency is the measured speed-up divided by the ratio of the multiply-adds: 1 where every
   multiply-add that is spared is felt. Weights are random, which changes no work.
 """

@@ -219,6 +219,7 @@ def test_swin_output_shape_and_subset() -> None:
         "res3": (2, 32, 8, 12),
         "res5": (2, 128, 2, 3),
     }
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in outputs.values())
     assert model.size_divisibility == 32
     assert model.padding_constraints["size_divisibility"] == 32
 
