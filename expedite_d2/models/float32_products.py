@@ -28,7 +28,7 @@ def _slow_dtypes(capabilities: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
     )
 
 
-# PyTorch before 2.11 does not tell: there all products are left as they are.
+# An older PyTorch does not tell: there all products are left as they are.
 _SLOW = _slow_dtypes(torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {})
 
 
