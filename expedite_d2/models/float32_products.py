@@ -1,7 +1,7 @@
 """16-bit layers on CPUs without instructions for 16-bit products.
 
 There a product of bfloat16 matrices takes two to four times as long as that of float32 ones, of
-float16 matrices more than ten times (Ice Lake, PyTorch 2.15). These layers take their products in
+float16 matrices ten to twenty times (Ice Lake, PyTorch 2.15). These layers take their products in
 float32 then, and round only what comes out.
 """
 

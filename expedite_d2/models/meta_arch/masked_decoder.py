@@ -57,8 +57,8 @@ class MaskPredictor(Mask2FormerMaskPredictor):
             resized = F.interpolate(
                 pixel_embeddings, attention_mask_target_size, mode="bilinear", align_corners=False
             )
-            attended = predict_masks(embeddings, resized).flatten(2)
-        return embeddings, attended < 0
+            logits = predict_masks(embeddings, resized).flatten(2)
+        return embeddings, logits < 0
 
 
 class MaskedAttention(nn.MultiheadAttention):
