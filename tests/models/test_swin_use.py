@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from swin_cases import images, tiny
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_and_get_code
 
 from expedite_d2.hourglass import Reduction
 
@@ -95,6 +97,30 @@ def test_swin_compiles_without_breaks(backend: str, version: int) -> None:
     with torch.no_grad():
         for name, value in compiled(x).items():
             torch.testing.assert_close(value, model(x)[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_convolutions_do_not_change_how_compiled_maps_lie_in_memory() -> None:
+    torch.compiler.reset()
+    stages = {"depths": [1, 2], "num_heads": [1, 2], "out_features": ["res3"]}
+    model = tiny(Reduction(2, (2, 2)), **stages)
+    head = nn.Conv2d(32, 8, 1)
+
+    def run(x: Tensor) -> Tensor:
+        return head(model(x)["res3"])
+
+    x = images(104, 72, batch=1)
+    compiled = torch.compile(run, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        value, (code,) = run_and_get_code(compiled, x)
+        torch.testing.assert_close(value, run(x), rtol=1e-3, atol=1e-4)
+    buffers = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\), \(([\d, ]+)\)", code)
+    layouts = [[[int(n) for n in part.split(", ") if n] for part in parts] for parts in buffers]
+    assert layouts
+    # inductor would rather have the H of (B, H, W, C), which it takes for channels, innermost.
+    for sizes, strides in layouts:
+        if sizes[-1] in (16, 32):
+            assert strides[-1] == 1, (sizes, strides)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

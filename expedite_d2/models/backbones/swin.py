@@ -48,7 +48,7 @@ class SwinStage(nn.Module):
         """Geometry of the windows on a map (B, H, W, C) of tokens or clusters."""
         shift = (size[0] // 2, size[1] // 2)
         plain, shifted = (window_layout(x, size, by) for by in ((0, 0), shift))
-        return Windows(size, plain, shifted, positions, resample)
+        return Windows(size, (x.shape[1], x.shape[2]), plain, shifted, positions, resample)
 
 
 @BACKBONE_REGISTRY.register()
@@ -303,12 +303,13 @@ class ExpeditedSwinTransformer(Backbone):
         return cast(Iterable[SwinStage], self.layers)
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor, windows: Windows) -> Tensor:
+        tokens = x.flatten(1, 2)
         for block in blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, windows, use_reentrant=False)
+                tokens = checkpoint(block, tokens, windows, use_reentrant=False)
             else:
-                x = block(x, windows)
-        return x
+                tokens = block(tokens, windows)
+        return tokens.view(x.shape)
 
 
 class _Parts(NamedTuple):

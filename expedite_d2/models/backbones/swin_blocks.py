@@ -2,9 +2,12 @@
 
 What its second version does differently is in ``swin_v2_blocks``.
 
-Token maps are channels-last, (B, H, W, C), everywhere. A block learns the geometry of its windows
-from the caller with each call, so the same parameters serve 12x12 windows of tokens and 8x8 windows
-of clusters, and nothing of a forward pass stays on a module.
+Token maps are channels-last, (B, H, W, C). Blocks take them as (B, H * W, C): where a convolution
+follows, torch.compile gives tensors of four dimensions another order in memory, with H for channels.
+
+A block learns the geometry of its windows from the caller with each call, so the same parameters
+serve 12x12 windows of tokens and 8x8 windows of clusters, and nothing of a forward pass stays on a
+module.
 """
 
 from __future__ import annotations
@@ -148,7 +151,7 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """One block on a token map, (B, H, W, C) -> the same shape, for any H and W."""
+        """One block on the tokens of a map, (B, H * W, C) -> the same shape, for any H and W."""
         x = x + self.drop_path(self._attend(self.norm1(x), windows))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -160,11 +163,12 @@ class SwinBlock(nn.Module):
 
 def concatenate_neighbours(x: Tensor) -> Tensor:
     """Two by two neighbours into one: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C)."""
-    height, width = x.shape[1:3]
+    height, width, channels = x.shape[1:]
     if height % 2 or width % 2:
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-    quarters = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
-    return torch.cat(quarters, dim=-1)
+    # The neighbours in official order: column by column.
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
+    return x.reshape(*x.shape[:3], 4 * channels)
 
 
 class PatchMerging(nn.Module):

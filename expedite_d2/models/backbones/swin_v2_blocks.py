@@ -139,7 +139,7 @@ class SwinV2Block(SwinBlock):
             nn.init.zeros_(norm.weight)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """One block on a token map, (B, H, W, C) -> the same shape, for any H and W."""
+        """One block on the tokens of a map, (B, H * W, C) -> the same shape, for any H and W."""
         x = x + self.drop_path(self.norm1(self._attend(x, windows)))
         return x + self.drop_path(self.norm2(self.mlp(x)))
 

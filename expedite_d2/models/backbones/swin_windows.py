@@ -63,6 +63,7 @@ class Windows(NamedTuple):
 
     Attributes:
         size: rows and columns of a window, (M_h, M_w), N = M_h * M_w.
+        map_size: rows and columns of the map, (H, W), without padding.
         layout: of the blocks that do not roll the map.
         shifted: of those that do.
         positions: (N, N), row of the position bias table for each pair of positions in a window.
@@ -71,6 +72,7 @@ class Windows(NamedTuple):
     """
 
     size: tuple[int, int]
+    map_size: tuple[int, int]
     layout: Layout
     shifted: Layout
     positions: Tensor
@@ -78,18 +80,18 @@ class Windows(NamedTuple):
 
 
 def partition(x: Tensor, windows: Windows, layout: Layout) -> Tensor:
-    """(B, H, W, C) -> (windows, N, C)."""
-    height, width, channels = x.shape[1:]
+    """(B, H * W, C) -> (windows, N, C)."""
+    (height, width), channels = windows.map_size, x.shape[2]
     bottom, right = -height % windows.size[0], -width % windows.size[1]
     if bottom or right:
         # As official Swin: after the norm (v1), unmasked, and before the roll.
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, right, 0, bottom))
     tokens = x.reshape(-1, channels).index_select(0, layout.order)
     return tokens.view(-1, windows.size[0] * windows.size[1], channels)
 
 
 def unpartition(x: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
-    """(windows, N, C) -> (B, H, W, C) of the given shape, the inverse of `partition`."""
+    """(windows, N, C) -> (B, H * W, C), the given shape: the inverse of `partition`."""
     return x.reshape(-1, x.shape[-1]).index_select(0, layout.inverse).view(shape)
 
 
