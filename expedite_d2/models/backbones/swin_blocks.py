@@ -3,7 +3,7 @@
 What its second version does differently is in ``swin_v2_blocks``.
 
 Token maps are channels-last, (B, H, W, C). Blocks take them as (B, H * W, C): where a convolution
-follows, torch.compile gives tensors of four dimensions another order in memory, with H for channels.
+follows, torch.compile lays tensors of four dimensions out anew, as if their H were the channels.
 
 A block learns the geometry of its windows from the caller with each call, so the same parameters
 serve 12x12 windows of tokens and 8x8 windows of clusters, and nothing of a forward pass stays on a
