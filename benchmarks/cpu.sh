@@ -36,19 +36,21 @@ for section in "${sections[@]}"; do
     backbones)
       benchmark backbones models --part backbone --rounds 7 --systems panoptic semantic instance \
         --dtype float32
+      benchmark backbones-1024 models --part backbone --rounds 15 --systems panoptic \
+        --sizes 1024x1024 --dtype float32
       benchmark backbones-batch8 models --part backbone --rounds 2 --systems panoptic \
-        --sizes 1152x1152 640x640 --dtype float32 --batch 8
+        --sizes 1152x1152 --dtype float32 --batch 8
+      benchmark backbones-batch8-640 models --part backbone --rounds 5 --systems panoptic \
+        --sizes 640x640 --dtype float32 --batch 8
       benchmark backbones-compiled models --part backbone --rounds 5 --systems panoptic \
-        --sizes 1152x1152 --dtype float32 --modes compiled
+        --dtype float32 --modes compiled
       benchmark backbones-bfloat16 models --part backbone --rounds 5 --systems panoptic \
         --sizes 1152x1152 --dtype bfloat16 --modes eager compiled
       benchmark backbones-vit models --part backbone --rounds 3 --systems segmenter dpt
       ;;
     models)
       benchmark models models --part model --rounds 5 --systems panoptic --sizes 1024x1024 \
-        --dtype float32
-      benchmark models-compiled models --part model --rounds 3 --systems panoptic \
-        --sizes 1024x1024 --dtype float32 --modes compiled
+        --dtype float32 --modes eager compiled
       benchmark models-bfloat16 models --part model --rounds 5 --systems panoptic \
         --sizes 1024x1024 --dtype bfloat16
       ;;
