@@ -43,7 +43,9 @@ for section in "${sections[@]}"; do
       benchmark backbones-batch8-640 models --part backbone --rounds 5 --systems panoptic \
         --sizes 640x640 --dtype float32 --batch 8
       benchmark backbones-compiled models --part backbone --rounds 5 --systems panoptic \
-        --dtype float32 --modes compiled
+        --sizes 1152x1152 --dtype float32 --modes compiled
+      benchmark backbones-compiled-1024 models --part backbone --rounds 5 --systems panoptic \
+        --sizes 1024x1024 --dtype float32 --modes compiled
       benchmark backbones-bfloat16 models --part backbone --rounds 5 --systems panoptic \
         --sizes 1152x1152 --dtype bfloat16 --modes eager compiled
       benchmark backbones-vit models --part backbone --rounds 3 --systems segmenter dpt
