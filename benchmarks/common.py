@@ -34,7 +34,8 @@ BACKEND = "inductor"
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device, threads, versions, commit and time of day."""
+    """Device, threads, versions, the allocator's settings, commit and time of day."""
+    names = sorted(n for n in os.environ if n.startswith("MALLOC_") or n == "GLIBC_TUNABLES")
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     with contextlib.suppress(FileNotFoundError):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -47,6 +48,7 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_gpu else None,
         "python": platform.python_version(),
         "extension": _ext.build_info(),
+        "allocator": {name: os.environ[name] for name in names},
         "commit": commit or None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -14,6 +14,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
 # Else glibc returns every large tensor to the system, which zeroes its pages for the next one.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
+# Weights and tokens on pages of 2 MiB, where the system gives them on request.
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 sections=("$@")
 [ ${#sections[@]} -gt 0 ] || sections=(operators backbones models competitors)
