@@ -37,9 +37,11 @@ for section in "${sections[@]}"; do
       ;;
     backbones)
       benchmark backbones models --part backbone --rounds 7 --systems panoptic semantic instance \
-        --dtype float32
+        --sizes 1152x1152 640x640 --dtype float32
       benchmark backbones-1024 models --part backbone --rounds 15 --systems panoptic \
         --sizes 1024x1024 --dtype float32
+      benchmark backbones-1024-others models --part backbone --rounds 7 \
+        --systems semantic instance --sizes 1024x1024 --dtype float32
       benchmark backbones-batch8 models --part backbone --rounds 2 --systems panoptic \
         --sizes 1152x1152 --dtype float32 --batch 8
       benchmark backbones-batch8-640 models --part backbone --rounds 5 --systems panoptic \

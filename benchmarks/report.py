@@ -45,9 +45,9 @@ How the numbers come about:
   once) or its multiply-adds alone would take, whichever is longer, at the bandwidth of a copy and
   the rate of a matrix product that the same run measured. Inputs rotate through more than twice the
   last cache. On a GPU the kernel's time for this is that of its replay in a CUDA graph.
-- On a CPU `cpu.sh` keeps freed memory in the process, for all that is compared (see there). Without
-  instructions for bfloat16 products the layers of our models take them in float32, transformers'
-  and the operators' rivals in bfloat16.
+- On a CPU `cpu.sh` keeps freed memory in the process and asks for huge pages, for all that is
+  compared (see there). Without instructions for bfloat16 products the layers of our models take
+  them in float32, transformers' and the operators' rivals in bfloat16.
 - Efficiency is the measured speed-up divided by the ratio of the multiply-adds: 1 where every
   multiply-add that is spared is felt. Weights are random, which changes no work.
 """
@@ -126,6 +126,10 @@ def environment_lines(results: Mapping[str, Sequence[Row]]) -> str:
         found = sorted({str(run[key]) for run in runs if run.get(key)})
         if found:
             parts.append(f"{title} {', '.join(found)}")
+    # Runs of before were without, and did not name the allocator's settings.
+    huge = sorted({str(run["commit"]) for run in runs if "hugetlb" in str(run.get("allocator"))})
+    if huge:
+        parts.append(f"with huge pages commit {', '.join(huge)}")
     dates = sorted({run["date"][:10] for run in runs})
     return f"{'; '.join(parts)}; measured on {', '.join(dates)}."
 
