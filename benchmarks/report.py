@@ -47,7 +47,7 @@ How the numbers come about:
   last cache. On a GPU the kernel's time for this is that of its replay in a CUDA graph.
 - On a CPU `cpu.sh` keeps freed memory in the process and asks for huge pages, for all that is
   compared (see there). Without instructions for bfloat16 products the layers of our models take
-  them in float32, transformers' and the operators' rivals in bfloat16.
+  them in float32, as does the ceiling; transformers' and the operators' rivals in bfloat16.
 - Efficiency is the measured speed-up divided by the ratio of the multiply-adds: 1 where every
   multiply-add that is spared is felt. Weights are random, which changes no work.
 """
