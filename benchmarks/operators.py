@@ -13,7 +13,7 @@ measured with a copy and a matrix product. Inputs rotate through more memory tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -156,24 +156,33 @@ def main(argv: Sequence[str] | None = None) -> None:
                             failed.append(str(error))
                             continue
                         times = time_operator(calls, args.device, args.rounds, args.quick)
-                        row = {"case": case, "dtype": dtype, "operator": name}
-                        shares = floor(operator.work(inputs), dtype, recorder.head, times)
-                        recorder.add({**row, "variants": times, "errors": errors, **shares})
+                        work = operator.work(inputs)
+                        row = {
+                            "case": case,
+                            "dtype": dtype,
+                            "operator": name,
+                            "megabytes": work.bytes / 1e6,
+                            "megamultiplyadds": work.operations / 1e6,
+                            "variants": times,
+                            "errors": errors,
+                        }
+                        recorder.add({**row, **floor(row, recorder.head)})
     recorder.finish(table(recorder.results))
     if failed:
         raise ValueError("; ".join(failed))
 
 
-def floor(
-    work: Any, dtype: str, machine: dict[str, Any], times: dict[str, dict[str, float]]
-) -> dict[str, Any]:
-    """The operator's floor, what bounds it, and the share of it that the kernel reaches."""
-    memory = work.bytes / machine["gigabytes_per_second"] / 1e6
-    products = work.operations / machine["gigamultiplyadds_per_second"][dtype] / 1e6
+def floor(row: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+    """A result's floor, what bounds it, and the share of it that the kernel reaches.
+
+    Sums are taken in float32, so that its products are open to 16-bit tokens too.
+    """
+    rates = machine["gigamultiplyadds_per_second"]
+    memory = row["megabytes"] / machine["gigabytes_per_second"]
+    products = row["megamultiplyadds"] / max(rates[row["dtype"]], rates.get("float32", 0))
+    times = row["variants"]
     kernel = times.get("kernel in a graph", times["kernel"])["median"]
     return {
-        "megabytes": work.bytes / 1e6,
-        "megamultiplyadds": work.operations / 1e6,
         "floor_ms": max(memory, products),
         "bound": "memory" if memory >= products else "products",
         "share_of_floor": max(memory, products) / kernel,

@@ -21,6 +21,7 @@ from tabulate import tabulate
 from benchmarks import plots
 from benchmarks.common import ROOT
 from benchmarks.competitors import headlines
+from benchmarks.operators import floor
 from benchmarks.systems import TITLES
 from expedite_d2.config import cli
 from expedite_d2.files import replacing
@@ -43,11 +44,12 @@ How the numbers come about:
   ours with transformers' Mask2Former, compiled models with the ones that are not.
 - The floor of an operator is the time that its bytes (each input read once, each output written
   once) or its multiply-adds alone would take, whichever is longer, at the bandwidth of a copy and
-  the rate of a matrix product that the same run measured. Inputs rotate through more than twice the
-  last cache. On a GPU the kernel's time for this is that of its replay in a CUDA graph.
+  the rate of a matrix product that the same run measured, in float32 where that is faster than in
+  16 bits. Inputs rotate through more than twice the last cache. On a GPU the kernel's time for this
+  is that of its replay in a CUDA graph.
 - On a CPU `cpu.sh` keeps freed memory in the process and asks for huge pages, for all that is
   compared (see there). Without instructions for bfloat16 products the layers of our models take
-  them in float32, as does the ceiling; transformers' and the operators' rivals in bfloat16.
+  them in float32, transformers' and the operators' rivals in bfloat16.
 - Efficiency is the measured speed-up divided by the ratio of the multiply-adds: 1 where every
   multiply-add that is spared is felt. Weights are random, which changes no work.
 """
@@ -84,6 +86,7 @@ def load(files: Iterable[Path]) -> dict[str, dict[str, list[Row]]]:
             if "variants" in row:  # an operator's rivals may have been timed in several runs
                 before = latest.get(key, {}).get("variants", {})
                 merged_row["variants"] = {**before, **row["variants"]}
+                merged_row |= floor(merged_row, facts)
             latest[key] = merged_row
     merged: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for (device, benchmark, _), row in sorted(latest.items()):

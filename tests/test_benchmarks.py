@@ -77,6 +77,36 @@ def test_operators_are_right_and_timed(results: Path, capsys: pytest.CaptureFixt
     assert "of the floor" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("dtype", "megabytes", "milliseconds", "bound"),
+    [
+        ("float32", 1, 2.0, "products"),
+        ("bfloat16", 1, 2.0, "products"),  # slower than float32 on this machine
+        ("float16", 1, 1.0, "products"),
+        ("bfloat16", 30, 3.0, "memory"),
+    ],
+)
+def test_the_floor_is_what_takes_longer(
+    dtype: str, megabytes: float, milliseconds: float, bound: str
+):
+    machine = {
+        "gigabytes_per_second": 10,
+        "gigamultiplyadds_per_second": {"float32": 50, "bfloat16": 5, "float16": 100},
+    }
+    row = {
+        "dtype": dtype,
+        "megabytes": megabytes,
+        "megamultiplyadds": 100,
+        "variants": {"kernel": {"median": 6.0}},
+    }
+    found = operators.floor(row, machine)
+    assert found == {
+        "floor_ms": milliseconds,
+        "bound": bound,
+        "share_of_floor": milliseconds / 6,
+    }
+
+
 @needs_kernels
 def test_operators_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     last = {"all four": TOKENS.operators["all four"]}
