@@ -226,12 +226,20 @@ def test_report_takes_the_latest(tmp_path: Path):
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
     (row,) = report.load(tmp_path.glob("*.json"))["a"]["models"]
     assert row["speedup"] == 2.0
-    for name, rival in [("d", "twin"), ("e", "compiled")]:
-        row = {"case": "x", "operator": "y", "variants": {"kernel": {"median": 1}, rival: {}}}
-        run = {**facts, "benchmark": "operators", "date": name, "results": [row]}
+    facts["benchmark"] = "operators"
+    facts["gigabytes_per_second"] = 10
+    for name, rival, rate in [("d", "twin", 1), ("e", "compiled", 50)]:
+        row = {
+            **{"case": "x", "operator": "y", "dtype": "float32"},
+            **{"megabytes": 1, "megamultiplyadds": 100},
+            "variants": {"kernel": {"median": 4}, rival: {}},
+        }
+        rates = {"gigamultiplyadds_per_second": {"float32": rate}}
+        run = {**facts, **rates, "date": name, "results": [row]}
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
     (row,) = report.load(tmp_path.glob("*.json"))["a"]["operators"]
     assert row["variants"].keys() == {"kernel", "twin", "compiled"}
+    assert row["share_of_floor"] == 0.5  # with the rate of the run that timed the kernel last
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(ValueError, match="c.json is not a result"):
         report.load(tmp_path.glob("*.json"))
