@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The benchmarks at sizes for a few quiet CPU cores, about an hour and a half on two:
+# The benchmarks at sizes for a few quiet CPU cores, about two hours on two:
 #
 #     benchmarks/cpu.sh [operators|backbones|models|competitors ...]      default: all of them
 #
@@ -36,11 +36,11 @@ for section in "${sections[@]}"; do
         --modes compiled
       ;;
     backbones)
-      benchmark backbones models --part backbone --rounds 7 --systems panoptic semantic instance \
+      benchmark backbones models --part backbone --rounds 15 --systems panoptic semantic instance \
         --sizes 1152x1152 640x640 --dtype float32
       benchmark backbones-1024 models --part backbone --rounds 15 --systems panoptic \
         --sizes 1024x1024 --dtype float32
-      benchmark backbones-1024-others models --part backbone --rounds 7 \
+      benchmark backbones-1024-others models --part backbone --rounds 15 \
         --systems semantic instance --sizes 1024x1024 --dtype float32
       benchmark backbones-batch8 models --part backbone --rounds 2 --systems panoptic \
         --sizes 1152x1152 --dtype float32 --batch 8
