@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from expedite_d2.ops.token_reconstruct import token_reconstruct
 from expedite_d2.ops.token_reduce import token_reduce
@@ -173,7 +173,7 @@ def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
         )
 
 
-class ObservedOperator(TorchDispatchMode):
+class ObservedOperator(TorchFunctionMode):
     """While entered, keeps something of each call of one operator in this thread.
 
     Attributes:
@@ -193,7 +193,7 @@ class ObservedOperator(TorchDispatchMode):
         self.keep = keep
         self.kept: list[Any] = []
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))

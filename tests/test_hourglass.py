@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from expedite_d2 import ops
-from expedite_d2.hourglass import Clustering, Reduction, calibrate, reconstruct, reduce
+from expedite_d2.hourglass import (
+    Clustering,
+    ObservedOperator,
+    Reduction,
+    calibrate,
+    reconstruct,
+    reduce,
+)
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -190,6 +197,19 @@ class Model(nn.Module):
     def forward(self, inputs: list[dict[str, Tensor]]) -> Tensor:
         assert not self.training and not torch.is_grad_enabled()
         return self.head(self.backbone(torch.stack([2 * x["image"] for x in inputs])))
+
+
+def test_observing_an_operator_changes_nothing() -> None:
+    operator = torch.ops.expedite_d2.token_spread.default
+    observed = ObservedOperator(operator, lambda args, result: (args[1], result))
+    x, half = tokens(1, 8, 9, 3), torch.randn(1, 2, 3).bfloat16()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = torch.einsum("bqc,bhwc->bqhw", half, x)  # of two types, which autocast makes one
+        with observed:
+            found = torch.einsum("bqc,bhwc->bqhw", half, x)
+            spread = ops.token_spread(x, (2, 2))
+    assert torch.equal(found, expected)
+    assert observed.kept == [([2, 2], spread)]
 
 
 @pytest.mark.parametrize("window", [None, (4, 4)])

@@ -285,14 +285,14 @@ def _roi_align(inputs: list[Any], outputs: list[Any]) -> int:
 # Elementwise arithmetic, comparisons, reductions without products and pure data movement, which
 # fvcore's counts leave out, too (its own list of such operators is shorter than what occurs).
 _NOT_COUNTED = (
-    "_upsample_bicubic2d_aa abs add add_ alias all any argmax bernoulli_ ceil clamp_min clone "
-    "contiguous cos cumsum div div_ dropout_ empty_like eq erf exp expand_as fill_ gelu "
+    "_upsample_bicubic2d_aa abs add add_ addcdiv alias all any argmax bernoulli_ ceil clamp_min "
+    "clone contiguous cos cumsum div div_ dropout_ empty_like eq erf exp expand_as fill_ gelu "
     "hardtanh im2col index_select isfinite kron le leaky_relu lift_fresh linalg_vector_norm "
     "linspace log log_softmax logical_and logical_not logical_or lt masked_fill masked_fill_ "
-    "max_pool2d mean meshgrid min movedim mul mul_ ne neg new_ones normal_ ones_like pad pow "
-    "prod reciprocal repeat repeat_interleave reshape_as rsqrt rsub scatter scatter_ sigmoid "
-    "silu sin softmax sort sqrt square sub sub_ sum tanh tile topk tril triu unflatten unfold "
-    "view_as where"
+    "max_pool2d mean meshgrid min movedim mul mul_ ne neg new_ones normal_ ones_like pad pow prod "
+    "reciprocal repeat repeat_interleave reshape_as rsqrt rsub scatter scatter_ sigmoid silu sin "
+    "softmax sort sqrt square sub sub_ sum tanh tile topk tril triu unflatten unfold view_as "
+    "where"
 ).split()
 
 HANDLES: dict[str, Handle | None] = {f"aten::{name}": None for name in _NOT_COUNTED} | {

@@ -166,6 +166,12 @@ def test_compare_measures_both_models_on_all_images(ran: Ran) -> None:
     assert found["ratio"]["gflops_backbone"] < 1
 
 
+def test_compare_in_16_bits(cfg: CfgNode) -> None:
+    cfg.TEST.DTYPE = "bfloat16"
+    found = compare(cfg)
+    assert found["dtype"] == "bfloat16" and found["ratio"]["gflops_backbone"] < 1
+
+
 def test_compare_leaves_no_file_and_keeps_old_ones_when_it_fails(
     cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

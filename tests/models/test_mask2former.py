@@ -282,6 +282,15 @@ def test_autocast_leaves_training_alone():
     assert torch.equal(*values)
 
 
+def test_training_under_autocast_decodes_pixels_in_float32():
+    model = build().train()
+    kept = []
+    model.pixel_decoder.register_forward_hook(lambda _, args, out: kept.append(out.mask_features))
+    with torch.autocast("cpu", torch.bfloat16):
+        model([image()])
+    assert [features.dtype for features in kept] == [torch.float32]
+
+
 def test_panoptic_without_metadata_is_an_error():
     opts = ["DATASETS.TRAIN", ("mask2former_nameless",), "DATASETS.TEST", ()]
     with pytest.raises(ValueError, match="mask2former_nameless"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
@@ -81,6 +82,40 @@ def test_gradients_equal_transformers():
         grads.append({name: p.grad for name, p in decoder.named_parameters()})
     for name, grad in grads[1].items():
         torch.testing.assert_close(grads[0][name], grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+class Sampled(TorchFunctionMode):
+    """Keeps the arguments of each sampling of the maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.expedite_d2.ms_deform_attn.default:
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_multiply_but_do_not_place_samples(dtype):
+    model = build()
+    features = [torch.randn(1, 24 * 2**i, 64 // 2**i, 48 // 2**i) for i in range(4)]
+    with torch.no_grad():
+        with Sampled() as exact:
+            expected = model.pixel_decoder(features)
+        with Sampled() as sampled, torch.autocast("cpu", getattr(torch, dtype)):
+            found = model.pixel_decoder(features)
+    assert len(sampled.calls) == len(exact.calls) == len(attentions(model))
+    for value, _, _, locations, weights in sampled.calls:
+        assert value.dtype == getattr(torch, dtype)
+        assert locations.dtype == weights.dtype == torch.float32
+    # Maps in 16 bits have moved the first layer's samples by less than locations in 16 bits would.
+    places = exact.calls[0][3]
+    moved, rounded = sampled.calls[0][3] - places, places.to(getattr(torch, dtype)) - places
+    assert moved.abs().max() < rounded.abs().max()
+    error = (found.mask_features - expected.mask_features).norm() / expected.mask_features.norm()
+    assert 0 < error < 0.02
 
 
 def test_names_and_multiply_adds_are_those_of_transformers():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from expedite_d2.d2 import CfgNode, ImageList, Instances, build_backbone
 from expedite_d2.hourglass import profiler_range
+from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.backbones.fpn import FeaturePyramid
 from expedite_d2.models.meta_arch.cascade import CascadeHeads, Stage
 from expedite_d2.models.meta_arch.detection_inference import Suppression, View, detect
@@ -84,12 +84,6 @@ class PyramidDetector(nn.Module):
         ]
         return ImageList.from_tensors(normalised, self.size_divisibility)
 
-    def arithmetic(self) -> contextlib.AbstractContextManager:
-        """``TEST.DTYPE`` at evaluation; in training, what the caller has chosen."""
-        if self.training or self.eval_dtype == torch.float32 or self.device.type == "meta":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.eval_dtype)
-
     def pyramid(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W), normalised -> maps "p2" … "p6", float32."""
         with profiler_range("expedite_d2.backbone", images):
@@ -160,7 +154,7 @@ class PyramidDetector(nn.Module):
             ``TEST.DETECTIONS_PER_IMAGE`` regions of each image; ``dense_logits``.
         """
         batch, _, height, width = images.shape
-        with self.arithmetic():
+        with evaluation_arithmetic(self):
             maps = self.pyramid(images)
             regions = self.regions(maps)
             objectness, deltas = self.proposal_generator.scores(maps)
@@ -181,5 +175,5 @@ class PyramidDetector(nn.Module):
         return thing_ids(self.dataset_name, self.num_classes)
 
     def _masks(self, features: RegionFeatures, boxes: list[Tensor], classes: Tensor) -> Tensor:
-        with self.arithmetic(), profiler_range("expedite_d2.mask_heads", self.pixel_mean):
+        with evaluation_arithmetic(self), profiler_range("expedite_d2.mask_heads", self.pixel_mean):
             return self.roi_heads.masks(features, boxes, classes)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from transformers.models.dpt.modeling_dpt import DPTDepthEstimationHead, DPTNeck
 
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
 from expedite_d2.hourglass import profiler_range
+from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.backbones.settings import check_clusters
 from expedite_d2.models.backbones.vit import ExpeditedViT, ViTFeatures
 from expedite_d2.models.float32_products import use_float32_products
@@ -131,8 +131,7 @@ class ExpediteDPT(nn.Module):
         Returns:
             (B, H, W) float32, at least 0.
         """
-        half = not self.training and self.eval_dtype != torch.float32
-        with self._autocast() if half else contextlib.nullcontext():
+        with evaluation_arithmetic(self):
             features, grid = self._features(images)
             with profiler_range("expedite_d2.neck", images):
                 fused = self.neck(features, *grid)
@@ -162,11 +161,6 @@ class ExpediteDPT(nn.Module):
         for prefix, tokens in encoded.tokens.values():
             features.append(torch.cat([prefix[:, :1], tokens.flatten(1, 2)], dim=1))
         return features, (tokens.shape[1], tokens.shape[2])
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.device.type == "meta":  # counting operations: there is no arithmetic
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.eval_dtype)
 
     def _losses(self, images: Tensor, depths: list[Tensor]) -> dict[str, Tensor]:
         prediction = self.depth(self.logits(images))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expedite_d2.config_rules import DETECTOR_KEYS, check, each, whole
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList
+from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.cascade import cascade_stages
 from expedite_d2.models.meta_arch.detection_inference import Suppression, View, augmented
@@ -97,7 +98,7 @@ class ExpediteHTC(PyramidDetector):
         return losses
 
     def _views(self, images: ImageList, flipped: bool = False) -> list[View]:
-        with self.arithmetic():
+        with evaluation_arithmetic(self):
             maps = self.pyramid(images.tensor)
             return self.views(maps, self.regions(maps), images.image_sizes, flipped)
 

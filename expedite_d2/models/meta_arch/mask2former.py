@@ -21,6 +21,7 @@ from expedite_d2.d2 import (
     build_backbone,
 )
 from expedite_d2.hourglass import profiler_range
+from expedite_d2.models.arithmetic import arithmetic, evaluation_arithmetic
 from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.mask2former_heads import (
     build_pixel_decoder,
@@ -153,8 +154,7 @@ class ExpediteMask2Former(nn.Module):
         Returns:
             class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4), float32.
         """
-        half = not self.training and self.eval_dtype != torch.float32
-        with self._autocast(self.eval_dtype) if half else contextlib.nullcontext():
+        with evaluation_arithmetic(self):
             hidden, embeddings, features = self._decode(images)
             classes = self.class_predictor(hidden[-1].transpose(0, 1))
             masks = predict_masks(embeddings[-1], features)
@@ -169,26 +169,16 @@ class ExpediteMask2Former(nn.Module):
         ]
         return ImageList.from_tensors(images, size_divisibility)
 
-    def _autocast(self, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-        """Arithmetic in ``dtype``; float32 also ends an autocast that is under way."""
-        if self.device.type == "meta":  # counting operations: there is no arithmetic
-            return contextlib.nullcontext()
-        return torch.autocast(
-            self.device.type,
-            dtype=None if dtype == torch.float32 else dtype,
-            enabled=dtype != torch.float32,
-        )
-
     def _decode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Each layer's queries (Q, B, C) and mask embeddings; mask features (B, C, H/4, W/4)."""
         with profiler_range("expedite_d2.backbone", images):
             features = self.backbone(images)
         maps = [features[name].float() for name in self.in_features]
-        # Always in float32, as Mask2Former's own: sampling points have the type of the features,
-        # and half types cannot tell neighbouring pixels of a large map apart.
+        # Training is always in float32 here, as Mask2Former's own.
+        exact = arithmetic(torch.float32, self.device)
         with (
             profiler_range("expedite_d2.pixel_decoder", images),
-            self._autocast(torch.float32),
+            exact if self.training else contextlib.nullcontext(),
         ):
             pixels = self.pixel_decoder(maps)
         with profiler_range("expedite_d2.transformer_decoder", images):
@@ -212,7 +202,7 @@ class ExpediteMask2Former(nn.Module):
         classes = [self.class_predictor(layer.transpose(0, 1)).float() for layer in hidden]
         count = classes[0].shape[-1] - 1
         targets, labels = prepare_targets(batched_inputs, size, count, images.device)
-        with self._autocast(torch.float32):
+        with arithmetic(torch.float32, self.device):
             losses = self.criterion(masks, classes, targets, labels)
             if self.sem_aux_weight > 0:
                 pixel_logits = self.sem_aux(mask_features.float())

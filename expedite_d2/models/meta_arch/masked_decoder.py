@@ -23,12 +23,8 @@ from expedite_d2.models.float32_products import multiply
 
 def predict_masks(embeddings: Tensor, features: Tensor) -> Tensor:
     """Mask logits of queries (B, Q, C) on features (B, C, h, w): (B, Q, h, w)."""
-    return multiply(
-        lambda queries, maps, _: torch.einsum("bqc,bchw->bqhw", queries, maps),
-        embeddings,
-        features,
-        None,
-    )
+    masks = multiply(lambda queries, maps, _: queries @ maps, embeddings, features.flatten(2), None)
+    return masks.unflatten(2, features.shape[2:])
 
 
 class MaskPredictor(Mask2FormerMaskPredictor):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expedite_d2.config_rules import DETECTOR_KEYS, check
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, Instances
+from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.cascade import Stage
 from expedite_d2.models.meta_arch.detection_inference import Suppression
@@ -72,7 +73,7 @@ class ExpeditePanopticFPN(PyramidDetector):
         """
         images = self.preprocess([inputs["image"] for inputs in batched_inputs])
         size = (images.tensor.shape[-2], images.tensor.shape[-1])
-        with self.arithmetic():
+        with evaluation_arithmetic(self):
             maps = self.pyramid(images.tensor)
             regions = self.regions(maps)
             semantic = self.sem_seg_head(maps).float()
@@ -81,7 +82,7 @@ class ExpeditePanopticFPN(PyramidDetector):
             losses = self.detection_losses(maps, regions, batched_inputs, sizes)
             losses["loss_sem_seg"] = self.sem_seg_head.loss(semantic, batched_inputs, size)
             return losses
-        with self.arithmetic():
+        with evaluation_arithmetic(self):
             views = self.views(maps, regions, images.image_sizes)
         results = []
         for view, scores, inputs in zip(views, semantic, batched_inputs, strict=True):

@@ -1,4 +1,9 @@
-"""The attention of Mask2Former's pixel decoder through this project's operator."""
+"""Mask2Former's pixel decoder with its attention through this project's operator.
+
+Under autocast it multiplies in 16 bits, but sums up and samples in float32: half types cannot tell
+neighbouring pixels of a large map apart. transformers takes the type of its sampling points from
+that of the projected maps, so that these are what has to stay float32.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
 
+from expedite_d2.models.arithmetic import arithmetic
 from expedite_d2.ops.ms_deform_attn import ms_deform_attn
 
 
@@ -60,20 +66,30 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
         value = value.unflatten(-1, (self.n_heads, -1))
 
         points = (self.n_heads, self.n_levels, self.n_points)
-        logits = self.attention_weights(queries)
+        logits = self.attention_weights(queries).to(queries.dtype)
         weights = logits.unflatten(-1, (self.n_heads, -1)).softmax(-1).unflatten(-1, points[1:])
-        offsets = self.sampling_offsets(queries).unflatten(-1, (*points, 2))  # in pixels
-        sizes = torch.tensor(
-            [[width, height] for height, width in spatial_shapes_list], device=offsets.device
-        )
-        locations = reference_points[:, :, None, :, None] + offsets / sizes[:, None]
+        with arithmetic(torch.float32, queries.device):
+            offsets = self.sampling_offsets(queries).unflatten(-1, (*points, 2))  # in pixels
+        sizes = offsets.new_tensor([[width, height] for height, width in spatial_shapes_list])
+        locations = reference_points[:, :, None, :, None].addcdiv(offsets, sizes[:, None])
         samples = ms_deform_attn(value, spatial_shapes_list, None, locations, weights)
         return self.output_proj(samples), weights
 
 
+class ExactGroupNorm(nn.GroupNorm):
+    """PyTorch's, of 16-bit maps in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape, float32 or float64."""
+        return super().forward(input.to(torch.promote_types(input.dtype, torch.float32)))
+
+
 def use_operator(decoder: Mask2FormerPixelDecoder) -> None:
-    """Gives the decoder's attention layers the operator; names and weights stay."""
+    """Gives a decoder these classes; names and weights stay."""
+    # Other classes for the same instances: new modules would draw initial weights again.
+    projections: Any = (*decoder.input_projections, *decoder.lateral_convolutions)
+    for projection in projections:
+        projection[1].__class__ = ExactGroupNorm
     layers: Any = decoder.encoder.layers
     for layer in layers:
-        # Another class for the same instance: a new module would draw initial weights again.
         layer.self_attn.__class__ = DeformableAttention

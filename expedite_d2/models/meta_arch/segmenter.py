@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
 from expedite_d2.hourglass import profiler_range, reconstruct
+from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.backbones.settings import check_clusters
 from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.mask2former_inference import resize_masks
@@ -126,8 +126,7 @@ class ExpediteSegmenter(nn.Module):
         height, width = images.shape[-2:]
         step = self.size_divisibility
         padded = F.pad(images, (0, -width % step, 0, -height % step))
-        half = not self.training and self.eval_dtype != torch.float32
-        with self._autocast() if half else contextlib.nullcontext():
+        with evaluation_arithmetic(self):
             logits = self._token_logits(padded)
         maps = logits.permute(0, 3, 1, 2).float()
         maps = F.interpolate(maps, padded.shape[-2:], mode="bilinear", align_corners=False)
@@ -144,11 +143,6 @@ class ExpediteSegmenter(nn.Module):
                 return logits
             # Not what the blocks added to the features: logits of clusters replace those of tokens.
             return reconstruct(logits, features.clustering._replace(tokens=None, centres=None))
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.device.type == "meta":  # counting operations: there is no arithmetic
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.eval_dtype)
 
 
 def _build_decoder(cfg: CfgNode, in_channels: int) -> LinearDecoder | MaskDecoder:
