@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -57,12 +58,16 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The CPU's name, which only Linux tells in a file."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """The CPU and its instructions: clouds call several generations by one name."""
+    text = ""
+    with contextlib.suppress(OSError):  # only Linux has it
+        text = Path("/proc/cpuinfo").read_text()
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text):
+        instructions += " with bfloat16"
+    return f"{name}, {instructions}"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
