@@ -21,7 +21,7 @@ void reconstruct(const at::Tensor& refined, const at::Tensor& indices, const at:
                  const at::Tensor* tokens, const at::Tensor* centres, const at::Tensor& out) {
   const int64_t height = indices.size(1), width = indices.size(2), topk = indices.size(3);
   const int64_t map_width = refined.size(2), cells = refined.size(1) * map_width;
-  const int64_t channels = refined.size(3), stride = padded(channels);
+  const int64_t channels = refined.size(3);
   const auto from = read_map<T>(refined);
   Map<const T> subtracted{}, kept{};
   if (tokens) {
@@ -32,7 +32,7 @@ void reconstruct(const at::Tensor& refined, const at::Tensor& indices, const at:
   const int32_t* index = indices.const_data_ptr<int32_t>();
   const float* weight = weights.const_data_ptr<float>();
   at::parallel_for(0, out.size(0) * height * width, 64, [&](int64_t begin, int64_t end) {
-    Buffer sum(stride), token(stride);
+    Buffer sum(channels);
     std::vector<const T*> added(topk), minus(topk);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t b = p / (height * width), y = p / width % height, x = p % width;
@@ -45,17 +45,20 @@ void reconstruct(const at::Tensor& refined, const at::Tensor& indices, const at:
           minus[t] = subtracted.at(b, cell / map_width, cell % map_width);
         }
       }
-      if (tokens) {
-        weighted_differences(added.data(), minus.data(), weight + p * topk, topk, channels,
-                             sum.get());
-        load_row(kept.at(b, y, x), channels, token.get());
-        for (int64_t c = 0; c < stride; ++c) {
-          sum.get()[c] += token.get()[c];
-        }
-      } else {
-        weighted_rows(added.data(), weight + p * topk, topk, channels, sum.get());
+      T* const row = to.at(b, y, x);
+      float* total = sum.get();
+      if constexpr (std::is_same_v<T, float>) {
+        total = row;
       }
-      store_row(sum.get(), channels, to.at(b, y, x));
+      if (tokens) {
+        add_weighted_differences(kept.at(b, y, x), added.data(), minus.data(), weight + p * topk,
+                                 topk, channels, total);
+      } else {
+        weighted_rows(added.data(), weight + p * topk, topk, channels, total);
+      }
+      if constexpr (!std::is_same_v<T, float>) {
+        store_row(total, channels, row);
+      }
     }
   });
 }

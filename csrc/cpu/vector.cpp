@@ -228,26 +228,32 @@ struct Table {
   EXPEDITE_INLINE const float* operator()(int64_t r) const { return base + rows[r] * ld; }
 };
 
-// What is subtracted from plain rows.
+// A sum of plain rows starts from nothing, and nothing is subtracted from them.
 struct Nothing {};
 
-template <typename Subtracted>
-constexpr bool kDifferences = !std::is_same_v<Subtracted, Nothing>;
+template <typename Operand>
+constexpr bool kHas = !std::is_same_v<Operand, Nothing>;
 
-template <int Bytes, int Pairs, typename Rows, typename Subtracted>
-EXPEDITE_INLINE int64_t weighted_part(const Rows& rows, const Subtracted& subtracted,
-                                      const float* weights, int64_t count, int64_t c,
-                                      int64_t columns, float* out) {
+template <int Bytes, int Pairs, typename Start, typename Rows, typename Subtracted>
+EXPEDITE_INLINE int64_t weighted_part(const Start& start, const Rows& rows,
+                                      const Subtracted& subtracted, const float* weights,
+                                      int64_t count, int64_t c, int64_t columns, float* out) {
   constexpr int64_t kPair = Bytes / 2;
   for (; c + Pairs * kPair <= columns; c += Pairs * kPair) {
     Floats<Bytes> sums[2 * Pairs] = {};
+    if constexpr (kHas<Start>) {
+#pragma GCC unroll 4
+      for (int t = 0; t < Pairs; ++t) {
+        load_pair<Bytes>(start + c + t * kPair, sums[2 * t], sums[2 * t + 1]);
+      }
+    }
     for (int64_t r = 0; r < count; ++r) {
       const float weight = weights[r];
 #pragma GCC unroll 4
       for (int t = 0; t < Pairs; ++t) {
         Floats<Bytes> first, second;
         load_pair<Bytes>(rows(r) + c + t * kPair, first, second);
-        if constexpr (kDifferences<Subtracted>) {
+        if constexpr (kHas<Subtracted>) {
           Floats<Bytes> minus_first, minus_second;
           load_pair<Bytes>(subtracted(r) + c + t * kPair, minus_first, minus_second);
           first -= minus_first;
@@ -266,32 +272,36 @@ EXPEDITE_INLINE int64_t weighted_part(const Rows& rows, const Subtracted& subtra
 }
 
 // The columns that fill no pair of registers, one by one: nothing is read beyond the end of a row.
-template <typename Rows, typename Subtracted>
-EXPEDITE_INLINE void weighted_rest(const Rows& rows, const Subtracted& subtracted,
-                                   const float* weights, int64_t count, int64_t c, int64_t columns,
-                                   float* out) {
-  std::fill(out + c, out + padded(columns), 0.0f);
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t i = c; i < columns; ++i) {
-      auto term = static_cast<float>(rows(r)[i]);
-      if constexpr (kDifferences<Subtracted>) {
-        term -= static_cast<float>(subtracted(r)[i]);
-      }
-      out[i] += weights[r] * term;
+template <typename Start, typename Rows, typename Subtracted>
+EXPEDITE_INLINE void weighted_rest(const Start& start, const Rows& rows,
+                                   const Subtracted& subtracted, const float* weights,
+                                   int64_t count, int64_t c, int64_t columns, float* out) {
+  for (; c < columns; ++c) {
+    float sum = 0.0f;
+    if constexpr (kHas<Start>) {
+      sum = static_cast<float>(start[c]);
     }
+    for (int64_t r = 0; r < count; ++r) {
+      auto term = static_cast<float>(rows(r)[c]);
+      if constexpr (kHas<Subtracted>) {
+        term -= static_cast<float>(subtracted(r)[c]);
+      }
+      sum += weights[r] * term;
+    }
+    out[c] = sum;
   }
 }
 
 // 8 independent chains hide the latency of multiply-add; what is left over takes fewer.
-template <int Bytes, typename Rows, typename Subtracted>
-EXPEDITE_INLINE void weighted_body(const Rows& rows, const Subtracted& subtracted,
-                                   const float* weights, int64_t count, int64_t columns,
-                                   float* out) {
+template <int Bytes, typename Start, typename Rows, typename Subtracted>
+EXPEDITE_INLINE void weighted_body(const Start& start, const Rows& rows,
+                                   const Subtracted& subtracted, const float* weights,
+                                   int64_t count, int64_t columns, float* out) {
   int64_t c = 0;
-  c = weighted_part<Bytes, 4>(rows, subtracted, weights, count, c, columns, out);
-  c = weighted_part<Bytes, 2>(rows, subtracted, weights, count, c, columns, out);
-  c = weighted_part<Bytes, 1>(rows, subtracted, weights, count, c, columns, out);
-  weighted_rest(rows, subtracted, weights, count, c, columns, out);
+  c = weighted_part<Bytes, 4>(start, rows, subtracted, weights, count, c, columns, out);
+  c = weighted_part<Bytes, 2>(start, rows, subtracted, weights, count, c, columns, out);
+  c = weighted_part<Bytes, 1>(start, rows, subtracted, weights, count, c, columns, out);
+  weighted_rest(start, rows, subtracted, weights, count, c, columns, out);
 }
 
 constexpr int kNarrow = 32;
@@ -315,22 +325,22 @@ EXPEDITE_WIDE void squared_distances_wide(const float* a, int64_t na, const floa
   squared_distances_body<kWide>(a, na, b, nb, ld, out, ldo);
 }
 
-template <typename Rows, typename Subtracted>
-EXPEDITE_WIDE void weighted_wide(const Rows& rows, const Subtracted& subtracted,
+template <typename Start, typename Rows, typename Subtracted>
+EXPEDITE_WIDE void weighted_wide(const Start& start, const Rows& rows, const Subtracted& subtracted,
                                  const float* weights, int64_t count, int64_t columns, float* out) {
-  weighted_body<kWide>(rows, subtracted, weights, count, columns, out);
+  weighted_body<kWide>(start, rows, subtracted, weights, count, columns, out);
 }
 #endif
 
-template <typename Rows, typename Subtracted>
-void weighted(const Rows& rows, const Subtracted& subtracted, const float* weights, int64_t count,
-              int64_t columns, float* out) {
+template <typename Start, typename Rows, typename Subtracted>
+void weighted(const Start& start, const Rows& rows, const Subtracted& subtracted,
+              const float* weights, int64_t count, int64_t columns, float* out) {
 #if defined(__x86_64__)
   if (wide()) {
-    return weighted_wide(rows, subtracted, weights, count, columns, out);
+    return weighted_wide(start, rows, subtracted, weights, count, columns, out);
   }
 #endif
-  weighted_body<kNarrow>(rows, subtracted, weights, count, columns, out);
+  weighted_body<kNarrow>(start, rows, subtracted, weights, count, columns, out);
 }
 
 }  // namespace
@@ -358,24 +368,24 @@ void squared_distances(const float* a, int64_t na, const float* b, int64_t nb, i
 template <typename T>
 void weighted_rows(const T* const* rows, const float* weights, int64_t count, int64_t columns,
                    float* out) {
-  weighted(Pointers<T>{rows}, Nothing{}, weights, count, columns, out);
+  weighted(Nothing{}, Pointers<T>{rows}, Nothing{}, weights, count, columns, out);
 }
 
 void weighted_rows(const int32_t* rows, const float* weights, int64_t count, const float* base,
                    int64_t ld, int64_t columns, float* out) {
-  weighted(Table{rows, base, ld}, Nothing{}, weights, count, columns, out);
+  weighted(Nothing{}, Table{rows, base, ld}, Nothing{}, weights, count, columns, out);
 }
 
 template <typename T>
-void weighted_differences(const T* const* rows, const T* const* subtracted, const float* weights,
-                          int64_t count, int64_t columns, float* out) {
-  weighted(Pointers<T>{rows}, Pointers<T>{subtracted}, weights, count, columns, out);
+void add_weighted_differences(const T* start, const T* const* rows, const T* const* subtracted,
+                              const float* weights, int64_t count, int64_t columns, float* out) {
+  weighted(start, Pointers<T>{rows}, Pointers<T>{subtracted}, weights, count, columns, out);
 }
 
-#define EXPEDITE_INSTANTIATE(T)                                                               \
-  template void weighted_rows(const T* const*, const float*, int64_t, int64_t, float*);       \
-  template void weighted_differences(const T* const*, const T* const*, const float*, int64_t, \
-                                     int64_t, float*);
+#define EXPEDITE_INSTANTIATE(T)                                                                    \
+  template void weighted_rows(const T* const*, const float*, int64_t, int64_t, float*);            \
+  template void add_weighted_differences(const T*, const T* const*, const T* const*, const float*, \
+                                         int64_t, int64_t, float*);
 EXPEDITE_INSTANTIATE(float)
 EXPEDITE_INSTANTIATE(at::BFloat16)
 EXPEDITE_INSTANTIATE(at::Half)

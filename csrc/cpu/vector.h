@@ -45,8 +45,8 @@ void dots(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld, fl
 void squared_distances(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld,
                        float* out, int64_t ldo);
 
-// out[c] = sum_r weights[r] * rows[r][c] for c < columns, in the order of r, and 0 from there to
-// padded(columns). T is float, at::BFloat16 or at::Half; the rows need no padding.
+// out[c] = sum_r weights[r] * rows[r][c] for c < columns, in the order of r. T is float,
+// at::BFloat16 or at::Half; neither the rows nor `out` need padding.
 template <typename T>
 void weighted_rows(const T* const* rows, const float* weights, int64_t count, int64_t columns,
                    float* out);
@@ -55,10 +55,10 @@ void weighted_rows(const T* const* rows, const float* weights, int64_t count, in
 void weighted_rows(const int32_t* rows, const float* weights, int64_t count, const float* base,
                    int64_t ld, int64_t columns, float* out);
 
-// The sum of differences rows[r][c] - subtracted[r][c], otherwise as the first.
+// out[c] = start[c] + sum_r weights[r] * (rows[r][c] - subtracted[r][c]), otherwise as the first.
 template <typename T>
-void weighted_differences(const T* const* rows, const T* const* subtracted, const float* weights,
-                          int64_t count, int64_t columns, float* out);
+void add_weighted_differences(const T* start, const T* const* rows, const T* const* subtracted,
+                              const float* weights, int64_t count, int64_t columns, float* out);
 
 // exp(x) for x <= 0 to about 1e-7 relative, 0 below kLeastExponent, NaN for NaN. Free of branches
 // and calls, so that loops over it become vector code.

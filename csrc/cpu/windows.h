@@ -210,6 +210,7 @@ struct Terms {
   // out (padded columns)
   void sum(int64_t columns, float* out) const {
     weighted_rows(rows.data(), weights.data(), static_cast<int64_t>(rows.size()), columns, out);
+    std::fill(out + columns, out + padded(columns), 0.0f);
   }
 };
 
