@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import logging
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,11 +30,37 @@ from expedite_d2.models.backbones import swin
 timm = pytest.importorskip("timm")
 needs_kernels = pytest.mark.skipif(not has_ext(), reason=f"no kernels to time: {ext_error()}")
 QUICK = ["--quick", "--device", "cpu", "--rounds", "2"]
+# Runs that several tests look at: a benchmark and its arguments.
+RUNS: dict[str, tuple[Any, list[str]]] = {
+    "operators": (operators, ["--modes", "twin", "released"]),
+    "backbones": (models, ["--part", "backbone", "--systems", "semantic", "segmenter"]),
+    "models": (
+        models,
+        ["--part", "model", "--systems", "panoptic", "dpt", "--dtype", "float32"],
+    ),
+    "competitors": (competitors, ["--dtype", "float32"]),
+}
+
+
+class Ran(NamedTuple):
+    file: Path
+    written: dict[str, Any]
+    printed: str
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("results")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ran]:
+    """Gives one of `RUNS`, which runs when it is first asked for."""
+    folder = tmp_path_factory.mktemp("results")
+
+    @functools.cache
+    def once(name: str) -> Ran:
+        benchmark, arguments = RUNS[name]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            written = run(benchmark, folder, name, *arguments)
+        return Ran(folder / f"{name}.json", written, printed.getvalue())
+
+    return once
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +85,8 @@ def run(benchmark: Any, results: Path, name: str, *arguments: str) -> dict[str, 
 
 
 @needs_kernels
-def test_operators_are_right_and_timed(results: Path, capsys: pytest.CaptureFixture[str]):
-    written = run(operators, results, "operators", "--modes", "twin", "released")
+def test_operators_are_right_and_timed(ran: Callable[[str], Ran]):
+    written = ran("operators").written
     quick = [name for name in CASES if name.startswith("quick")]
     measured = {(row["case"], row["dtype"], row["operator"]) for row in written["results"]}
     expected = [
@@ -74,7 +104,7 @@ def test_operators_are_right_and_timed(results: Path, capsys: pytest.CaptureFixt
     dense = {(r["case"], r["operator"]) for r in written["results"] if "released" in r["variants"]}
     assert ("quick_windows", "token_cluster") in dense
     assert ("quick_ragged", "token_cluster") not in dense
-    assert "of the floor" in capsys.readouterr().out
+    assert "of the floor" in ran("operators").printed
 
 
 @pytest.mark.parametrize(
@@ -145,9 +175,8 @@ def test_work_is_at_most_the_dense_formulation(name: str):
     assert work.bytes == 4 * (tokens.numel() + centres.numel())
 
 
-def test_backbones(results: Path):
-    arguments = ["--part", "backbone", "--systems", "semantic", "segmenter"]
-    written = run(models, results, "backbones", *arguments)
+def test_backbones(ran: Callable[[str], Ran]):
+    written = ran("backbones").written
     assert len(written["results"]) == 4 and not written["skipped"]
     for row in written["results"]:
         assert row["efficiency"] == pytest.approx(row["speedup"] / row["ratio_of_multiplyadds"])
@@ -162,10 +191,8 @@ def test_models_compile(tmp_path: Path, part: str):
     assert len(written["results"]) == 4 and not written["skipped"]
 
 
-def test_whole_models_and_the_outside_baseline(results: Path):
-    arguments = ["--part", "model", "--systems", "panoptic", "dpt", "--dtype", "float32"]
-    written = run(models, results, "models", *arguments)
-    rows = {row["system"]: row for row in written["results"]}
+def test_whole_models_and_the_outside_baseline(ran: Callable[[str], Ran]):
+    rows = {row["system"]: row for row in ran("models").written["results"]}
     assert rows["panoptic"]["transformers"]["latency_ms"]["median"] > 0
     assert "transformers" not in rows["dpt"]
 
@@ -189,9 +216,8 @@ def test_model_that_fails_is_told_and_ends_in_an_error(
     assert "compiled and eager outputs of baseline differ" in capsys.readouterr().err
 
 
-def test_competitors_cost_the_same(results: Path):
-    written = run(competitors, results, "competitors", "--dtype", "float32")
-    rows = {row["system"]: row["methods"] for row in written["results"]}
+def test_competitors_cost_the_same(ran: Callable[[str], Ran]):
+    rows = {row["system"]: row["methods"] for row in ran("competitors").written["results"]}
     names = ["baseline", "clustering", "average pooling"]
     assert list(rows["panoptic"]) == names
     assert list(rows["segmenter"]) == [*names, "token merging"]
@@ -204,9 +230,11 @@ def test_competitors_cost_the_same(results: Path):
 
 
 @needs_kernels
-def test_report_has_all_sections_and_plots(results: Path, tmp_path: Path):
+def test_report_has_all_sections_and_plots(ran: Callable[[str], Ran], tmp_path: Path):
+    for name in RUNS:
+        shutil.copy(ran(name).file, tmp_path)
     page = tmp_path / "performance.md"
-    report.main(["--results", str(results), "--output", str(page)])
+    report.main(["--results", str(tmp_path), "--output", str(page)])
     text = page.read_text()
     sections = ["### Operators", "### Backbones", "### Whole models", "### Clustering, token"]
     assert [text.count(section) for section in sections] == [1, 1, 1, 1]

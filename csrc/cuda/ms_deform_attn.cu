@@ -47,6 +47,7 @@ struct Sample {
                     const float* locations, const float* attention) {
     // In pixels. Outside of the map x and y are -2, so that no corner is inside.
     float x = -2.f, y = -2.f;
+    bool nan = false;
     weight = 0.f;
     const int width = sizes.width[level], height = sizes.height[level];
     if (item.exists && point < sizes.points) {
@@ -59,14 +60,14 @@ struct Sample {
       // False for NaN and infinity.
       const bool inside =
           place[0] > -1.f && place[0] < limits[0] && place[1] > -1.f && place[1] < limits[1];
-      const bool nan = place[0] != place[0] || place[1] != place[1];
+      nan = place[0] != place[0] || place[1] != place[1];
       x = inside ? place[0] : x;
       y = inside ? place[1] : y;
       weight = nan ? nanf("") : attention[at];
     }
     const float left = floorf(x), top = floorf(y);
-    right = x - left;
-    bottom = y - top;
+    right = nan ? nanf("") : x - left;
+    bottom = nan ? nanf("") : y - top;
     weights = {weight * ((1.f - bottom) * (1.f - right)), weight * ((1.f - bottom) * right),
                weight * (bottom * (1.f - right)), weight * (bottom * right)};
     const int column = static_cast<int>(left), row = static_cast<int>(top);

@@ -18,6 +18,7 @@ class _Level(NamedTuple):
     grid: Tensor  # (R, Q, points, 2), as grid_sample has it
     weights: Tensor  # (R, 1, Q, points)
     inside: Tensor  # (R, Q, points, 2): where the grid follows the location
+    nan: Tensor  # (R, Q, points): NaN where the location has one, else 0
 
 
 def _levels(
@@ -37,12 +38,13 @@ def _levels(
         bounded = at.clamp(-1, 2)
         weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1).to(value.dtype)
         # What grid_sample makes of NaN depends on the device; here it makes NaN.
-        weights = weights + (bounded.sum(-1) * 0)
+        nan = bounded.sum(-1) * 0
         yield _Level(
             maps.unflatten(2, (height, width)),
             (2 * bounded - 1).nan_to_num(0.0),
-            weights[:, None],
+            (weights + nan)[:, None],
             at == bounded,
+            nan,
         )
 
 
@@ -87,11 +89,13 @@ def ms_deform_attn_backward_ref(
             strict=True,
         ):
             samples = torch.nn.functional.grid_sample(level.maps, level.grid, align_corners=False)
-            grad_weights.append((grad * samples).sum(1))
+            grad_weights.append((grad * samples).sum(1) + level.nan)
             grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
                 grad * level.weights, level.maps, level.grid, 0, 0, False, [True, True]
             )
-            grad_locations.append(torch.where(level.inside, 2 * grad_grid, 0.0))
+            grad_locations.append(
+                torch.where(level.inside, 2 * grad_grid, 0.0) + level.nan[..., None]
+            )
             rows = grad_maps.flatten(2).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
             grad_value[:, start : start + rows.shape[1]] += rows
 

@@ -224,6 +224,18 @@ def test_ms_deform_attn_pixels_outside_add_no_slope(bad, dtype, device):
     torch.testing.assert_close(slopes, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("run", [BACKWARD, ms_deform_attn_backward_ref])
+def test_ms_deform_attn_nan_location_has_nan_gradients(run, device):
+    case = CASES["odd"]
+    value, shapes, starts, locations, weights = make_args(case, device)
+    locations[1, 2, 0, 1, 1, 0] = torch.nan
+    grad = torch.ones(case.batch, case.queries, case.heads * case.channels, device=device)
+    found = run(grad, value, shapes, starts, locations, weights)
+    spoilt = locations.isnan().any(-1)
+    assert torch.equal(found[1].isnan(), spoilt[..., None].expand_as(locations))
+    assert torch.equal(found[2].isnan(), spoilt)
+
+
 @pytest.mark.parametrize("needed", [0, 3, 4])
 def test_ms_deform_attn_gradient_of_one_input(needed, device):
     args = list(make_args(CASES["odd"], device))

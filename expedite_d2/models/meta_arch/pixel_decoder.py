@@ -70,8 +70,10 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
         weights = logits.unflatten(-1, (self.n_heads, -1)).softmax(-1).unflatten(-1, points[1:])
         with arithmetic(torch.float32, queries.device):
             offsets = self.sampling_offsets(queries).unflatten(-1, (*points, 2))  # in pixels
-        sizes = offsets.new_tensor([[width, height] for height, width in spatial_shapes_list])
-        locations = reference_points[:, :, None, :, None].addcdiv(offsets, sizes[:, None])
+        # Filled where they are needed: a tensor of numbers would be a copy that the host waits for.
+        sides = [side for height, width in spatial_shapes_list for side in (width, height)]
+        sizes = torch.cat([offsets.new_full((1,), side) for side in sides]).view(-1, 1, 2)
+        locations = reference_points[:, :, None, :, None].addcdiv(offsets, sizes)
         samples = ms_deform_attn(value, spatial_shapes_list, None, locations, weights)
         return self.output_proj(samples), weights
 
