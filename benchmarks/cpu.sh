@@ -50,8 +50,10 @@ for section in "${sections[@]}"; do
         --sizes 1152x1152 --dtype float32 --modes compiled
       benchmark backbones-compiled-1024 models --part backbone --rounds 5 --systems panoptic \
         --sizes 1024x1024 --dtype float32 --modes compiled
-      benchmark backbones-bfloat16 models --part backbone --rounds 5 --systems panoptic \
-        --sizes 1152x1152 --dtype bfloat16 --modes eager compiled
+      benchmark backbones-bfloat16 models --part backbone --rounds 11 --dtype bfloat16 \
+        --systems panoptic semantic instance --sizes 1152x1152 1024x1024
+      benchmark backbones-bfloat16-compiled models --part backbone --rounds 5 --dtype bfloat16 \
+        --systems panoptic --sizes 1152x1152 --modes compiled
       benchmark backbones-vit models --part backbone --rounds 3 --systems segmenter dpt
       ;;
     models)
