@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from pycocotools import mask as coco_mask
 
 from expedite_d2.config_rules import check_training_input
 from expedite_d2.d2 import CfgNode, Instances
+from expedite_d2.data.masks import decode_segmentation
 
 Task = Literal["panoptic", "instance", "semantic"]
 
@@ -373,33 +373,6 @@ def _instance_masks(
     masks = [crop.labels(mask, 0) for mask in whole_masks]
     classes = np.array([a["category_id"] for a in kept], np.int64)
     return np.stack(masks).astype(bool), classes
-
-
-def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """COCO polygons or run-length encoding -> (H, W), 0 or 1.
-
-    Raises:
-        ValueError: neither, or a mask of another size.
-    """
-    try:
-        if isinstance(segmentation, list):
-            rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            rle = coco_mask.frPyObjects(segmentation, height, width)
-        else:
-            rle = segmentation
-        mask = coco_mask.decode(rle)
-    except Exception as error:  # pycocotools raises errors of every kind, also bare ones
-        raise ValueError(
-            f"a segmentation must be polygons or run lengths, got {str(segmentation)[:60]} "
-            f"({error})"
-        ) from error
-    if mask.shape != (height, width):
-        raise ValueError(
-            f"a segmentation must have its image's size {height}x{width}, got "
-            f"{mask.shape[0]}x{mask.shape[1]}"
-        )
-    return mask
 
 
 def jitter_colours(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
