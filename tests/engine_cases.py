@@ -111,7 +111,9 @@ class NoisyOracle(nn.Module):
     def predict(self, item: dict[str, Any]) -> dict[str, Any]:
         rng = np.random.default_rng(item["image_id"])
         shift = tuple(rng.integers(-4, 5, 2))
-        ids = torch.from_numpy(np.roll(read_panoptic(item["pan_seg_file_name"]), shift, (0, 1)))
+        size = item["height"], item["width"]
+        ids = read_panoptic(item["pan_seg_file_name"], size)
+        ids = torch.from_numpy(np.roll(ids, shift, (0, 1)))
         segments = [s for s in item["segments_info"] if rng.random() < 0.9]
         ids[~torch.isin(ids, torch.tensor([s["id"] for s in segments]))] = 0
         scores = torch.zeros(len(MetadataCatalog.get("scenes_val").stuff_classes), *ids.shape)

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from expedite_d2.data.categories import ADE20K
-from expedite_d2.data.coco_format import datasets_root, register_instances, register_panoptic
+from expedite_d2.data.coco_format import register_instances, register_panoptic
+from expedite_d2.data.dataset_files import datasets_root
 from expedite_d2.data.semantic import register_semantic
 
 _FOLDERS = {"train": "training", "val": "validation"}

@@ -13,16 +13,15 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from expedite_d2.data.categories import CITYSCAPES
+from expedite_d2.data.coco_fields import Entry
 from expedite_d2.data.coco_format import (
     XYWH_ABS,
-    Entry,
-    datasets_root,
     instance_metadata,
     load_panoptic,
     panoptic_metadata,
     register,
-    require,
 )
+from expedite_d2.data.dataset_files import datasets_root, require
 from expedite_d2.data.mappers import image_size, read_label_map
 from expedite_d2.data.semantic import register_semantic
 

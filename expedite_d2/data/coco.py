@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from expedite_d2.data.categories import COCO_PANOPTIC
-from expedite_d2.data.coco_format import datasets_root, register_instances, register_panoptic
+from expedite_d2.data.coco_format import register_instances, register_panoptic
+from expedite_d2.data.dataset_files import datasets_root
 
 
 def register_coco(root: Path | None = None) -> None:

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from expedite_d2.d2 import DatasetCatalog, MetadataCatalog
 from expedite_d2.data.categories import Category, class_colours
-
-Entry = dict[str, Any]
+from expedite_d2.data.coco_fields import Entry, box
+from expedite_d2.data.coco_json import InstanceFile, read_instances_json, read_panoptic_json
+from expedite_d2.data.dataset_files import require
+from expedite_d2.data.masks import mask_box
 
 #: Detectron2's BoxMode.XYWH_ABS.
 XYWH_ABS = 1
 #: Label of pixels that do not count.
 IGNORE_LABEL = 255
-
-
-def datasets_root() -> Path:
-    """Folder of all downloaded data sets: DETECTRON2_DATASETS, or ./datasets."""
-    return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
-
-
-def require(path: Path, name: str) -> Path:
-    """Returns `path` if it exists.
-
-    Raises:
-        FileNotFoundError: naming the data set, the path and the environment variable.
-    """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"data set {name!r}: {path} not found; set DETECTRON2_DATASETS to the folder that "
-            f"holds the data sets (now {os.environ.get('DETECTRON2_DATASETS', 'not set')!r}, "
-            f"so {datasets_root().resolve()} was searched)"
-        )
-    return path
 
 
 def register(name: str, load: Callable[[], list[Entry]], **metadata: Any) -> None:
@@ -169,50 +148,55 @@ def load_panoptic(
         FileNotFoundError: if a file or a folder is missing.
         ValueError: if the annotation file cannot be read or names an unknown category.
     """
-    content = _read_json(name, panoptic_json)
+    things = metadata["thing_dataset_id_to_contiguous_id"]
+    stuff = metadata["stuff_dataset_id_to_contiguous_id"]
+    contiguous = {**stuff, **things}
+    file = read_panoptic_json(name, panoptic_json, is_thing(things, stuff))
     for folder in (panoptic_root, image_root, sem_seg_root, depth_root):
         if folder is not None:
             require(folder, name)
-    things = metadata["thing_dataset_id_to_contiguous_id"]
-    stuff = metadata["stuff_dataset_id_to_contiguous_id"]
-    instances = {}
+    instances: dict[str, list[Entry]] = {}
     if instances_json is not None:
-        objects = _read_json(name, instances_json)
-        instances = _instances_by_image(name, instances_json, objects, things)
+        objects = read_instances_json(name, instances_json, things)
+        instances = _instances_by_image(objects, things)
     entries = []
-    with _coco_file(name, panoptic_json):
-        images = {image["id"]: image for image in content.get("images", [])}
-        for annotation in content["annotations"]:
-            image = images.get(annotation["image_id"], {})
-            label = Path(annotation["file_name"])
-            segments = []
-            for segment in annotation["segments_info"]:
-                category = segment["category_id"]
-                isthing = category in things
-                number = _contiguous(name, category, things if isthing else stuff)
-                known = {"id": segment["id"], "category_id": number, "isthing": isthing}
-                segments.append({**segment, **known})
-            entry: Entry = {
-                "file_name": str(image_root / image.get("file_name", label.with_suffix(".jpg"))),
-                "image_id": annotation["image_id"],
-                "pan_seg_file_name": str(panoptic_root / label),
-                "segments_info": segments,
-            }
-            entry |= {side: image[side] for side in ("height", "width") if side in image}
-            if sem_seg_root is not None:
-                entry["sem_seg_file_name"] = str(sem_seg_root / label)
-            if depth_root is not None:
-                entry["depth_file_name"] = str(depth_root / label)
-            if instances_json is not None:
-                entry["annotations"] = instances.get(annotation["image_id"], [])
-            entries.append(entry)
+    for key, annotation in file.annotations.items():
+        image = file.images.get(key, {})
+        label = Path(annotation["file_name"])
+        segments = []
+        for segment in annotation["segments_info"]:
+            category = segment["category_id"]
+            known = {"category_id": contiguous[category], "isthing": category in things}
+            segments.append({**segment, **known})
+        entry: Entry = {
+            "file_name": str(image_root / image.get("file_name", label.with_suffix(".jpg"))),
+            "image_id": annotation["image_id"],
+            "pan_seg_file_name": str(panoptic_root / label),
+            "segments_info": segments,
+        }
+        entry |= {side: image[side] for side in ("height", "width") if side in image}
+        if sem_seg_root is not None:
+            entry["sem_seg_file_name"] = str(sem_seg_root / label)
+        if depth_root is not None:
+            entry["depth_file_name"] = str(depth_root / label)
+        if instances_json is not None:
+            entry["annotations"] = instances.get(key, [])
+        entries.append(entry)
     return entries
+
+
+def is_thing(things: Iterable[int], stuff: Iterable[int]) -> dict[int, bool]:
+    """Category in the files of a panoptic data set -> is a thing; `stuff` may repeat the things."""
+    return dict.fromkeys(stuff, False) | dict.fromkeys(things, True)
 
 
 def load_instances(
     name: str, json_file: Path, image_root: Path, contiguous_ids: Mapping[int, int]
 ) -> list[Entry]:
     """Loads COCO instance annotations, also of images that have none.
+
+    What is no mask is left out with a warning: one slip among thousands of annotations must not
+    prevent a training.
 
     Args:
         name: Name of the data set, for messages.
@@ -227,79 +211,36 @@ def load_instances(
         FileNotFoundError: if a file or a folder is missing.
         ValueError: if the annotation file cannot be read or names an unknown category.
     """
-    content = _read_json(name, json_file)
+    needed = ("file_name", "height", "width")
+    file = read_instances_json(name, json_file, contiguous_ids, needed)
     require(image_root, name)
-    instances = _instances_by_image(name, json_file, content, contiguous_ids)
-    with _coco_file(name, json_file):
-        return [
-            {
-                "file_name": str(image_root / image["file_name"]),
-                "height": image["height"],
-                "width": image["width"],
-                "image_id": image["id"],
-                "annotations": instances.get(image["id"], []),
-            }
-            for image in sorted(content["images"], key=lambda image: image["id"])
-        ]
+    instances = _instances_by_image(file, contiguous_ids)
+    return [
+        {
+            "file_name": str(image_root / image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": instances.get(key, []),
+        }
+        for key, image in file.images.items()
+    ]
 
 
 def _instances_by_image(
-    name: str, path: Path, content: dict[str, Any], contiguous_ids: Mapping[int, int]
-) -> dict[int, list[Entry]]:
-    grouped: dict[int, list[Entry]] = defaultdict(list)
-    with _coco_file(name, path):
-        for annotation in content.get("annotations", []):
-            grouped[annotation["image_id"]].append(
-                {
-                    "bbox": annotation["bbox"],
-                    "bbox_mode": XYWH_ABS,
-                    "category_id": _contiguous(name, annotation["category_id"], contiguous_ids),
-                    "iscrowd": annotation.get("iscrowd", 0),
-                    "segmentation": annotation["segmentation"],
-                }
-            )
-    return grouped
-
-
-@contextmanager
-def _coco_file(name: str, path: Path) -> Iterator[None]:
-    """Tells of which file an entry is not what COCO's format says."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
-        raise ValueError(
-            f"data set {name!r}: {path} is not a COCO file: an entry {what}"
-        ) from error
-
-
-def _contiguous(name: str, category: int, ids: Mapping[int, int]) -> int:
-    if category not in ids:
-        raise ValueError(
-            f"data set {name!r}: expected the category ids {min(ids)} to {max(ids)} that its "
-            f"metadata lists, got {category}"
+    file: InstanceFile, contiguous_ids: Mapping[int, int]
+) -> dict[str, list[Entry]]:
+    grouped: dict[str, list[Entry]] = defaultdict(list)
+    for annotation in file.annotations:
+        key = str(annotation["image_id"])
+        image, mask = file.images[key], annotation["segmentation"]
+        grouped[key].append(
+            {
+                "bbox": box(annotation["bbox"]) or mask_box(mask, image["height"], image["width"]),
+                "bbox_mode": XYWH_ABS,
+                "category_id": contiguous_ids[annotation["category_id"]],
+                "iscrowd": annotation["iscrowd"],
+                "segmentation": mask,
+            }
         )
-    return ids[category]
-
-
-def read_lines(path: Path, name: str) -> list[str]:
-    """Lines of a list of files that belongs to a data set.
-
-    Raises:
-        FileNotFoundError: naming the data set, the path and the environment variable.
-        ValueError: not a text file.
-    """
-    try:
-        return require(path, name).read_text(encoding="utf-8").splitlines()
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"data set {name!r}: {path} is not a text file: {error}") from error
-
-
-def _read_json(name: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(require(path, name).read_text())
-    except ValueError as error:
-        raise ValueError(f"data set {name!r}: {path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict) or "annotations" not in content:
-        raise ValueError(f"data set {name!r}: {path} is not a COCO file: it has no 'annotations'")
-    return content
+    return grouped

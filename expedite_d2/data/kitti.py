@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expedite_d2.data.coco_format import Entry, datasets_root, read_lines, register, require
+from expedite_d2.data.coco_fields import Entry
+from expedite_d2.data.coco_format import register
+from expedite_d2.data.dataset_files import datasets_root, read_lines, require
 
 #: What the benchmark, and DPT's release, cut out of each image: rows and columns.
 BENCHMARK_CROP = (352, 1216)

@@ -21,6 +21,10 @@ MOST_PIXELS = 2**29 - 1
 _LONGEST_OUTLINE = 4_000_000
 
 
+class OtherSize(ValueError):
+    """A mask of another size than its image."""
+
+
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     """COCO polygons or run lengths -> (H, W), 0 or 1.
 
@@ -44,6 +48,15 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str,
     return checked
 
 
+def mask_box(segmentation: Any, height: int, width: int) -> list[float]:
+    """[x, y, width, height] in pixels of what a segmentation encloses.
+
+    Raises:
+        ValueError: see ``check_segmentation``.
+    """
+    return coco_mask.toBbox(encode_segmentation(segmentation, height, width)).tolist()
+
+
 def check_segmentation(segmentation: Any, height: int, width: int) -> Any:
     """Returns a segmentation if it is a mask of an image, without parts that enclose nothing.
 
@@ -55,7 +68,8 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> Any:
         width: Width of the image.
 
     Raises:
-        ValueError: neither, of another size, or nothing that pycocotools can take.
+        OtherSize: of another size.
+        ValueError: neither, or nothing that pycocotools can take.
     """
     try:
         if isinstance(segmentation, dict):
@@ -66,7 +80,7 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> Any:
         polygons = [part for part in polygons if len(part) >= 6]
         if not polygons:
             raise ValueError("no polygon of three or more points")
-    except _OtherSize:
+    except OtherSize:
         raise
     except (ValueError, OverflowError) as error:
         shown = " ".join(str(segmentation)[:60].split())
@@ -74,10 +88,6 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> Any:
             f"a segmentation must be polygons or run lengths, got {shown} ({error})"
         ) from None
     return polygons
-
-
-class _OtherSize(ValueError):
-    """A mask of another size than its image."""
 
 
 def _checked_polygon(polygon: Any, height: int, width: int) -> list[float]:
@@ -118,7 +128,7 @@ def _checked_runs(rle: dict[str, Any], height: int, width: int) -> dict[str, Any
     if len(sides) != 2 or not all(_whole(side) for side in sides):
         raise ValueError("the size of run lengths is two whole numbers")
     if (height, width) != (sides[0], sides[1]):
-        raise _OtherSize(
+        raise OtherSize(
             f"a segmentation must have its image's size {height}x{width}, got {sides[0]}x{sides[1]}"
         )
     if isinstance(counts, (str, bytes)):
@@ -131,7 +141,9 @@ def _checked_runs(rle: dict[str, Any], height: int, width: int) -> dict[str, Any
         least, total = min(counts, default=0), sum(counts)
     else:
         raise ValueError("run lengths are a list or a string")
-    if least < 0 or total != height * width:
+    if least < 0:
+        raise ValueError("a run's length is negative")
+    if total != height * width:
         raise ValueError(f"runs of {total} pixels, the image has {height * width}")
     return {"size": [height, width], "counts": counts}
 

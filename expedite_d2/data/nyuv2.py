@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expedite_d2.data.coco_format import Entry, datasets_root, register, require
+from expedite_d2.data.coco_fields import Entry
+from expedite_d2.data.coco_format import register
+from expedite_d2.data.dataset_files import datasets_root, require
 from expedite_d2.data.kitti import read_file_list
 
 _METADATA: dict[str, Any] = {

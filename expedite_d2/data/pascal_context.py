@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from expedite_d2.data.categories import PASCAL_CONTEXT
-from expedite_d2.data.coco_format import datasets_root, read_lines, require
+from expedite_d2.data.dataset_files import datasets_root, read_lines, require
 from expedite_d2.data.semantic import register_semantic
 
 

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from expedite_d2.data.categories import class_colours
-from expedite_d2.data.coco_format import IGNORE_LABEL, Entry, register, require
+from expedite_d2.data.coco_fields import Entry
+from expedite_d2.data.coco_format import IGNORE_LABEL, register
+from expedite_d2.data.dataset_files import require
 
 #: Lists the pairs (image, label PNG) of a data set, whose name it is given for messages.
 Pairs = Callable[[str], Iterable[tuple[Path, Path]]]

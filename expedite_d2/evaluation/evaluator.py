@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from expedite_d2.d2 import comm
+from expedite_d2.d2 import MetadataCatalog, comm
 
 Metrics = dict[str, float | None]
 Results = dict[str, Metrics]
@@ -41,6 +41,8 @@ class DatasetEvaluator(Protocol):
 class ImageEvaluator(ABC, Generic[Record]):
     """An evaluator that reduces each image to a record and all records to metrics.
 
+    What is wrong with a data set as a whole is found by ``reset``, before the first image.
+
     Args:
         dataset_name: the data set's name in the catalogs.
     """
@@ -50,8 +52,17 @@ class ImageEvaluator(ABC, Generic[Record]):
         self.records: dict[Hashable, Record] = {}
 
     def reset(self) -> None:
-        """Forget everything seen so far."""
+        """Forget everything seen so far, and see that the data set can be evaluated.
+
+        Raises:
+            ValueError: metadata or annotations that the metrics cannot be computed from.
+            FileNotFoundError: an annotation file is missing.
+        """
         self.records = {}
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Read and check what this evaluator takes from the data set beside single images."""
 
     def process(self, inputs: Sequence[Mapping], outputs: Sequence[Mapping]) -> None:
         """Reduce one batch to records.
@@ -82,6 +93,13 @@ class ImageEvaluator(ABC, Generic[Record]):
     def summarise(self, records: Mapping[Hashable, Record]) -> Results:
         """The metrics of a whole data set from its records, by image key."""
 
+    def metadata(self, field: str) -> Any:
+        """A field of the data set's metadata, or a ValueError that names what lacks."""
+        value = MetadataCatalog.get(self.dataset_name).get(field)
+        if value is None:
+            raise ValueError(f"data set {self.dataset_name!r}: its metadata lacks {field!r}")
+        return value
+
     def needed(self, output: Mapping, key: str, switch: str) -> Any:
         """What the model put under ``key``, or a KeyError that names the config switch for it."""
         if key not in output:
@@ -95,6 +113,12 @@ class ImageEvaluator(ABC, Generic[Record]):
 def image_key(item: Mapping) -> Hashable:
     """What identifies an image: its ``image_id``, or its file name where a data set has no ids."""
     return item["image_id"] if "image_id" in item else item["file_name"]
+
+
+def picture_size(item: Mapping, predicted: Sequence[int]) -> tuple[int, int]:
+    """(H, W) that an image's annotation must have: as the mapper tells it, or the prediction's."""
+    height, width = item.get("height", predicted[0]), item.get("width", predicted[1])
+    return height, width
 
 
 def percent(value: float) -> float | None:

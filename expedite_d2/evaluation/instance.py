@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from expedite_d2.d2 import DatasetCatalog, MetadataCatalog
+from expedite_d2.d2 import DatasetCatalog, MetadataCatalog, comm
+from expedite_d2.data.coco_json import InstanceFile, read_instances_json
+from expedite_d2.data.dataset_files import tell_once
 from expedite_d2.evaluation.evaluator import ImageEvaluator, Metrics, Results, image_key
+from expedite_d2.evaluation.instance_truth import Truth, coco_truth, entries_as_file
 
 AREAS = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}
 IOUS = {"AP50": 0.5, "AP75": 0.75}
@@ -50,12 +52,39 @@ class InstanceEvaluator(ImageEvaluator[Detections]):
     @cached_property
     def dataset_ids(self) -> dict[int, int]:
         """Contiguous id → the data set's category id."""
-        ids = MetadataCatalog.get(self.dataset_name).thing_dataset_id_to_contiguous_id
+        ids = MetadataCatalog.get(self.dataset_name).get("thing_dataset_id_to_contiguous_id")
+        if ids is None:  # a data set of one's own whose ids have no gaps
+            ids = {number: number for number in range(len(self.metadata("thing_classes")))}
         return {contiguous: dataset for dataset, contiguous in ids.items()}
+
+    @cached_property
+    def annotation_file(self) -> Path | None:
+        """The metadata's ``json_file``, if it has one."""
+        path = MetadataCatalog.get(self.dataset_name).get("json_file")
+        return Path(path) if path else None
+
+    @cached_property
+    def ground_truth(self) -> InstanceFile:
+        """The annotation of the data set."""
+        if self.annotation_file is not None:
+            categories = dict.fromkeys(self.dataset_ids.values())
+            return read_instances_json(
+                self.dataset_name, self.annotation_file, categories, strict=True
+            )
+        return entries_as_file(
+            self.dataset_name, DatasetCatalog.get(self.dataset_name), self.dataset_ids
+        )
+
+    def prepare(self) -> None:
+        """Read the annotation; what is no mask ends the evaluation here."""
+        truth = self.ground_truth
+        if not comm.is_main_process():  # which alone computes the metrics
+            self.ground_truth = truth._replace(annotations=[])
 
     def measure(self, item: Mapping, output: Mapping) -> Detections:
         """Encode one image's instances."""
         instances = self.needed(output, "instances", "MODEL.MASK_FORMER.TEST.INSTANCE_ON")
+        self._check_size(image_key(item), instances.image_size)
         classes = instances.pred_classes.tolist()
         unknown = sorted(set(classes) - self.dataset_ids.keys())
         if unknown:
@@ -74,27 +103,47 @@ class InstanceEvaluator(ImageEvaluator[Detections]):
             [self.dataset_ids[c] for c in classes],
         )
 
+    def _check_size(self, key: Hashable, size: tuple[int, int]) -> None:
+        """See that an image is annotated, and of the size that the annotation says.
+
+        pycocotools would let masks of different sizes never match.
+        """
+        source = self.annotation_file or "its entries"
+        image = self.ground_truth.images.get(str(key))
+        if image is None:
+            raise ValueError(
+                f"image {key!r} is not in the instance annotation of {self.dataset_name!r}, "
+                f"{source}"
+            )
+        if (image["height"], image["width"]) != tuple(size):
+            raise ValueError(
+                f"image {key!r} of {self.dataset_name!r} must have the size of its annotation in "
+                f"{source}, {image['height']}x{image['width']}, got {size[0]}x{size[1]}"
+            )
+
     def summarise(self, records: Mapping[Hashable, Detections]) -> Results:
         """Average precision of all images' detections."""
+        found = {str(key): record for key, record in records.items()}
+        truth = coco_truth(self.ground_truth, found, self.dataset_ids.values())
+        if truth.contradictions:
+            tell_once(
+                f"data set {self.dataset_name!r}: {self.annotation_file} gives areas or boxes to "
+                f"{len(truth.contradictions)} masks that are not theirs, which count; the first, "
+                f"{truth.contradictions[0]}"
+            )
         with _silence():
-            truth = _restricted(self._annotation(), records)
-            results = {"segm": self._average_precision(truth, records, "segm")}
+            results = {"segm": self._average_precision(truth, found, "segm")}
             # Mask2Former predicts masks and fills its boxes with zeros.
-            if any(record.boxes.any() for record in records.values()):
-                results["bbox"] = self._average_precision(truth, records, "bbox")
+            if any(record.boxes.any() for record in found.values()):
+                results["bbox"] = self._average_precision(truth, found, "bbox")
         return results
 
-    def _annotation(self) -> dict[str, Any]:
-        """The data set's annotation in COCO's format."""
-        path = MetadataCatalog.get(self.dataset_name).get("json_file")
-        if path:
-            return json.loads(Path(path).read_text())
-        return coco_annotation(DatasetCatalog.get(self.dataset_name), self.dataset_ids)
-
     def _average_precision(
-        self, truth: COCO, records: Mapping[Hashable, Detections], kind: str
+        self, truth: Truth, records: Mapping[str, Detections], kind: str
     ) -> Metrics:
-        evaluation = COCOeval(truth, _detections(truth, records, kind), iouType=kind)
+        evaluation = COCOeval(
+            _index(truth.dataset), _detections(truth, records, kind), iouType=kind
+        )
         # One entry: the precision at fewer detections would be computed and not read.
         evaluation.params.maxDets = [self.max_detections]
         evaluation.evaluate()
@@ -125,58 +174,10 @@ def encode_masks(masks: Any) -> list[dict[str, Any]]:
     return coco_mask.encode(columns.transpose(2, 1, 0))
 
 
-def coco_annotation(
-    entries: Iterable[Mapping[str, Any]], dataset_ids: Mapping[int, int]
-) -> dict[str, Any]:
-    """COCO's instance format of dataset dicts whose masks are run-length encoded or polygons.
-
-    Args:
-        entries: dataset dicts with ``annotations``.
-        dataset_ids: contiguous id → the data set's category id.
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for entry in entries:
-        image = {"id": image_key(entry), "height": entry["height"], "width": entry["width"]}
-        images.append(image)
-        for annotation in entry["annotations"]:
-            mask = annotation["segmentation"]
-            if isinstance(mask, list):
-                parts = coco_mask.frPyObjects(mask, entry["height"], entry["width"])
-                mask = coco_mask.merge(parts)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image["id"],
-                    "category_id": dataset_ids[annotation["category_id"]],
-                    "iscrowd": int(annotation.get("iscrowd", 0)),
-                    "segmentation": mask,
-                    "area": float(coco_mask.area(mask)),
-                    "bbox": coco_mask.toBbox(mask).tolist(),
-                }
-            )
-    categories = [{"id": number, "name": str(number)} for number in dataset_ids.values()]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _restricted(annotation: dict[str, Any], records: Mapping[Hashable, Detections]) -> COCO:
-    images = [image for image in annotation["images"] if image["id"] in records]
-    if len(images) != len(records):
-        missing = sorted(map(str, records.keys() - {image["id"] for image in images}))
-        raise KeyError(f"image {missing[0]} is not in the instance annotation")
-    return _index(
-        {
-            "images": images,
-            "categories": annotation["categories"],
-            "annotations": [a for a in annotation["annotations"] if a["image_id"] in records],
-        }
-    )
-
-
-def _detections(truth: COCO, records: Mapping[Hashable, Detections], kind: str) -> COCO:
+def _detections(truth: Truth, records: Mapping[str, Detections], kind: str) -> COCO:
     """The detections as COCO wants them: an area decides which of APs, APm, APl they count in."""
     annotations: list[dict[str, Any]] = []
-    for image_id, record in records.items():
+    for key, record in records.items():
         areas = coco_mask.area(record.masks) if record.masks else []
         for mask, area, box, score, category in zip(
             record.masks, areas, record.boxes, record.scores, record.categories, strict=True
@@ -185,7 +186,7 @@ def _detections(truth: COCO, records: Mapping[Hashable, Detections], kind: str) 
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": image_id,
+                    "image_id": truth.numbers[key],
                     "category_id": category,
                     "score": float(score),
                     "iscrowd": 0,

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from expedite_d2.d2 import MetadataCatalog
-from expedite_d2.evaluation.evaluator import ImageEvaluator, Metrics, Results, percent
+from expedite_d2.data.coco_format import is_thing
+from expedite_d2.data.coco_json import PanopticFile, read_panoptic_json
+from expedite_d2.data.dataset_files import require, tell_once
+from expedite_d2.data.mappers import read_label_map
+from expedite_d2.evaluation.evaluator import (
+    ImageEvaluator,
+    Metrics,
+    Results,
+    image_key,
+    percent,
+    picture_size,
+)
 
 VOID = 0
 
@@ -31,56 +39,83 @@ class ClassCounts:
 ImageCounts = dict[int, ClassCounts]
 
 
-class GroundTruth(NamedTuple):
-    """A data set's panoptic annotation: category → is a thing, image → file name and segments."""
+class Matches(NamedTuple):
+    """One image's segments, matched.
 
-    isthing: dict[int, bool]
-    annotations: dict[Hashable, Mapping[str, Any]]
+    Attributes:
+        counts: Of each class that occurs.
+        areas: (N,) pixels of each annotated segment.
+        unlisted: Pixels of the annotation that belong to no segment it lists.
+    """
+
+    counts: ImageCounts
+    areas: np.ndarray
+    unlisted: int
 
 
-class PanopticEvaluator(ImageEvaluator[ImageCounts]):
+class ImageRecord(NamedTuple):
+    """One image's matches, and how its annotation contradicts its pixels, if it does."""
+
+    counts: ImageCounts
+    contradiction: str | None
+
+
+class PanopticEvaluator(ImageEvaluator[ImageRecord]):
     """PQ, SQ and RQ over all classes, things and stuff, in percent.
 
     The ground truth is what the metadata's ``panoptic_json`` and ``panoptic_root`` name, in the
-    data set's own category ids, to which predictions are mapped back.
+    data set's own category ids, to which predictions are mapped back. What is in an image is told
+    by its pixels: where the annotation file says otherwise, a warning tells so.
     """
 
     @cached_property
-    def ground_truth(self) -> GroundTruth:
+    def ground_truth(self) -> PanopticFile:
         """The annotation file, by image."""
-        path = Path(MetadataCatalog.get(self.dataset_name).panoptic_json)
-        content = json.loads(path.read_text())
-        return GroundTruth(
-            {c["id"]: bool(c["isthing"]) for c in content["categories"]},
-            {a["image_id"]: a for a in content["annotations"]},
+        isthing = is_thing(
+            self.metadata("thing_dataset_id_to_contiguous_id"),
+            self.metadata("stuff_dataset_id_to_contiguous_id"),
         )
+        return read_panoptic_json(self.dataset_name, self.annotation_file, isthing)
+
+    @cached_property
+    def annotation_file(self) -> Path:
+        """The metadata's ``panoptic_json``."""
+        return Path(self.metadata("panoptic_json"))
+
+    @cached_property
+    def root(self) -> Path:
+        """Folder of the segment PNGs."""
+        return require(Path(self.metadata("panoptic_root")), self.dataset_name)
 
     @cached_property
     def dataset_ids(self) -> dict[tuple[bool, int], int]:
         """(is a thing, contiguous id) → the data set's category id."""
-        metadata = MetadataCatalog.get(self.dataset_name)
-        things = metadata.thing_dataset_id_to_contiguous_id
-        stuff = metadata.stuff_dataset_id_to_contiguous_id
+        things = self.metadata("thing_dataset_id_to_contiguous_id")
+        stuff = self.metadata("stuff_dataset_id_to_contiguous_id")
         # Where stuff's map repeats the things (Mask2Former's ADE20K), both give the same answer.
         return {(True, v): k for k, v in things.items()} | {(False, v): k for k, v in stuff.items()}
 
-    def measure(self, item: Mapping, output: Mapping) -> ImageCounts:
+    def prepare(self) -> None:
+        """Read the annotation file."""
+        _ = self.ground_truth, self.root
+
+    def measure(self, item: Mapping, output: Mapping) -> ImageRecord:
         """Match one image's segments; see ``match_segments``."""
         ids, segments = self.needed(output, "panoptic_seg", "MODEL.MASK_FORMER.TEST.PANOPTIC_ON")
-        image_id = item["image_id"]
-        annotation = self.ground_truth.annotations.get(image_id)
+        key = image_key(item)
+        annotation = self.ground_truth.annotations.get(str(key))
         if annotation is None:
-            raise KeyError(
-                f"image {image_id!r} is not in the panoptic annotation of {self.dataset_name!r}"
+            raise ValueError(
+                f"image {key!r} is not in the panoptic annotation of {self.dataset_name!r}, "
+                f"{self.annotation_file}"
             )
-        root = Path(MetadataCatalog.get(self.dataset_name).panoptic_root)
         predicted = [{"id": s["id"], "category_id": self._dataset_id(s)} for s in segments]
-        return match_segments(
-            read_panoptic(root / annotation["file_name"]),
-            annotation["segments_info"],
-            ids.cpu().numpy(),
-            predicted,
+        prediction = ids.cpu().numpy()
+        truth = read_panoptic(
+            self.root / annotation["file_name"], picture_size(item, prediction.shape)
         )
+        matches = match_segments(truth, annotation["segments_info"], prediction, predicted)
+        return ImageRecord(matches.counts, contradiction(annotation["segments_info"], matches))
 
     def _dataset_id(self, segment: Mapping) -> int:
         key = (bool(segment["isthing"]), int(segment["category_id"]))
@@ -91,8 +126,14 @@ class PanopticEvaluator(ImageEvaluator[ImageCounts]):
             )
         return self.dataset_ids[key]
 
-    def summarise(self, records: Mapping[Hashable, ImageCounts]) -> Results:
+    def summarise(self, records: Mapping[Hashable, ImageRecord]) -> Results:
         """PQ, SQ, RQ of all classes, and of things (``_th``) and stuff (``_st``) alone."""
+        wrong = [f"image {k}: {r.contradiction}" for k, r in records.items() if r.contradiction]
+        if wrong:
+            tell_once(
+                f"data set {self.dataset_name!r}: {self.annotation_file} contradicts the pixels of "
+                f"{len(wrong)} images, which count; the first, {wrong[0]}"
+            )
         isthing = self.ground_truth.isthing
         metrics: Metrics = {}
         groups = {
@@ -100,21 +141,36 @@ class PanopticEvaluator(ImageEvaluator[ImageCounts]):
             "_th": {c for c, thing in isthing.items() if thing},
             "_st": {c for c, thing in isthing.items() if not thing},
         }
+        images = [record.counts for record in records.values()]
         for suffix, categories in groups.items():
-            metrics |= {
-                name + suffix: value
-                for name, value in panoptic_quality(records.values(), categories).items()
-            }
+            quality = panoptic_quality(images, categories)
+            metrics |= {name + suffix: value for name, value in quality.items()}
         return {"panoptic_seg": metrics}
 
 
-def read_panoptic(path: Path) -> np.ndarray:
-    """Read a panoptic PNG: (H, W) int64 segment ids, red + 256 green + 65536 blue; 0 is void."""
-    with Image.open(path) as image:
-        rgb = np.asarray(image)
-    if rgb.ndim != 3:
-        raise ValueError(f"{path} must be a colour PNG with segment ids, got shape {rgb.shape}")
+def read_panoptic(path: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """Read a panoptic PNG: (H, W) int64 segment ids, red + 256 green + 65536 blue; 0 is void.
+
+    Args:
+        path: the PNG.
+        size: (H, W) of its image.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no image, not of colours, or of another size.
+    """
+    rgb = read_label_map(path, size, colours=True)
     return rgb[..., :3].astype(np.int64) @ np.array([1, 256, 65536])
+
+
+def contradiction(segments: Sequence[Mapping], matches: Matches) -> str | None:
+    """What an annotation says of its segments that their pixels do not, the first of it."""
+    for segment, pixels in zip(segments, matches.areas.tolist(), strict=True):
+        if not pixels:
+            return f"segment {segment['id']} has no pixels"
+        if segment.get("area") not in (None, pixels):
+            return f"segment {segment['id']} has {pixels} pixels, not {segment['area']!r:.40}"
+    return f"{matches.unlisted} pixels are of no listed segment" if matches.unlisted else None
 
 
 def match_segments(
@@ -122,21 +178,23 @@ def match_segments(
     truth_segments: Sequence[Mapping],
     prediction: np.ndarray,
     predicted_segments: Sequence[Mapping],
-) -> ImageCounts:
+) -> Matches:
     """Match the segments of one image by COCO's rules.
 
     A pair of one class matches where its IoU exceeds 0.5, the union without the prediction's void
-    pixels; crowd segments never match and are never missed. An unmatched prediction that lies to
-    more than half in void or in a crowd of its class is no false positive.
+    pixels; crowd segments never match and are never missed, nor are segments without pixels. An
+    unmatched prediction that lies to more than half in void or in a crowd of its class is no false
+    positive.
 
     Args:
         truth: (H, W) segment ids of the annotation, 0 is void.
-        truth_segments: its segments: id, category_id, area, iscrowd.
+        truth_segments: its segments: id, category_id, iscrowd.
         prediction: (H, W) segment ids of the prediction, 0 is void.
         predicted_segments: its segments: id, category_id.
 
     Returns:
-        The counts of each class that occurs; IoUs in no particular order.
+        The counts of each class that occurs, IoUs in no particular order, and what the annotated
+        map holds.
 
     Raises:
         ValueError: the maps differ in size, or the predicted map and its segments in their ids.
@@ -161,10 +219,10 @@ def match_segments(
     truth_classes = _column(truth_segments, "category_id")
     classes = _column(predicted_segments, "category_id")
     crowd = _column(truth_segments, "iscrowd").astype(bool)
-    truth_areas = _column(truth_segments, "area")
+    truth_areas = overlap[1:-1].sum(1)
     union = areas + truth_areas[:, None] - inside - in_void
     same_class = truth_classes[:, None] == classes
-    # Where nothing overlaps the union may be 0 (an annotated area of 0), and IoU is 0.
+    # A segment without pixels and a prediction in void alone have no union; their IoU is 0.
     iou = np.divide(inside, union, out=np.zeros(inside.shape), where=inside > 0)
     matches = same_class & ~crowd[:, None] & (iou > 0.5)
 
@@ -182,11 +240,11 @@ def match_segments(
 
     for row, column in zip(*np.nonzero(matches), strict=True):
         of(classes[column]).ious.append(float(iou[row, column]))
-    for category in truth_classes[~matches.any(1) & ~crowd]:
+    for category in truth_classes[~matches.any(1) & ~crowd & (truth_areas > 0)]:
         of(category).false_negatives += 1
     for category in classes[~matches.any(0) & (ignored / areas <= 0.5)]:
         of(category).false_positives += 1
-    return counts
+    return Matches(counts, truth_areas, int(overlap[-1].sum()))
 
 
 def panoptic_quality(images: Iterable[ImageCounts], categories: set[int]) -> Metrics:

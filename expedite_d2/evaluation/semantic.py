@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from expedite_d2.d2 import DatasetCatalog, MetadataCatalog
-from expedite_d2.evaluation.evaluator import ImageEvaluator, Metrics, Results, percent
+from expedite_d2.data.mappers import read_label_map
+from expedite_d2.evaluation.evaluator import (
+    ImageEvaluator,
+    Metrics,
+    Results,
+    image_key,
+    percent,
+    picture_size,
+)
 from expedite_d2.evaluation.panoptic import read_panoptic
 
 
@@ -36,7 +43,7 @@ class SemanticEvaluator(ImageEvaluator[Confusion]):
     @cached_property
     def classes(self) -> int:
         """Number of classes of the data set."""
-        return len(MetadataCatalog.get(self.dataset_name).stuff_classes)
+        return len(self.metadata("stuff_classes"))
 
     @cached_property
     def ignore_label(self) -> int:
@@ -48,6 +55,10 @@ class SemanticEvaluator(ImageEvaluator[Confusion]):
         """The data set by image file: Detectron2's test mapper drops ``sem_seg_file_name``."""
         return {item["file_name"]: item for item in DatasetCatalog.get(self.dataset_name)}
 
+    def prepare(self) -> None:
+        """See that the number of classes is known."""
+        _ = self.classes
+
     def measure(self, item: Mapping, output: Mapping) -> Confusion:
         """Confusion of one image: labels against the most probable class of each pixel."""
         scores = self.needed(output, "sem_seg", "MODEL.MASK_FORMER.TEST.SEMANTIC_ON")
@@ -57,36 +68,45 @@ class SemanticEvaluator(ImageEvaluator[Confusion]):
                 f"got {scores.shape[0]}"
             )
         prediction = scores.argmax(0).cpu().numpy().astype(np.int64)
-        truth = self.labels(item)
+        truth = self.labels(item, picture_size(item, prediction.shape))
         if truth.shape != prediction.shape:
             raise ValueError(
                 f"sem_seg must have the annotation's size {truth.shape}, got {prediction.shape}"
             )
         valid = truth != self.ignore_label
         labels = truth[valid]
-        if labels.size and labels.max() >= self.classes:
+        if labels.size and not 0 <= labels.min() <= labels.max() < self.classes:
+            wrong = labels[(labels < 0) | (labels >= self.classes)][0]
             raise ValueError(
-                f"labels of {item['file_name']} must be below {self.classes} or "
-                f"{self.ignore_label} (ignored), got {labels.max()}"
+                f"labels of {image_key(item)} must be below {self.classes} or "
+                f"{self.ignore_label} (ignored), got {wrong}"
             )
         pixels = np.bincount(labels * self.classes + prediction[valid])
         cells = np.flatnonzero(pixels)
         return Confusion(cells, pixels[cells])
 
-    def labels(self, item: Mapping) -> np.ndarray:
-        """(H, W) int64 labels of an image."""
+    def labels(self, item: Mapping, size: tuple[int, int]) -> np.ndarray:
+        """(H, W) int64 labels of an image.
+
+        Args:
+            item: dataset dict.
+            size: (H, W) of the image.
+
+        Raises:
+            FileNotFoundError: there are no labels.
+            ValueError: a file that is no map of labels of this size.
+        """
         source = item
         if "sem_seg_file_name" not in item and "pan_seg_file_name" not in item:
             source = self.catalog.get(item["file_name"], item)
         path = source.get("sem_seg_file_name")
         if path is not None and Path(path).is_file():
-            with Image.open(path) as image:
-                return np.asarray(image).astype(np.int64)
+            return read_label_map(path, size).astype(np.int64)
         if "pan_seg_file_name" not in source:
             raise FileNotFoundError(
                 f"no semantic ground truth of {item['file_name']}: sem_seg_file_name is {path}"
             )
-        ids = read_panoptic(Path(source["pan_seg_file_name"]))
+        ids = read_panoptic(source["pan_seg_file_name"], size)
         labels = np.full(ids.shape, self.ignore_label, dtype=np.int64)
         for segment in source["segments_info"]:
             labels[ids == segment["id"]] = segment["category_id"]

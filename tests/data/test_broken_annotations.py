@@ -47,17 +47,17 @@ def no_list(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("image_id"), "an entry lacks 'image_id'"),
-        (without("segments_info"), "an entry lacks 'segments_info'"),
-        (without("id", "images"), "an entry lacks 'id'"),
-        (segments_without("id"), "an entry lacks 'id'"),
-        (segments_without("category_id"), "an entry lacks 'category_id'"),
-        (no_list, "an entry is malformed"),
+        (without("image_id"), r"annotations\[0\]: lacks 'image_id'"),
+        (without("segments_info"), r"annotations\[0\] \(image_id 1\): it lacks 'segments_info'"),
+        (without("id", "images"), r"images\[0\]: lacks 'id'"),
+        (segments_without("id"), r"annotations\[0\] .*: segments_info\[0\]: lacks 'id'"),
+        (segments_without("category_id"), r"segments_info\[0\] \(id 70000\): lacks 'category_id'"),
+        (no_list, "'annotations' must be a list, got {'a': 1}"),
     ],
 )
 def test_panoptic_json(ade20k: Path, change: Change, message: str) -> None:
     change_json(ade20k / "ADEChallengeData2016/ade20k_panoptic_val.json", change)
-    match = f"'ade20k_panoptic_val': .*panoptic_val.json is not a COCO file: {message}"
+    match = f"'ade20k_panoptic_val': .*panoptic_val.json is not a COCO file: .*{message}"
     with pytest.raises(ValueError, match=match):
         DatasetCatalog.get("ade20k_panoptic_val")
 
@@ -65,9 +65,9 @@ def test_panoptic_json(ade20k: Path, change: Change, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("segmentation"), "an entry lacks 'segmentation'"),
-        (without("height", "images"), "an entry lacks 'height'"),
-        (lambda content: content.pop("images"), "an entry lacks 'images'"),
+        (without("segmentation"), r"annotations\[0\] \(id 1\): lacks 'segmentation'"),
+        (without("height", "images"), r"images\[0\] \(id 1\): lacks 'height'"),
+        (lambda content: content.pop("images"), "it lacks 'images'"),
     ],
 )
 def test_instance_json(ade20k: Path, change: Change, message: str) -> None:

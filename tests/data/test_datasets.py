@@ -11,7 +11,8 @@ import pytest
 from expedite_d2.d2 import DatasetCatalog, MetadataCatalog
 from expedite_d2.data.categories import ADE20K, COCO_PANOPTIC, class_colours
 from expedite_d2.data.coco import register_coco
-from expedite_d2.data.coco_format import XYWH_ABS, datasets_root
+from expedite_d2.data.coco_format import XYWH_ABS
+from expedite_d2.data.dataset_files import datasets_root
 
 
 def test_categories() -> None:

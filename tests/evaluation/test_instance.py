@@ -136,6 +136,5 @@ def test_evaluator_names_what_is_wrong(evaluator):
     with pytest.raises(ValueError, match="no thing class 5"):
         evaluate(evaluator, output((SQUARE, 0.9, 5)))
     evaluator.reset()
-    evaluator.process([{"image_id": 44}], [output()])
-    with pytest.raises(KeyError, match="image 44 is not in the instance annotation"):
-        evaluator.evaluate()
+    with pytest.raises(ValueError, match="image 44 is not in the instance annotation of .*json"):
+        evaluator.process([{"image_id": 44}], [output()])

@@ -34,10 +34,10 @@ def test_match_counts_hits_misses_and_false_positives_by_hand():
     prediction = np.array([[1, 1, 1, 1, 2, 2, 1, 2, 3, 3]])
     counts = match_segments(
         truth,
-        [segment(7, 1, 6), segment(900, 2, 2)],
+        [segment(7, 1), segment(900, 2)],
         prediction,
         [segment(1, 1), segment(2, 1), segment(3, 3)],
-    )
+    ).counts
     # Segment 1: 4 common pixels, 5 + 6 - 4 - 1 void = 6 in the union.
     assert counts[1].ious == [4 / 6]
     # Segment 2: a third of it is void, so it is a false positive.
@@ -54,8 +54,8 @@ def test_match_needs_more_than_half_the_union():
     truth = np.array([[5, 5, 5, 6]])
     prediction = np.array([[1, 1, 2, 2]])
     counts = match_segments(
-        truth, [segment(5, 1, 3), segment(6, 2, 1)], prediction, [segment(1, 1), segment(2, 2)]
-    )
+        truth, [segment(5, 1), segment(6, 2)], prediction, [segment(1, 1), segment(2, 2)]
+    ).counts
     assert counts[1].ious == [2 / 3]
     # Exactly one half is no match.
     assert (counts[2].ious, counts[2].false_positives, counts[2].false_negatives) == ([], 1, 1)
@@ -66,10 +66,10 @@ def test_prediction_mostly_in_void_or_crowd_is_ignored():
     prediction = np.array([[1, 1, 1, 1, 2, 2, 2, 3]])
     counts = match_segments(
         truth,
-        [segment(8, 1, 3, crowd=1), segment(9, 2, 2)],
+        [segment(8, 1, crowd=1), segment(9, 2)],
         prediction,
         [segment(1, 2), segment(2, 1), segment(3, 1)],
-    )
+    ).counts
     # 1: three quarters void. 2: two thirds in the crowd of its class. 3: outside of both.
     assert 1 in counts and counts[1].false_positives == 1
     assert counts[1].false_negatives == 0, "a crowd is never missed"
@@ -132,7 +132,7 @@ def test_quality_equals_panopticapi_on_random_maps(tmp_path):
     counts, pairs = [], []
     for index in range(40):
         truth, truth_segments, prediction, predicted = random_case(rng)
-        counts.append(match_segments(truth, truth_segments, prediction, predicted))
+        counts.append(match_segments(truth, truth_segments, prediction, predicted).counts)
         name = f"{index}.png"
         for folder, ids in (("truth", truth), ("prediction", prediction)):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -211,7 +211,7 @@ def test_evaluator_names_what_is_wrong(dataset):
     evaluator = PanopticEvaluator(dataset)
     with pytest.raises(KeyError, match="'panoptic_seg' in the model's output.*PANOPTIC_ON"):
         evaluator.process([{"image_id": 5}], [{"sem_seg": None}])
-    with pytest.raises(KeyError, match="image 6 is not in the panoptic annotation"):
+    with pytest.raises(ValueError, match="image 6 is not in the panoptic annotation of .*json"):
         evaluator.process([{"image_id": 6}], [output([[0]])])
     with pytest.raises(ValueError, match="no stuff class 9"):
         evaluator.process([{"image_id": 5}], [output([[1]], (1, 9, False))])

@@ -67,7 +67,7 @@ def test_evaluator_paints_labels_from_the_panoptic_annotation(tmp_path, new_data
         "segments_info": [{"id": 5, "category_id": 2}, {"id": 300, "category_id": 0}],
     }
     evaluator = SemanticEvaluator(new_dataset([item], stuff_classes=CLASSES))
-    assert evaluator.labels(item).tolist() == [[2, 0, 255, 2]]
+    assert evaluator.labels(item, (1, 4)).tolist() == [[2, 0, 255, 2]]
 
 
 def test_evaluator_names_what_is_wrong(labelled):
@@ -77,8 +77,9 @@ def test_evaluator_names_what_is_wrong(labelled):
         evaluator.process([item], [{}])
     with pytest.raises(ValueError, match="the 3 classes.*got 4"):
         evaluator.process([item], [{"sem_seg": torch.zeros(4, 1, 4)}])
+    sized = {**item, "height": 1, "width": 4}
     with pytest.raises(ValueError, match=r"size \(1, 4\), got \(2, 4\)"):
-        evaluator.process([item], [{"sem_seg": torch.zeros(3, 2, 4)}])
+        evaluator.process([sized], [{"sem_seg": torch.zeros(3, 2, 4)}])
     with pytest.raises(FileNotFoundError, match="no semantic ground truth of unknown.jpg"):
         evaluator.process([{"file_name": "unknown.jpg"}], [scores([[0]])])
 

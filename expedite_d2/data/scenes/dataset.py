@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from expedite_d2.data.categories import Category
-from expedite_d2.data.coco_format import Entry, load_panoptic, panoptic_metadata, register
+from expedite_d2.data.coco_fields import Entry
+from expedite_d2.data.coco_format import load_panoptic, panoptic_metadata, register
 from expedite_d2.data.scenes.writer import (
     CATEGORIES,
     SPLITS,

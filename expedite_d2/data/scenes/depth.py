@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from expedite_d2.d2 import DatasetCatalog
-from expedite_d2.data.coco_format import Entry, register
+from expedite_d2.data.coco_fields import Entry
+from expedite_d2.data.coco_format import register
 from expedite_d2.data.scenes.writer import SPLITS
 
 _METADATA: dict[str, Any] = {
