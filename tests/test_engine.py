@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from expedite_d2.checkpoint import load_weights
 from expedite_d2.checkpoint.export import export
 from expedite_d2.d2 import PROVIDER, build_model
 from expedite_d2.engine import do_test, do_train
+from expedite_d2.files import replacing
 
 if PROVIDER == "detectron2":
     pytestmark = pytest.mark.detectron2
@@ -73,7 +75,12 @@ def test_resumed_training_is_the_run_it_would_have_been(
     whole: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     train_in_part(tmp_path)
-    (tmp_path / ".model_0000003.pth-part").mkdir()  # as a kill in the middle of saving leaves it
+    # As a kill in the middle of saving leaves it.
+    (tmp_path / "x").mkdir()
+    with replacing(tmp_path / "x" / "model_0000003.pth") as partial:
+        partial.write_bytes(b"half")
+        shutil.copytree(partial.parent, tmp_path / partial.parent.name)
+    shutil.rmtree(tmp_path / "x")
     resumed = train(make_cfg(tmp_path), resume=True)
     assert len(resumed["images"]) == 1
     assert not list(tmp_path.glob(".*"))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import os
 import pickle
 import re
-import shutil
 import socket
 import zipfile
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -23,7 +22,7 @@ import torch.multiprocessing as mp
 from expedite_d2.d2 import provider
 from expedite_d2.d2.logger import setup_logger
 from expedite_d2.d2.provider import CfgNode, comm
-from expedite_d2.files import replacing
+from expedite_d2.files import remove_leftovers, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -257,8 +256,7 @@ class DetectionCheckpointer(provider.DetectionCheckpointer):
         logger.info("saving checkpoint %s", path)
         os.makedirs(self.save_dir, exist_ok=True)
         # A run that is killed while it writes a checkpoint leaves the part behind.
-        for part in Path(self.save_dir).glob(f".{name.rpartition('_')[0]}_*.pth-*"):
-            shutil.rmtree(part, ignore_errors=True)
+        remove_leftovers(self.save_dir, f"{glob.escape(name.rpartition('_')[0])}_*.pth")
         with replacing(path) as partial:
             torch.save({"model": self.model.state_dict(), **states, **kwargs}, partial)
         self.tag_last_checkpoint(f"{name}.pth")
