@@ -29,7 +29,7 @@ def scale_invariant_loss(prediction: Tensor, truth: Tensor, weight: float) -> Te
     count = valid.sum().clamp(min=1)
     mean = difference.sum() / count
     error = difference.square().sum() / count - weight * mean.square()
-    return 10 * (error.clamp(min=0) + _TINY).sqrt()
+    return 10 * (error.clamp(min=0) + _TINY).sqrt() * valid.any()
 
 
 def gradient_loss(prediction: Tensor, truth: Tensor, scales: int = 4) -> Tensor:

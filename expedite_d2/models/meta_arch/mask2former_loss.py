@@ -102,22 +102,48 @@ def prepare_targets(
         masks: of each image (N, H, W) float32; labels: of each image (N,) int64.
 
     Raises:
-        ValueError: an image without ``"instances"``, or an object of no class.
+        ValueError: an image without ``"instances"``, masks that are no bitmaps, or an object of no
+            class.
     """
     masks, labels = [], []
     for inputs in batched_inputs:
-        if "instances" not in inputs:
-            raise ValueError(
-                "training needs inputs with 'instances' (gt_classes and gt_masks), got the keys "
-                f"{sorted(inputs)}"
-            )
-        instances = inputs["instances"]
-        _check_labels(instances.gt_classes, num_classes, inputs)
-        mask = getattr(instances.gt_masks, "tensor", instances.gt_masks).to(device)
+        mask, classes = instance_targets(inputs, device)
+        # Where the mapper has left them: on a GPU, looking at them would wait for it.
+        _check_labels(inputs["instances"].gt_classes, num_classes, inputs)
         height, width = mask.shape[-2:]
         masks.append(F.pad(mask.float(), (0, size[1] - width, 0, size[0] - height)))
-        labels.append(instances.gt_classes.to(device=device, dtype=torch.int64))
+        labels.append(classes)
     return masks, labels
+
+
+def instance_targets(inputs: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Masks (N, h, w), bool or 0 and 1, and classes (N,) int64 of one image's objects.
+
+    Args:
+        inputs: a dict with ``"instances"``: ``gt_classes`` (N,) and ``gt_masks`` (N, h, w), a
+            tensor or BitMasks. Without objects there need be no masks, as Detectron2's mapper
+            makes none.
+        device: where the targets go.
+
+    Raises:
+        ValueError: no ``"instances"``, or masks that are missing or polygons.
+    """
+    if "instances" not in inputs:
+        raise ValueError(
+            "training needs inputs with 'instances' (gt_classes and gt_masks), got the keys "
+            f"{sorted(inputs)}"
+        )
+    instances = inputs["instances"]
+    classes = instances.gt_classes.to(device=device, dtype=torch.int64)
+    if not len(classes):
+        return torch.zeros(0, *instances.image_size, dtype=torch.bool, device=device), classes
+    masks = instances.gt_masks if instances.has("gt_masks") else None
+    masks = getattr(masks, "tensor", masks)
+    if not isinstance(masks, Tensor):
+        raise ValueError(
+            "gt_masks must be bitmaps (INPUT.MASK_FORMAT 'bitmask'), got " + type(masks).__name__
+        )
+    return masks.to(device), classes
 
 
 def semantic_loss(

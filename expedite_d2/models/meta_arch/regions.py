@@ -19,6 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou, masks_to_boxes, roi_align
 
 from expedite_d2.d2 import CfgNode, MetadataCatalog, ShapeSpec
+from expedite_d2.models.meta_arch.mask2former_loss import instance_targets
 
 # A box of this side belongs to the level of stride 16 (FPN paper, section 4.2).
 CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16
@@ -225,8 +226,7 @@ def ground_truth(
     """The things of each image with the tight boxes of their masks.
 
     Args:
-        batched_inputs: dicts with ``"instances"``: ``gt_classes`` (N,) and ``gt_masks``
-            (N, h, w), a tensor or BitMasks; classes that are not things are left out.
+        batched_inputs: see ``instance_targets``; classes that are not things are left out.
         things: contiguous ids of the thing classes.
         device: where the result goes.
 
@@ -236,20 +236,7 @@ def ground_truth(
     table = torch.tensor(things, dtype=torch.int64, device=device)
     truths = []
     for inputs in batched_inputs:
-        if "instances" not in inputs:
-            raise ValueError(
-                "training needs inputs with 'instances' (gt_classes and gt_masks), got the keys "
-                f"{sorted(inputs)}"
-            )
-        instances = inputs["instances"]
-        masks = getattr(instances.gt_masks, "tensor", instances.gt_masks)
-        if not isinstance(masks, Tensor):
-            raise ValueError(
-                "gt_masks must be bitmaps (INPUT.MASK_FORMAT 'bitmask'), got "
-                f"{type(masks).__name__}"
-            )
-        masks = masks.to(device)
-        classes = instances.gt_classes.to(device=device, dtype=torch.int64)
+        masks, classes = instance_targets(inputs, device)
         keep = torch.isin(classes, table) & masks.flatten(1).any(1)
         masks, classes = masks[keep], classes[keep]
         # torchvision names the last pixel inside, a box the first one outside.
