@@ -16,24 +16,26 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 
 from expedite_d2.config import cli, load_config
 from expedite_d2.d2 import CfgNode, MetadataCatalog
 from expedite_d2.data.depth import DEPTH_MAPPER_NAME, network_size, resize_image
-from expedite_d2.data.mappers import shortest_edge_size, to_tensor
+from expedite_d2.data.images import open_image
+from expedite_d2.data.mappers import read_image, resize_shortest_edge, to_tensor
 from expedite_d2.engine import build_trained_model
-from expedite_d2.files import replacing
+from expedite_d2.files import fitting_name, written
 from expedite_d2.visualize import draw_predictions, prediction_of
 
-__all__ = ["find_images", "output_names", "predict_image", "read_image"]
+__all__ = ["find_images", "output_names", "predict_image"]
 
 # What is looked for in a folder; a file that is named is read whatever its name.
 _SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
@@ -53,30 +55,39 @@ def find_images(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
     found: dict[str, Path] = {}
     problems = []
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            files = sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in _SUFFIXES
-                and not file.name.startswith(".")
-                and file.is_file()
-            )
-            missing = f"{text} is a folder without images"
-        elif path.exists():
-            # Before patterns: a file may well be called "photo[1].jpg".
-            files, missing = [path], ""
-        elif glob.has_magic(text):
-            matches = sorted(glob.glob(text, recursive=True))
-            files = [Path(match) for match in matches if os.path.isfile(match)]
-            missing = f"no file matches {text}"
-        else:
-            files, missing = [], f"{text} does not exist"
+        files, missing = _resolve(text)
         if not files:
             problems.append(missing)
         for file in files:
             found.setdefault(os.path.abspath(file), file)
     return list(found.values()), problems
+
+
+def _resolve(text: str) -> tuple[list[Path], str]:
+    """The files of one input, and what to say where there are none."""
+    # os.path takes any text; a Path whose name is too long is an error in each of its questions.
+    if os.path.isdir(text):
+        try:
+            inside = [Path(text, name) for name in sorted(os.listdir(text))]
+        except OSError as error:
+            return [], f"folder {text} cannot be read: {error.strerror}"
+        files = [
+            file
+            for file in inside
+            if file.suffix.lower() in _SUFFIXES
+            and not file.name.startswith(".")
+            and os.path.isfile(file)
+        ]
+        return files, f"{text} is a folder without images"
+    # Before patterns: a file may well be called "photo[1].jpg".
+    if os.path.exists(text):
+        return [Path(text)], ""
+    if glob.has_magic(text):
+        matches = sorted(glob.glob(text, recursive=True))
+        return [
+            Path(match) for match in matches if os.path.isfile(match)
+        ], f"no file matches {text}"
+    return [], f"{text} does not exist"
 
 
 def output_names(images: Sequence[Path]) -> list[str]:
@@ -86,7 +97,8 @@ def output_names(images: Sequence[Path]) -> list[str]:
         images: Different files.
 
     Returns:
-        As many names, all different even where case does not count.
+        As many names, all different even where case does not count, and none too long for a file:
+        see ``fitting_name``.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, image in enumerate(images):
@@ -96,7 +108,7 @@ def output_names(images: Sequence[Path]) -> list[str]:
     # Unique stems first: they keep their plain names whatever the others need.
     for members in sorted(groups.values(), key=len):
         for spelling in (_stem, _folder_and_stem, _folder_and_name):
-            spelled = [spelling(images[index]) for index in members]
+            spelled = [_name(spelling(images[index])) for index in members]
             folded = {name.casefold() for name in spelled}
             if len(folded) == len(members) and not folded & taken:
                 break
@@ -104,7 +116,11 @@ def output_names(images: Sequence[Path]) -> list[str]:
             spelled = _numbered(images[members[0]].stem, len(members), taken)
         taken.update(name.casefold() for name in spelled)
         names.update(zip(members, spelled, strict=True))
-    return [f"{names[index]}.png" for index in range(len(images))]
+    return [names[index] for index in range(len(images))]
+
+
+def _name(stem: str) -> str:
+    return fitting_name(stem, ".png")
 
 
 def _stem(path: Path) -> str:
@@ -124,47 +140,10 @@ def _numbered(stem: str, count: int, taken: set[str]) -> list[str]:
     number = 0
     while len(names) < count:
         number += 1
-        if f"{stem}_{number}".casefold() not in taken:
-            names.append(f"{stem}_{number}")
+        name = _name(f"{stem}_{number}")
+        if name.casefold() not in taken:
+            names.append(name)
     return names
-
-
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read any image that Pillow knows as 8-bit RGB, upright.
-
-    The camera's orientation is applied, transparency laid over white, 16-bit grey scaled from its
-    full range, and other deep grey images from the range of values they hold.
-
-    Args:
-        path: The file.
-
-    Returns:
-        (H, W, 3) uint8.
-
-    Raises:
-        ValueError: the file is not an image, or a broken one; the message names it.
-    """
-    try:
-        with Image.open(path) as opened:
-            return np.array(_to_rgb(ImageOps.exif_transpose(opened)))
-    except UnidentifiedImageError:
-        raise ValueError(f"cannot read {path}: not an image file") from None
-    except Exception as error:  # Pillow's decoders meet broken files with errors of every kind
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        span = max(float(np.ptp(values)), np.finfo(np.float64).tiny)
-        scaled = np.round(255 * (values - values.min()) / span)
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
 
 
 def predict_image(model: nn.Module, cfg: CfgNode, image: np.ndarray) -> dict[str, Any]:
@@ -184,12 +163,7 @@ def predict_image(model: nn.Module, cfg: CfgNode, image: np.ndarray) -> dict[str
     if cfg.INPUT.DATASET_MAPPER_NAME == DEPTH_MAPPER_NAME:
         pixels = resize_image(image, network_size(height, width, cfg.MODEL.DPT.TEST_SIZE))
     elif cfg.INPUT.MIN_SIZE_TEST > 0:
-        rows, columns = shortest_edge_size(
-            height, width, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-        )
-        # A very narrow image must not vanish when its length is cut to the limit.
-        size = (max(columns, 1), max(rows, 1))
-        pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        pixels = resize_shortest_edge(image, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     if cfg.INPUT.FORMAT == "BGR":
         pixels = pixels[..., ::-1]
     tensor = to_tensor(pixels)
@@ -230,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{drawn} of {len(images)} pictures written to {folder}")
     failed = len(problems) + len(images) - drawn
     if failed:
-        raise ValueError(f"{failed} of the inputs could not be read, as told above")
+        raise ValueError(f"{failed} of the inputs could not be read or drawn, as told above")
 
 
 def _draw_all(
@@ -239,23 +213,29 @@ def _draw_all(
     images: Sequence[Path],
     targets: Sequence[Path],
 ) -> int:
-    """Predict and draw image by image; report unreadable ones and go on. How many were drawn."""
+    """Predict and draw image by image; how many were drawn.
+
+    An image that cannot be read, and a picture that cannot be written, costs only itself.
+    """
     drawn = 0
     for source, target in tqdm(
         list(zip(images, targets, strict=True)), desc="predicting", unit="image"
     ):
         try:
             image = read_image(source)
-        except ValueError as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            _report(str(error))
             continue
         (picture,) = draw_predictions(image, [prediction_of(predict(image))], metadata)
         mark = PngImagePlugin.PngInfo()
         mark.add_text("Software", _SOFTWARE)
-        with replacing(target) as partial:
-            Image.fromarray(picture).save(partial, format="PNG", pnginfo=mark)
-        drawn += 1
+        save = partial(Image.fromarray(picture).save, format="PNG", pnginfo=mark)
+        drawn += written(target, save, _report)
     return drawn
+
+
+def _report(sentence: str) -> None:
+    tqdm.write(f"error: {sentence}", file=sys.stderr)
 
 
 def _check_targets(
@@ -264,14 +244,14 @@ def _check_targets(
     """Refuse, before any work, to write over anything but this command's own earlier pictures."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output must be a folder, {folder} is a file")
-    if any(Path(text).is_dir() and _same(Path(text), folder) for text in inputs):
+    if any(os.path.isdir(text) and _same(Path(text), folder) for text in inputs):
         raise ValueError(
             f"--output must be another folder than --input: {folder} would hold both images and "
             "pictures drawn from them"
         )
     sources = {(status.st_dev, status.st_ino) for status in (image.stat() for image in images)}
     for target in targets:
-        if not target.exists():
+        if not os.path.exists(target):
             continue
         status = target.stat()
         if (status.st_dev, status.st_ino) in sources:
@@ -289,9 +269,9 @@ def _same(first: Path, second: Path) -> bool:
 
 def _is_ours(path: Path) -> bool:
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             return picture.info.get("Software") == _SOFTWARE
-    except OSError:
+    except (ValueError, OSError):
         return False
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import os
+import pydoc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 
 from expedite_d2.config import load_config
-from expedite_d2.predict import find_images, main, output_names, predict_image, read_image
+from expedite_d2.predict import find_images, main, output_names, predict_image
 
 TINY = """
 MODEL:
@@ -102,44 +105,6 @@ def test_output_names_are_distinct(images: list[str], names: list[str]) -> None:
     assert output_names([Path(image) for image in images]) == names
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK"])
-def test_read_image_of_any_mode(mode: str, tmp_path: Path) -> None:
-    path = save(tmp_path / ("x.jpg" if mode == "CMYK" else "x.png"), mode=mode)
-    image = read_image(path)
-    assert image.shape == (30, 40, 3) and image.dtype == np.uint8
-
-
-def test_read_image_scales_16_bits(tmp_path: Path) -> None:
-    values = np.array([[0, 257, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "x.png")
-    assert read_image(tmp_path / "x.png")[0, :, 0].tolist() == [0, 1, 255]
-
-
-def test_read_image_stretches_floats(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32)).save(tmp_path / "x.tif")
-    assert read_image(tmp_path / "x.tif")[0, :, 1].tolist() == [0, 128, 255]
-
-
-def test_read_image_lays_transparency_over_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "x.png")
-    assert (read_image(tmp_path / "x.png") == 255).all()
-
-
-def test_read_image_turns_a_camera_image_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 30)).save(tmp_path / "x.jpg", exif=exif)
-    assert read_image(tmp_path / "x.jpg").shape == (40, 30, 3)
-
-
-@pytest.mark.parametrize("content", [b"", b"text", None], ids=["empty", "text", "truncated"])
-def test_read_image_names_a_broken_file(content: bytes | None, tmp_path: Path) -> None:
-    path = save(tmp_path / "x.png")
-    path.write_bytes(path.read_bytes()[:200] if content is None else content)
-    with pytest.raises(ValueError, match="cannot read .*x.png"):
-        read_image(path)
-
-
 @pytest.mark.parametrize("image_format, first", [("RGB", 0), ("BGR", 2)])
 def test_predict_image_gives_the_model_what_the_evaluation_would(
     config: str, image_format: str, first: int
@@ -218,10 +183,75 @@ def test_main_goes_on_after_unreadable_images(
     assert failure(config, tmp_path / "out", bad, tmp_path / "gone.png", good) == 2
     assert os.listdir(tmp_path / "out") == ["good.png"]
     printed = capsys.readouterr()
-    assert f"cannot read {bad}" in printed.err and "gone.png does not exist" in printed.err
+    assert f"image {bad} cannot be read" in printed.err and "gone.png does not exist" in printed.err
     assert "2 of the inputs could not be read" in printed.err
     assert "Traceback" not in printed.err
     assert "1 of 2 pictures written" in printed.out
+
+
+@pytest.mark.parametrize(
+    "stem", [251 * "n", 240 * "n", 83 * "日", 125 * "é", 62 * "🙂", os.fsdecode(251 * b"\xff")]
+)
+def test_main_draws_images_with_the_longest_names(stem: str, config: str, tmp_path: Path) -> None:
+    sources = [save(tmp_path / f"{stem}.png"), save(tmp_path / "b" / "x.png")]
+    run(config, tmp_path / "out", tmp_path, sources[1])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{stem}.png", "x.png"}
+
+
+def test_output_names_fit_however_long_the_images_are_called() -> None:
+    stems = [251 * "n", 83 * "日", 250 * "m"]
+    images = [Path(f"{folder}/{stem}{end}") for stem in stems for folder, end in
+              [("a", ".tif"), ("a", ".jpg"), ("b", ".jpg"), ("b", ""), ("x/b", "")]]  # fmt: skip
+    names = output_names(images)
+    assert names == output_names(images) and len({name.casefold() for name in names}) == len(images)
+    assert all(len(os.fsencode(name)) <= 255 and name.endswith(".png") for name in names)
+    # A name of 255 bytes without a suffix leaves no room for one.
+    (name,) = output_names([Path(255 * "n")])
+    assert name.startswith(200 * "n") and name.endswith(".png") and len(name) == 255
+
+
+@pytest.mark.parametrize(
+    "reason", [errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO]
+)
+@pytest.mark.parametrize("where", ["tempfile.mkdtemp", "PIL.Image.Image.save", "os.replace"])
+def test_main_goes_on_after_a_picture_that_cannot_be_written(
+    where: str,
+    reason: int,
+    config: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sources = [save(tmp_path / f"{name}.jpg") for name in "abc"]
+    output = tmp_path / "out"
+    run(config, output, sources[1])
+    before = (output / "b.png").read_bytes()
+    module, _, name = where.rpartition(".")
+    real = getattr(pydoc.locate(module), name)
+    calls = itertools.count()
+
+    def second_fails(*args: object, **kwargs: object) -> object:
+        if next(calls) == 1:
+            raise OSError(reason, os.strerror(reason))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(where, second_fails)
+    assert failure(config, output, *sources) == 2
+    printed = capsys.readouterr()
+    assert f"error: {output / 'b.png'} cannot be written: {os.strerror(reason)}" in printed.err
+    assert "2 of 3 pictures written" in printed.out and "Traceback" not in printed.err
+    assert sorted(os.listdir(output)) == ["a.png", "b.png", "c.png"]
+    assert (output / "b.png").read_bytes() == before
+
+
+def test_main_goes_on_after_inputs_that_cannot_be_looked_up(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, long = save(tmp_path / "good.png"), tmp_path / (300 * "n" + ".png")
+    assert failure(config, tmp_path / "out", long, f"{long}/*.png", good) == 2
+    printed = capsys.readouterr()
+    assert f"{long} does not exist" in printed.err and "no file matches" in printed.err
+    assert os.listdir(tmp_path / "out") == ["good.png"]
 
 
 def test_main_without_any_image_stops_before_building_the_model(

@@ -7,8 +7,9 @@ from expedite_d2.data.build import build_test_loader, build_train_loader
 from expedite_d2.data.cityscapes import register_cityscapes
 from expedite_d2.data.coco import register_coco
 from expedite_d2.data.depth import DepthTestMapper, DepthTrainMapper
+from expedite_d2.data.images import read_image
 from expedite_d2.data.kitti import register_kitti
-from expedite_d2.data.mappers import TestMapper, TrainMapper, read_image
+from expedite_d2.data.mappers import TestMapper, TrainMapper
 from expedite_d2.data.nyuv2 import register_nyuv2
 from expedite_d2.data.pascal_context import register_pascal_context
 from expedite_d2.data.scenes.dataset import register_scenes

@@ -84,7 +84,10 @@ def build_train_loader(cfg: CfgNode, start_iteration: int = 0) -> DataLoader:
     for name in cfg.DATASETS.TRAIN:
         usable = mapper.usable(name, get_dataset(name))
         if not usable:
-            raise ValueError(f"data set {name!r} has no annotated objects to train on")
+            raise ValueError(
+                f"data set {name!r} has no annotated objects to train on, only images that "
+                "DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out"
+            )
         entries += usable
     world = comm.get_world_size()
     batch, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, world)

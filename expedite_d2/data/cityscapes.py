@@ -22,7 +22,7 @@ from expedite_d2.data.coco_format import (
     register,
 )
 from expedite_d2.data.dataset_files import datasets_root, require
-from expedite_d2.data.mappers import image_size, read_label_map
+from expedite_d2.data.images import image_size, read_label_map
 from expedite_d2.data.semantic import register_semantic
 
 _IMAGE_SUFFIX = "_leftImg8bit.png"

@@ -13,12 +13,12 @@ from PIL import Image
 
 from expedite_d2.config_rules import FLIPS, check, check_crop
 from expedite_d2.d2 import CfgNode
+from expedite_d2.data.images import labels_size, read_image, read_labels
 from expedite_d2.data.mappers import (
+    check_image_size,
     crop_size,
-    image_size,
     jitter_colours,
-    read_image,
-    read_labels,
+    require_fields,
     to_tensor,
 )
 
@@ -110,11 +110,15 @@ class DepthTestMapper:
         Returns:
             The entry with "image" (3, h, w) uint8, "height" and "width" of the (cropped) original,
             and with "crop" (top, left, rows, columns) where there was a crop.
+
+        Raises:
+            ValueError: an image that cannot be read, or of another size than its entry or depth.
         """
         image = read_image(entry["file_name"], self.image_format)
+        check_image_size(entry, image.shape[:2])
         if "depth_file_name" in entry:
             # Before the crop: cut to one size, two maps that do not lie over each other would pass.
-            _check_size(entry["depth_file_name"], image_size(entry["depth_file_name"]), image)
+            _check_size(entry["depth_file_name"], labels_size(entry["depth_file_name"]), image)
         sample = dict(entry)
         if "benchmark_crop" in entry:
             size = entry["benchmark_crop"]
@@ -139,17 +143,13 @@ class DepthTrainMapper:
         self.image_format = cfg.INPUT.FORMAT
 
     def usable(self, name: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """All entries.
+        """All entries: how many pixels have a depth shows when its map is read.
 
         Raises:
-            ValueError: the data set has no depth.
+            ValueError: an entry has no depth.
         """
-        for field in ("depth_file_name", "depth_scale"):
-            if field not in entries[0]:
-                raise ValueError(
-                    f"INPUT.DATASET_MAPPER_NAME is {DEPTH_MAPPER_NAME!r}, which needs "
-                    f"{field!r} in the data set; {name!r} has none"
-                )
+        fields = ("depth_file_name", "depth_scale")
+        require_fields(name, entries, fields, f"is {DEPTH_MAPPER_NAME!r}")
         return entries
 
     def __call__(self, entry: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -162,8 +162,12 @@ class DepthTrainMapper:
         Returns:
             "image" (3, h, w) uint8 and "depth" (h, w) float32 in metres, 0 = no measure, beside the
             names that the entry has.
+
+        Raises:
+            ValueError: an image or a depth map that cannot be read, or sizes that differ.
         """
         image = read_image(entry["file_name"], self.image_format)
+        check_image_size(entry, image.shape[:2])
         depth = read_depth(entry["depth_file_name"], entry["depth_scale"])
         _check_size(entry["depth_file_name"], depth.shape, image)
         if "benchmark_crop" in entry:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from expedite_d2.config_rules import check_training_input
 from expedite_d2.d2 import CfgNode, Instances
+from expedite_d2.data.images import is_turned, read_image, read_label_map
 from expedite_d2.data.masks import decode_segmentation
 
 Task = Literal["panoptic", "instance", "semantic"]
+
+logger = logging.getLogger(__name__)
 
 #: Grey that fills a training crop beyond its image, as Detectron2 does.
 PAD_VALUE = 128
@@ -28,84 +31,40 @@ _TASKS: dict[str, Task] = {
     "mask_former_semantic": "semantic",
 }
 #: What an entry must have to be trained on.
-_ANNOTATION: dict[Task, str] = {
-    "panoptic": "pan_seg_file_name",
-    "instance": "annotations",
-    "semantic": "sem_seg_file_name",
+_ANNOTATION: dict[Task, tuple[str, ...]] = {
+    "panoptic": ("pan_seg_file_name", "segments_info"),
+    "instance": ("annotations",),
+    "semantic": ("sem_seg_file_name",),
 }
+#: The list that tells how much there is to learn from; labels of pixels tell it when they are read.
+_OBJECTS: dict[Task, str] = {"panoptic": "segments_info", "instance": "annotations"}
 
 
-def read_image(path: str | Path, image_format: str = "RGB") -> NDArray[np.uint8]:
-    """Reads an image file upright, as (H, W, 3) uint8 in the channel order "RGB" or "BGR".
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file that is not an image, or a truncated one.
-    """
-    pixels = _decode(path, _upright_rgb)
-    return pixels[:, :, ::-1] if image_format == "BGR" else pixels
-
-
-def read_labels(path: str | Path) -> NDArray[Any]:
-    """Reads a label or segment PNG as it is, (H, W) or (H, W, 3)."""
-    return _decode(path, lambda image: image)
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(H, W) of an image file as it is stored, from its header alone.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file that is not an image.
-    """
-    height, width = _decode(path, lambda image: image.size[::-1]).tolist()
-    return height, width
-
-
-def read_label_map(path: str | Path, size: tuple[int, int], colours: bool = False) -> NDArray[Any]:
-    """Reads the labels of an image's pixels.
+def check_image_size(entry: Mapping[str, Any], size: Sequence[int]) -> None:
+    """Compares the size that a data set gives an image with the upright picture's own.
 
     Args:
-        path: a PNG of whole numbers; an image file.
-        size: (H, W) of the image.
-        colours: whether three channels hold a number, as in panoptic PNGs.
-
-    Returns:
-        (H, W), or (H, W, 3 or 4) with `colours`.
+        entry: a dataset dict; "height" and "width" are looked at where it has them.
+        size: (H, W) of the picture as ``read_image`` gives it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not a map of labels, or of another size.
+        ValueError: another size, in which masks and boxes would lie elsewhere.
     """
-    labels = read_labels(path)
-    channels = [(3,), (4,)] if colours else [()]
-    if (
-        labels.shape[:2] != size
-        or labels.shape[2:] not in channels
-        or labels.dtype.kind not in "iu"
-    ):
-        kind = "colours" if colours else "whole numbers"
-        raise ValueError(
-            f"{path} must hold {kind} of {size[0]}x{size[1]} pixels, its image's size, got "
-            f"{labels.dtype} values of shape {labels.shape}"
+    height, width = size
+    told = (entry.get("height", height), entry.get("width", width))
+    if told == (height, width):
+        return
+    path = entry["file_name"]
+    message = (
+        f"image {path} must have the size that its data set gives it, {told[0]}x{told[1]} "
+        f"(height x width), got {height}x{width}"
+    )
+    if told == (width, height) and is_turned(path):
+        message += (
+            ": its orientation tag turns it by 90 degrees, and height, width, masks and boxes must "
+            "be those of the upright picture, not of the stored one"
         )
-    return labels
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    ImageOps.exif_transpose(image, in_place=True)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _decode(path: str | Path, convert: Callable[[Image.Image], Any]) -> NDArray[Any]:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(convert(image))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image {path} not found") from None
-    # A broken PNG is a SyntaxError, an absurd size a DecompressionBombError.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
+    raise ValueError(message)
 
 
 def shortest_edge_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
@@ -138,6 +97,33 @@ def to_tensor(image: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
+def require_fields(
+    name: str, entries: Sequence[Mapping[str, Any]], fields: Sequence[str], reason: str
+) -> None:
+    """Raises a ValueError where entries of a data set lack what the training mapper needs.
+
+    Args:
+        name: of the data set.
+        entries: its dataset dicts.
+        fields: what each of them must have.
+        reason: what ``INPUT.DATASET_MAPPER_NAME`` is, in words.
+    """
+    for field in fields:
+        lacking = [entry for entry in entries if field not in entry]
+        if lacking:
+            whole = len(lacking) == len(entries)
+            found = (
+                f"{name!r} has none"
+                if whole
+                else f"{len(lacking)} of the {len(entries)} images of {name!r} have none, the "
+                f"first {lacking[0].get('file_name')}"
+            )
+            raise ValueError(
+                f"INPUT.DATASET_MAPPER_NAME {reason}, which needs {field!r} in the data set; "
+                f"{found}"
+            )
+
+
 class TestMapper:
     """Reads an image and resizes it by ``INPUT.MIN_SIZE_TEST`` and ``INPUT.MAX_SIZE_TEST``."""
 
@@ -149,9 +135,14 @@ class TestMapper:
         self.longest = cfg.INPUT.MAX_SIZE_TEST
 
     def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """The entry with "image" (3, h, w) uint8, and "height", "width" of the original."""
+        """The entry with "image" (3, h, w) uint8, and "height", "width" of the upright original.
+
+        Raises:
+            ValueError: an image that cannot be read, or of another size than the entry's.
+        """
         image = read_image(entry["file_name"], self.image_format)
         height, width = image.shape[:2]
+        check_image_size(entry, (height, width))
         if self.shortest > 0:
             image = resize_shortest_edge(image, self.shortest, self.longest)
         return {**entry, "image": to_tensor(image), "height": height, "width": width}
@@ -178,22 +169,31 @@ class TrainMapper:
         self.input = cfg.INPUT
         self.image_format = cfg.INPUT.FORMAT
         self.ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        self.filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
 
     def usable(self, name: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The entries that can be trained on: for instances, those that have any.
+        """The entries that are trained on.
+
+        ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` leaves out those without any "annotations"
+        (instance) or "segments_info" (panoptic) but crowds. Semantic labels are no list: images
+        that have none stay, and teach nothing.
 
         Raises:
-            ValueError: the data set has no annotations of this task.
+            ValueError: an entry has no annotation of this task.
         """
-        field = _ANNOTATION[self.task]
-        if field not in entries[0]:
-            raise ValueError(
-                f"INPUT.DATASET_MAPPER_NAME is for {self.task} segmentation, which needs "
-                f"{field!r} in the data set; {name!r} has none"
-            )
-        if self.task != "instance":
+        reason = f"is for {self.task} segmentation"
+        require_fields(name, entries, _ANNOTATION[self.task], reason)
+        if self.task not in _OBJECTS or not self.filter_empty:
             return entries
-        return [e for e in entries if any(not a.get("iscrowd", 0) for a in e["annotations"])]
+        field = _OBJECTS[self.task]
+        kept = [e for e in entries if any(not one.get("iscrowd", 0) for one in e[field])]
+        if len(kept) < len(entries):
+            logger.info(
+                "data set %s: %d of %d images are left out, which have no %s but crowds "
+                "(DATALOADER.FILTER_EMPTY_ANNOTATIONS)",
+                name, len(entries) - len(kept), len(entries), field,
+            )  # fmt: skip
+        return kept
 
     def __call__(self, entry: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """One training sample.
@@ -204,10 +204,15 @@ class TrainMapper:
 
         Returns:
             The entry with "image" (3, h, w) uint8, "instances" with ``gt_classes`` (N,) int64 and
-            ``gt_masks`` (N, h, w) bool, and, but for instances, "sem_seg" (h, w) int64.
+            ``gt_masks`` (N, h, w) bool, and, but for instances, "sem_seg" (h, w) int64. N is 0
+            where nothing that counts is in the crop.
+
+        Raises:
+            ValueError: an image or an annotation that cannot be read, or sizes that differ.
         """
         image = read_image(entry["file_name"], self.image_format)
         height, width = image.shape[:2]
+        check_image_size(entry, (height, width))
         crop = self._draw_crop(height, width, rng)
         if self.task == "semantic":
             whole_map = read_label_map(entry["sem_seg_file_name"], (height, width))
@@ -227,7 +232,7 @@ class TrainMapper:
         if self.input.COLOR_AUG_SSD:
             image = jitter_colours(image, rng)
         image = crop.image(image)
-        visible = masks.reshape(len(masks), -1).any(axis=1)
+        visible = masks.any(axis=(1, 2))
         instances = Instances(image.shape[:2])
         instances.gt_classes = torch.from_numpy(classes[visible])
         instances.gt_masks = torch.from_numpy(np.ascontiguousarray(masks[visible]))
@@ -328,7 +333,7 @@ class _Crop:
         out: tuple[int, int],
         flip: bool,
     ) -> None:
-        self._out = out
+        self.out = out
         self._flip = flip
         self._size = (min(window[0], scaled[0]), min(window[1], scaled[1]))
         y, x = source[0] / scaled[0], source[1] / scaled[1]
@@ -354,9 +359,9 @@ class _Crop:
         cut = np.asarray(image.resize(self._size[::-1], resampling, box=self._box))
         if self._flip:
             cut = cut[:, ::-1]
-        if self._size == self._out:
+        if self._size == self.out:
             return cut
-        padded = np.full((*self._out, *cut.shape[2:]), pad, cut.dtype)
+        padded = np.full((*self.out, *cut.shape[2:]), pad, cut.dtype)
         padded[: self._size[0], : self._size[1]] = cut
         return padded
 
@@ -370,9 +375,10 @@ def _instance_masks(
         whole_masks = [decode_segmentation(a["segmentation"], *size) for a in kept]
     except ValueError as error:
         raise ValueError(f"annotations of {entry['file_name']}: {error}") from error
-    masks = [crop.labels(mask, 0) for mask in whole_masks]
-    classes = np.array([a["category_id"] for a in kept], np.int64)
-    return np.stack(masks).astype(bool), classes
+    masks = np.zeros((len(kept), *crop.out), bool)
+    for row, mask in enumerate(whole_masks):
+        masks[row] = crop.labels(mask, 0)
+    return masks, np.array([a["category_id"] for a in kept], np.int64)
 
 
 def jitter_colours(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

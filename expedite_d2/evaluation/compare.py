@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from expedite_d2.evaluation.report import (
     markdown,
     to_json,
 )
-from expedite_d2.files import replacing
+from expedite_d2.files import replacing, written
 from expedite_d2.hourglass import ObservedOperator
 from expedite_d2.visualize import prediction_of
 
@@ -102,8 +103,9 @@ def compare(cfg: CfgNode, command: str | None = None) -> dict[str, Any]:
         for index in choose_examples(DatasetCatalog.get(name))
     ]
     text = markdown(comparison, cfg.MODEL.WEIGHTS, command or _command_line())
-    _write(output, comparison, text, examples, MetadataCatalog.get(name))
+    # First of all: what has been measured is not lost to a disk that is full.
     print(comparison_table(comparison), flush=True)
+    _write(output, comparison, text, examples, MetadataCatalog.get(name))
     logger.info("wrote %s", output / "comparison.{json,md,png}")
     return comparison
 
@@ -321,15 +323,19 @@ def _write(
     examples: Sequence[Example],
     metadata: Any,
 ) -> None:
-    """Write the files; none of the three is replaced before all are complete."""
+    """Write the files; none is replaced before words and numbers are complete.
+
+    A picture that cannot be written is told, and costs nothing else.
+    """
     with ExitStack() as stack:
-        words, numbers, picture = (
+        words, numbers = (
             stack.enter_context(replacing(output / f"comparison.{suffix}"))
-            for suffix in ("md", "json", "png")
+            for suffix in ("md", "json")
         )
-        draw_comparison(comparison, examples, metadata, picture)
         numbers.write_text(to_json(comparison), encoding="utf-8")
         words.write_text(text, encoding="utf-8")
+        draw = partial(draw_comparison, comparison, examples, metadata)
+        written(output / "comparison.png", draw, logger.warning)
         write_examples(examples, metadata, output / "examples")
 
 

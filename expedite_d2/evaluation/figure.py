@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from expedite_d2.evaluation.report import (
     headline_metrics,
     metric_title,
 )
-from expedite_d2.files import replacing
+from expedite_d2.files import written
 from expedite_d2.visualize import (
     Prediction,
     disagreement,
@@ -31,6 +34,8 @@ from expedite_d2.visualize import (
 )
 
 __all__ = ["PANELS", "Example", "draw_comparison", "write_examples"]
+
+logger = logging.getLogger(__name__)
 
 # All lengths are pixels of the finished picture.
 _WIDTH = 1600
@@ -157,29 +162,42 @@ def write_examples(examples: Sequence[Example], metadata: Any, folder: Path) -> 
     ``examples.json`` names them: a list with, for each image, {"panels": {panel: file name},
     "differs": share of the pixels on which the two predictions differ}.
 
+    A picture that cannot be written is told, and its image left out.
+
     Args:
         examples: The images to show.
         metadata: Detectron2's metadata of the data set.
         folder: Where to write; it is made.
     """
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be made: %s", folder, error.strerror)
+        return
     listed: list[dict[str, Any]] = []
     for number, example in enumerate(examples, start=1):
         files = {panel: f"{number}_{panel}.jpg" for panel in PANELS}
         size = _fit(example.image.shape[:2], _PANEL_SIDE, _PANEL_SIDE)
-        for name, picture in zip(files.values(), _pictures(example, size, metadata), strict=True):
-            with replacing(folder / name) as partial:
-                Image.fromarray(picture).save(partial, quality=85)
-        share = float(disagreement(example.baseline, example.expedited).mean())
-        listed.append({"panels": files, "differs": share})
-    with replacing(folder / "examples.json") as partial:
-        partial.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        done = [
+            written(
+                folder / name, partial(Image.fromarray(picture).save, quality=85), logger.warning
+            )
+            for name, picture in zip(
+                files.values(), _pictures(example, size, metadata), strict=True
+            )
+        ]
+        if all(done):
+            share = float(disagreement(example.baseline, example.expedited).mean())
+            listed.append({"panels": files, "differs": share})
+    text = json.dumps(listed, indent=2) + "\n"
+    written(folder / "examples.json", lambda path: path.write_text(text, "utf-8"), logger.warning)
     # What an earlier run with more images has left.
     named = {name for entry in listed for name in entry["panels"].values()}
     for panel in PANELS:
         for path in folder.glob(f"[0-9]*_{panel}.jpg"):
             if path.name not in named:
-                path.unlink()
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def _fit(size: tuple[int, ...], column: int, row: int) -> tuple[int, int]:

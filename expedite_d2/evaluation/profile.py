@@ -101,8 +101,8 @@ def profile(cfg: CfgNode, iterations: int = _ITERATIONS) -> str:
             trace = stack.enter_context(replacing(output / f"profile_{name}.json"))
             profiles[name] = profile_model(model, batches, device, trace)
         text = report(profiles, device)
+        print(text, flush=True)
         stack.enter_context(replacing(output / "profile.txt")).write_text(text, encoding="utf-8")
-    print(text, flush=True)
     logger.info("wrote %s", output / "profile{_baseline.json,_expedited.json,.txt}")
     return text
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from PIL import Image
-
+from expedite_d2.data.images import image_size
 from expedite_d2.evaluation.figure import PANELS
 from expedite_d2.evaluation.report import (
     claims,
@@ -150,11 +149,19 @@ def _read_examples(folder: Path) -> list[dict[str, Any]]:
     try:
         for entry in _read_json(path):
             panels = {panel: folder / Path(entry["panels"][panel]).name for panel in PANELS}
-            if all(panel.is_file() for panel in panels.values()):
+            if all(_is_picture(panel) for panel in panels.values()):
                 found.append({"panels": panels, "differs": float(entry["differs"])})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not list examples: {error!r}") from error
     return found
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        image_size(path)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _facts(systems: Sequence[Evaluated]) -> Iterator[str]:
@@ -338,8 +345,7 @@ def _example(example: Mapping[str, Any], anchor: str, title: str) -> str:
         caption = PANELS[panel]
         if panel == "difference":
             caption += f": {100 * example['differs']:.1f} % of the pixels"
-        with Image.open(path) as picture:
-            width, height = picture.size
+        height, width = image_size(path)
         data = base64.b64encode(path.read_bytes()).decode("ascii")
         own = f"{anchor}-{panel}"
         figures.append(

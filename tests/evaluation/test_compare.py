@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -189,6 +190,25 @@ def test_compare_leaves_no_file_and_keeps_old_ones_when_it_fails(
         compare(cfg)
     assert os.listdir(output) == ["comparison.json"]
     assert (output / "comparison.json").read_text() == "old"
+
+
+def test_compare_survives_a_picture_that_cannot_be_written(
+    cfg: CfgNode,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module = "expedite_d2.evaluation.compare"
+    monkeypatch.setattr(f"{module}.count_gflops", lambda *args: {"backbone": 1.0, "model": 2.0})
+    monkeypatch.setattr(f"{module}.draw_comparison", full)
+    with caplog.at_level("WARNING", logger=module):
+        compare(cfg)
+    assert "comparison.png cannot be written: No space left on device" in caplog.text
+    assert "backbone GFLOPs" in capsys.readouterr().out
+    assert set(os.listdir(cfg.OUTPUT_DIR)) == {"comparison.json", "comparison.md", "examples"}
 
 
 def test_compare_without_a_data_set_says_so(cfg: CfgNode) -> None:

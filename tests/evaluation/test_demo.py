@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from expedite_d2.evaluation import demo
-from expedite_d2.evaluation.figure import Example, write_examples
+from expedite_d2.evaluation.figure import PANELS, Example, write_examples
 from expedite_d2.evaluation.report import Measurement, Subject, build_comparison, to_json
 from expedite_d2.evaluation.report_page import RUN_FILE, read_system, write_page
 from expedite_d2.evaluation.scatter import System, draw_scatter
@@ -180,6 +182,13 @@ def test_page_leaves_out_examples_without_their_pictures(tmp_path: Path) -> None
     assert len(page_of(tmp_path, ["a"]).attributes("img", "src")) == 4
 
 
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\xff\xd8\xff\xe0", b"GIF89a"])
+def test_page_leaves_out_examples_with_broken_pictures(tmp_path: Path, content: bytes) -> None:
+    fabricate(tmp_path / "a")
+    (tmp_path / "a" / "examples" / "1_baseline.jpg").write_bytes(content)
+    assert len(page_of(tmp_path, ["a"]).attributes("img", "src")) == 4
+
+
 def test_page_warns_of_random_weights(tmp_path: Path) -> None:
     fabricate(tmp_path / "a")
     (tmp_path / "a" / RUN_FILE).write_text('{"weights": "", "error": null}')
@@ -196,6 +205,34 @@ def test_examples_of_an_earlier_run_go_and_other_files_stay(tmp_path: Path) -> N
     write_examples([example()], None, tmp_path)
     panels = {f"1_{panel}.jpg" for panel in ("clusters", "baseline", "expedited", "difference")}
     assert set(os.listdir(tmp_path)) == panels | {"mine.jpg", "examples.json"}
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EACCES, errno.ENAMETOOLONG])
+def test_an_example_that_cannot_be_written_costs_only_itself(
+    tmp_path: Path, reason: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = Image.Image.save
+
+    def failing(image: Image.Image, path: Path, **options: Any) -> None:
+        if path.name == "1_expedited.jpg":
+            raise OSError(reason, os.strerror(reason))
+        save(image, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", failing)
+    write_examples([example(), example()], None, tmp_path)
+    assert f"1_expedited.jpg cannot be written: {os.strerror(reason)}" in caplog.text
+    panels = {f"2_{panel}.jpg" for panel in PANELS}
+    assert set(os.listdir(tmp_path)) == panels | {"examples.json"}
+    (listed,) = json.loads((tmp_path / "examples.json").read_text())
+    assert set(listed["panels"].values()) == panels
+
+
+def test_examples_that_have_no_place_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "examples").write_text("a file")
+    write_examples([example()], None, tmp_path / "examples")
+    assert "examples cannot be made: File exists" in caplog.text
 
 
 @pytest.mark.parametrize("latency", [0.01, 0.8, 1.0, 1.04, 7.0])
