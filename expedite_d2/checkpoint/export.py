@@ -3,6 +3,7 @@
 python -m expedite_d2.checkpoint.export OUTPUT_DIR/model_final.pth weights.pth
 python -m expedite_d2.checkpoint.export --backbone OUTPUT_DIR/model_final.pth backbone.pth
 python -m expedite_d2.checkpoint.export --base swin.pth OUTPUT_DIR/model_final.pth heads.pth
+python -m expedite_d2.checkpoint.export --official OUTPUT_DIR/model_final.pth mask2former.pth
 """
 
 from __future__ import annotations
@@ -17,14 +18,23 @@ from torch import Tensor
 
 from expedite_d2.checkpoint.files import backbone_of, read_checkpoint
 from expedite_d2.checkpoint.loading import is_training_only
+from expedite_d2.checkpoint.names import from_ours
+from expedite_d2.checkpoint.official import CLASS_WEIGHTS, to_mask2former, with_position_indices
 from expedite_d2.config import cli
 from expedite_d2.files import replacing
 
 
 def export(
-    source: Path, destination: Path, backbone: bool = False, base: Path | None = None
+    source: Path,
+    destination: Path,
+    backbone: bool = False,
+    base: Path | None = None,
+    official: bool = False,
 ) -> None:
     """Write the weights alone, in float16, without what only training needs.
+
+    A Swin's come with the constant ``relative_position_index`` of each block, which this project
+    computes and the official backbone's strict ``load_state_dict`` wants.
 
     Args:
         source: a checkpoint of this project's names that ``read_checkpoint`` reads.
@@ -32,27 +42,40 @@ def export(
         backbone: whether to write the backbone alone, for a model with other heads.
         base: an exported file in the folder of ``destination`` that has the same backbone: it is
             named in place of a second copy, and read with the new file.
+        official: whether to write the names of the official Mask2Former, which loads the file
+            strictly; ``load_weights`` reads it as well.
 
     Raises:
         FileNotFoundError: ``source`` or ``base`` is missing.
         ValueError: ``source`` is no checkpoint, or has no backbone, or another one than ``base``,
-            or nothing else, or ``base`` does not lie beside ``destination``.
+            or nothing else, or ``base`` does not lie beside ``destination``, or ``official`` is
+            asked for weights of another model, or together with a part.
     """
+    if official and (backbone or base):
+        raise ValueError(
+            "official names are written for a whole model: leave backbone and base out"
+        )
     state = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in read_checkpoint(source).items()
-        if not is_training_only(name)
+        name: tensor.half() if tensor.is_floating_point() and name != CLASS_WEIGHTS else tensor
+        for name, tensor in from_ours(read_checkpoint(source)).items()
+        if not is_training_only(name) or (official and name == CLASS_WEIGHTS)
     }
     shared = backbone_of(state)
     if (backbone or base) and not shared:
         raise ValueError(f"{source} has no backbone: none of its names starts with 'backbone.'")
-    content: dict[str, Any] = {"model": shared if backbone else state}
+    content: dict[str, Any] = {}
     if base is not None:
         _check_base(source, shared, base, destination)
-        heads = {name: tensor for name, tensor in state.items() if name not in shared}
-        if not heads:
+        state = {name: tensor for name, tensor in state.items() if name not in shared}
+        if not state:
             raise ValueError(f"{source} has nothing but the backbone that {base} has")
-        content = {"model": heads, "base": base.name}
+        content["base"] = base.name
+    elif backbone:
+        state = shared
+    try:
+        content["model"] = to_mask2former(state) if official else with_position_indices(state)
+    except ValueError as error:
+        raise ValueError(f"{source} has no official counterpart: {error}") from error
     with replacing(destination) as partial:
         torch.save(content, partial)
 
@@ -62,7 +85,7 @@ def _check_base(source: Path, backbone: dict[str, Tensor], base: Path, destinati
         raise ValueError(f"{base} must lie beside {destination}, which is read with it")
     if base.resolve() == destination.resolve():
         raise ValueError(f"{destination} cannot be its own base")
-    theirs = backbone_of(read_checkpoint(base))
+    theirs = backbone_of(from_ours(read_checkpoint(base)))
     if backbone.keys() != theirs.keys() or any(
         not torch.equal(tensor, theirs[name]) for name, tensor in backbone.items()
     ):
@@ -77,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--backbone", action="store_true", help="write the backbone alone")
     part.add_argument("--base", type=Path, help="file beside the new one that has its backbone")
+    part.add_argument("--official", action="store_true", help="write official Mask2Former's names")
     args = parser.parse_args(argv)
-    export(args.source, args.destination, args.backbone, args.base)
+    export(args.source, args.destination, args.backbone, args.base, args.official)
     megabytes = args.destination.stat().st_size / 1e6
     print(f"wrote {args.destination}, {megabytes:.1f} MB")
 

@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
-import io
+import codecs
 import json
-import pickle
+import reprlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from expedite_d2.checkpoint.unpickling import (
+    LEGACY_MAGIC,
+    PickledArray,
+    load_pickle,
+    load_torch,
+    pickle_of,
+)
+from expedite_d2.checkpoint.wrappings import state_dict_in
 from expedite_d2.d2.common import why_unreadable
 
-# What Detectron2's and Mask2Former's pickles consist of: arrays, tensors and containers.
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch", "FloatStorage"),
-    ("torch", "HalfStorage"),
-    ("torch", "LongStorage"),
+# What is found in place of weights, by how it begins.
+_FOREIGN = {
+    b"version https://git-lfs": "it is a git-lfs pointer, not the file itself: run git lfs pull",
+    b"<!doctype": "it is a web page, not the file that the address was for",
+    b"<html": "it is a web page, not the file that the address was for",
+    b"<?xml": "it is XML, such as a server's error, not the file that the address was for",
+    b"{": "it is JSON: where it is an index of shards, give its directory",
+    b"\x1f\x8b": "it is compressed with gzip: unpack it",
+    b"BZh": "it is compressed with bzip2: unpack it",
+    b"\xfd7zXZ": "it is compressed with xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it",
+    b"7z\xbc\xaf": "it is a 7z archive: unpack it",
+    b"\x89HDF": "it is HDF5, as Keras writes it, not weights of PyTorch",
+    b"\x93NUMPY": "it is a single NumPy array, not a dict of names and weights",
 }
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Refuses every global that is not needed to rebuild an array or a tensor."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not an array")
-        return super().find_class(module, name)
+# The numbers that weights are made of.
+_NUMBERS = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+}  # fmt: skip
+# Headers of safetensors are no longer than this.
+_LONGEST_HEADER = 100_000_000
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -68,7 +69,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     files = _weights_of_directory(path) if path.is_dir() else [path]
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= _read_file(file)
+        shard = _read_file(file)
+        twice = next((name for name in shard if name in state), None)
+        if twice is not None:
+            raise ValueError(f"{path} holds {twice} in more than one of its shards")
+        state |= shard
     return state
 
 
@@ -93,12 +98,25 @@ def _weights_of_directory(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     """Names of the files that an index of shards lists, each once."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f'{index} is no index of shards: expected JSON with a "weight_map" of names to files '
             f"({error})"
         ) from error
+    wrong = [name for name in names if not _is_file_name(name)]
+    if wrong:
+        raise ValueError(f"{index} must list files beside it, got {reprlib.repr(wrong[0])}")
+    return sorted(names)
+
+
+def _is_file_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and "\0" not in name
+        and Path(name).name == name
+        and name not in ("", "..")
+    )
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -107,8 +125,10 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     base = content.get("base") if isinstance(content, Mapping) else None
     if base is None:
         return state
-    if not isinstance(base, str) or Path(base).name != base:
-        raise ValueError(f"{path}: base must be the name of a file beside it, got {base!r}")
+    if not _is_file_name(base):
+        raise ValueError(
+            f"{path}: base must be the name of a file beside it, got {reprlib.repr(base)}"
+        )
     beside = path.with_name(base)
     if not beside.is_file():
         raise FileNotFoundError(f"{path} has its backbone in {beside}, which is not found")
@@ -126,31 +146,82 @@ def _content(path: Path) -> Any:
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """The state dict in what a file holds, which may have it under a key."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{path} holds no state dict: expected names and tensors, got {type(content).__name__}"
-        )
-    state = {
-        str(name): torch.as_tensor(value)
-        for name, value in content.items()
-        if isinstance(value, Tensor | np.ndarray)
+    return {
+        str(name): _tensor(path, str(name), value)
+        for name, value in state_dict_in(path, content).items()
+        if isinstance(value, Tensor | PickledArray)
     }
-    if not state:
-        raise ValueError(f"{path} holds no state dict: there is no tensor among its entries")
-    return state
+
+
+def _tensor(path: Path, name: str, value: Tensor | PickledArray) -> Tensor:
+    """A plain tensor: what only looks like one would fail when half the model is loaded."""
+    if isinstance(value, PickledArray):
+        if value.array is None:
+            raise ValueError(f"{path}: {name} must be numbers, got an array of objects")
+        array = value.array
+        try:
+            # A copy in this machine's byte order: the array itself is read-only.
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+        except TypeError as error:
+            raise ValueError(f"{path}: {name} must be numbers, got {array.dtype}") from error
+    kinds = {
+        "quantised": value.is_quantized,
+        "nested": value.is_nested,
+        "sparse": value.layout is not torch.strided,
+        "meta": value.is_meta,
+        str(value.dtype).removeprefix("torch."): value.dtype not in _NUMBERS,
+    }
+    kind = next((kind for kind, holds in kinds.items() if holds), None)
+    if kind is not None:
+        raise ValueError(f"{path}: {name} must be a dense tensor of real numbers, got a {kind} one")
+    return value.detach()
 
 
 def _unpack(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    with path.open("rb") as file:
+        start = file.read(512)
+    # The kind is what the file begins with: suffixes are given as it happens.
+    if int.from_bytes(start[:8], "little") < _LONGEST_HEADER and start[8:9] == b"{":
         return load_file(path)
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        if isinstance(content, Mapping):
-            return content
-        # torch.save's first format is a row of pickles that starts with a magic number.
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if start.startswith(b"PK"):
+        _check_archive(path)
+        return load_torch(path)
+    if LEGACY_MAGIC in start[:32]:
+        _check_protocol(start)
+        return load_torch(path)
+    text = start.lstrip(codecs.BOM_UTF8 + b" \t\r\n").lower()
+    for magic, what in _FOREIGN.items():
+        if text.startswith(magic.lower()):
+            raise ValueError(what)
+    if start[257:262] == b"ustar":
+        raise ValueError("it is a tar archive: unpack it")
+    return load_pickle(path)
+
+
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise ValueError(
+                "it is a TorchScript archive, which is a program: save its state_dict() instead"
+            )
+        name = pickle_of(archive)
+        if name is None:
+            first = ", ".join(entry.filename[:40] for entry in entries[:3]) or "nothing"
+            raise ValueError(f"it is a zip archive, but not torch.save's: it holds {first}")
+        with archive.open(name) as file:
+            _check_protocol(file.read(2))
+        for entry in entries:
+            # torch does not look; and it leaves 0 where it was told to compute none.
+            if entry.CRC:
+                with archive.open(entry) as file:
+                    while file.read(1 << 20):
+                        pass
+
+
+def _check_protocol(start: bytes) -> None:
+    if start[0] == 0x80 and start[1] > 2:
+        raise ValueError(
+            f"it is pickled with protocol {start[1]}, of which torch reads no weights safely: save "
+            "it again without pickle_protocol"
+        )

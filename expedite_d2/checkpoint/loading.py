@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from expedite_d2.checkpoint.dpt import DPT_FORMATS
 from expedite_d2.checkpoint.files import read_checkpoint
-from expedite_d2.checkpoint.names import FORMATS
+from expedite_d2.checkpoint.names import FORMATS, Format
 from expedite_d2.checkpoint.segmenter import SEGMENTER_FORMATS
+from expedite_d2.checkpoint.wrappings import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     if not os.fspath(path):
         logger.warning("MODEL.WEIGHTS is empty: the model keeps its random weights")
         return
-    source = read_checkpoint(Path(path))
-    formats = [*DPT_FORMATS, *SEGMENTER_FORMATS, *FORMATS]
-    fmt = next(fmt for fmt in formats if fmt.recognises(source))
-    state = fmt.translate(source)
     own = model.state_dict()
+    source = unwrapped(Path(path), read_checkpoint(Path(path)), lambda state: _matches(state, own))
+    fmt = _format_of(source)
+    state = fmt.translate(source)
 
     matched = [name for name in state if name in own]
     missing = [name for name in own if name not in state and not is_training_only(name)]
@@ -67,10 +67,30 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
             f"{path} is a checkpoint of another model: {count}, but {len(different)} of them "
             f"differ in shape: {_first(different, '; ')}"
         )
+    numbers = [
+        f"{name} {state[name].dtype}, expected {own[name].dtype}"
+        for name in matched
+        if state[name].is_floating_point() != own[name].is_floating_point()
+    ]
+    if numbers:
+        raise ValueError(f"{path} has other kinds of numbers: {_first(numbers, '; ')}")
     model.load_state_dict({name: state[name] for name in matched}, strict=False)
     logger.info("loaded %s (%s weights): %s", path, fmt.title, count)
     if fresh:
         logger.warning("%s has a backbone alone: %d names stay random", path, len(fresh))
+
+
+def _format_of(state: Mapping[str, Tensor]) -> Format:
+    formats = [*DPT_FORMATS, *SEGMENTER_FORMATS, *FORMATS]
+    return next(fmt for fmt in formats if fmt.recognises(state))
+
+
+def _matches(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
+    """How many of a model's names a checkpoint would fill, whatever its format."""
+    try:
+        return len(own.keys() & _format_of(state).translate(state).keys())
+    except ValueError:
+        return 0
 
 
 def is_training_only(name: str) -> bool:

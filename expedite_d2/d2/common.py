@@ -233,11 +233,18 @@ def why_unreadable(path: str | os.PathLike, error: Exception) -> str:
     if not start:
         return "it is empty"
     # The directory of a zip archive, which torch.save writes, stands at its end.
-    if isinstance(error, EOFError) or (start[:2] == b"PK" and not zipfile.is_zipfile(path)):
+    if isinstance(error, EOFError) or (start[:2] == b"PK" and not _ends_as_zip(path)):
         return "it is truncated"
     if isinstance(error, pickle.UnpicklingError) and start[:1] != b"\x80" and start[:2] != b"PK":
         return f"neither torch.save nor pickle wrote it, it begins with {start!r}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _ends_as_zip(path: str | os.PathLike) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # bytes behind the end may look like that of a larger kind
+        return False
 
 
 class DetectionCheckpointer(provider.DetectionCheckpointer):

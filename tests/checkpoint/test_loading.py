@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from official_cases import official_names
 from safetensors.torch import save_file
 from transformers import (
     Mask2FormerConfig,
@@ -27,6 +28,7 @@ from transformers import (
 
 import expedite_d2.models  # noqa: F401 (registers the architectures)
 from expedite_d2.checkpoint import load_weights
+from expedite_d2.checkpoint.export import export
 from expedite_d2.checkpoint.names import from_mask2former, from_transformers
 from expedite_d2.config import load_config
 from expedite_d2.d2 import MetadataCatalog, build_model
@@ -39,20 +41,6 @@ SWIN_LARGE = "coco/panoptic/mask2former_swin_large.yaml"
 def build(*opts, seed=0):
     torch.manual_seed(seed)
     return build_model(load_config(TINY, opts)).eval()
-
-
-def official_names():
-    """{name: shape} of Mask2Former Swin-L on COCO panoptic; ``{0-8}`` in a line counts layers."""
-    file = Path(__file__).parent / "mask2former_swin_large_coco_panoptic.txt"
-    shapes = {}
-    for line in file.read_text().splitlines():
-        name, shape = line.split(" ")
-        layers = re.search(r"\{(\d+)-(\d+)\}", name)
-        span = range(int(layers[1]), int(layers[2]) + 1) if layers else [None]
-        for layer in span:
-            full = name if layer is None else name.replace(layers[0], str(layer))
-            shapes[full] = tuple(int(side) for side in shape.split("x"))
-    return shapes
 
 
 def as_mask2former(model):
@@ -214,6 +202,11 @@ results["image"] = image
 results["sem_seg"] = result["sem_seg"]
 results["panoptic_seg"] = result["panoptic_seg"]
 results["instances"] = instances.scores, instances.pred_classes, instances.pred_masks
+# Weights of this project's, exported under the official names.
+model.load_state_dict(torch.load(out + "/exported.pth", weights_only=True)["model"], strict=True)
+with torch.no_grad():
+    logits = model.sem_seg_head(model.backbone(results[64][0]))
+results["exported"] = logits["pred_logits"], logits["pred_masks"]
 torch.save(results, out + "/results.pth")
 """
 
@@ -234,6 +227,8 @@ def official(tmp_path_factory):
     keys += [f"MODEL.MASK_FORMER.{k}" for k in
              ("HIDDEN_DIM", "NUM_OBJECT_QUERIES", "NHEADS", "DIM_FEEDFORWARD", "DEC_LAYERS",
               "TEST.OBJECT_MASK_THRESHOLD")]  # fmt: skip
+    torch.save(build(seed=1).state_dict(), folder / "whole.pth")
+    export(folder / "whole.pth", folder / "exported.pth", official=True)
     overrides = ["DATASETS.TRAIN", "('mask2former_tiny',)", "TEST.DETECTIONS_PER_IMAGE", "30"]
     for key in keys:
         value = tiny
@@ -264,6 +259,17 @@ def test_real_mask2former_gives_the_same_logits(official):
             our_classes, our_masks = model.logits(images)
         torch.testing.assert_close(our_classes, classes, rtol=0, atol=1e-3)
         torch.testing.assert_close(our_masks, masks, rtol=0, atol=1e-3)
+
+
+@pytest.mark.detectron2
+def test_real_mask2former_loads_an_official_export_strictly(official):
+    model = build()
+    load_weights(model, official / "exported.pth")
+    results = torch.load(official / "results.pth", weights_only=True)
+    with torch.no_grad():
+        logits = model.logits(results[64][0])
+    for ours, theirs in zip(logits, results["exported"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
 
 
 @pytest.mark.detectron2
