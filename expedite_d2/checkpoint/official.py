@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -75,6 +75,9 @@ _MASK2FORMER = rules_of(
     ]
 )
 _PROJECTION = re.compile(r"^(sem_seg_head\..*\.self_attn)\.([qkv])_proj\.(weight|bias)$")
+# What ``state_dict`` notes of modules whose names have changed. Without it the official model takes
+# today's names for those of its first release, and renames them.
+_VERSIONS = {name: {"version": 2} for name in ("sem_seg_head", "sem_seg_head.predictor")}
 # The loss's, which the official model keeps among its weights.
 CLASS_WEIGHTS = "criterion.empty_weight"
 # What Mask2Former's configs give class "no object" in the loss.
@@ -93,7 +96,8 @@ def to_mask2former(state: Mapping[str, Tensor]) -> State:
     """
     if not any(name.startswith("transformer_module.decoder.layers.") for name in state):
         raise ValueError("its names are not those of this project's Mask2Former")
-    official: State = {}
+    official: OrderedDict[str, Tensor] = OrderedDict()
+    official._metadata = _VERSIONS  # type: ignore[attr-defined]
     separate: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in with_position_indices(state).items():
         renamed = rename(name, _MASK2FORMER)

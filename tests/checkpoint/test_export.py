@@ -99,6 +99,8 @@ def test_official_export_comes_back_as_it_was(tmp_path, opts):
     official = torch.load(tmp_path / "official.pth", weights_only=True)["model"]
     assert not any(name.startswith(("transformer_module.", "sem_aux")) for name in official)
     assert torch.equal(official["criterion.empty_weight"], source.criterion.empty_weight)
+    # The official head renames what does not say that it has its second version's names.
+    assert official._metadata["sem_seg_head"] == {"version": 2}
     load_weights(model, tmp_path / "official.pth")
     for name, tensor in model.state_dict().items():
         if not is_training_only(name):
@@ -133,11 +135,12 @@ def test_exported_backbone_is_loaded_strictly_by_the_official_one(tmp_path, mask
     official.load_state_dict(
         {name.removeprefix("backbone."): tensor for name, tensor in state.items()}, strict=True
     )
+    official.eval()
     images = torch.randn(1, 3, 64, 96)
     half = build(seed=2)
     load_weights(half, tmp_path / "backbone.pth")
     with torch.no_grad():
-        expected, features = official.eval()(images), half.backbone(images)
+        expected, features = official(images), half.backbone(images)
     for name, feature in features.items():
         torch.testing.assert_close(feature, expected[name], rtol=0, atol=1e-4)
 
