@@ -53,8 +53,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Names and tensors of a checkpoint file, or of a transformers directory.
 
     Args:
-        path: .safetensors; .pth, .pt or .bin of torch.save; .pkl of Detectron2's model zoo; or a
-            directory with ``config.json`` and weights, in one file or in shards. A file of
+        path: .safetensors; .pth, .pt or .bin of torch.save; .pkl of Detectron2's model zoo; a
+            directory with ``config.json`` and weights, in one file or in shards; or the directory
+            of a Segmenter release, ``checkpoint.pth`` beside ``variant.yml``. A file of
             ``export --base`` has its backbone in the file beside it that its ``base`` names.
 
     Returns:
@@ -89,9 +90,11 @@ def _weights_of_directory(path: Path) -> list[Path]:
             return [whole]
         if index.is_file():
             return [path / shard for shard in _shards(index)]
+    if (path / "variant.yml").is_file() and (path / "checkpoint.pth").is_file():
+        return [path / "checkpoint.pth"]
     raise FileNotFoundError(
         f"{path} holds no weights: expected model.safetensors or pytorch_model.bin beside "
-        "config.json"
+        "config.json, or checkpoint.pth beside variant.yml"
     )
 
 
