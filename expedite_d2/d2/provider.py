@@ -57,6 +57,7 @@ if PROVIDER == "detectron2":
     from detectron2.structures import BitMasks, Boxes, ImageList, Instances
     from detectron2.utils import comm
     from detectron2.utils.env import seed_all_rng
+    from detectron2.utils.file_io import PathManager
     from detectron2.utils.registry import Registry
 else:
     from expedite_d2.d2.builtin import (
@@ -72,6 +73,7 @@ else:
         InferenceSampler,
         Instances,
         MetadataCatalog,
+        PathManager,
         PeriodicCheckpointer,
         Registry,
         ShapeSpec,

@@ -243,3 +243,23 @@ def test_seeds_repeat_the_random_numbers():
     first = torch.rand(3)
     builtin.seed_all_rng(7)
     assert torch.equal(first, torch.rand(3))
+
+
+def test_path_manager_knows_what_detectron2_publishes(tmp_path, monkeypatch):
+    from iopath.common import file_io
+
+    fetched = []
+
+    def download(url, directory, *, filename):
+        fetched.append(url)
+        (tmp_path / filename).write_text("x")
+        return str(tmp_path / filename)
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(file_io, "download", download)
+    address = "detectron2://ImageNetPretrained/a/R-50.pkl"
+    assert builtin.PathManager.get_local_path(address) == str(tmp_path / "R-50.pkl")
+    with builtin.PathManager.open(address) as file:
+        assert file.read() == "x"
+    assert fetched == ["https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/a/R-50.pkl"]
+    assert builtin.DetectionCheckpointer(torch.nn.Linear(1, 1)).path_manager is builtin.PathManager

@@ -21,7 +21,7 @@ class _Real:
 
     _HOMES = (
         "checkpoint config data data.samplers engine layers modeling structures utils "
-        "utils.env utils.registry"
+        "utils.env utils.file_io utils.registry"
     ).split()
 
     def __getattr__(self, name):
@@ -432,3 +432,12 @@ def test_surface_launch_and_logger_keep_their_arguments():
     for ours, theirs in ((launch, REAL.launch), (setup_logger, real_logger)):
         names = [list(inspect.signature(function).parameters) for function in (ours, theirs)]
         assert names[0] == names[1]
+
+
+def test_path_managers_resolve_the_same_addresses(monkeypatch):
+    from iopath.common.file_io import HTTPURLHandler
+
+    monkeypatch.setattr(HTTPURLHandler, "_get_local_path", lambda self, path, **kwargs: path)
+    for address in ("detectron2://a/b.pkl", "https://host/c.pth", "http://host/d", "/tmp/e.pth"):
+        ours, theirs = (d2.PathManager.get_local_path(address) for d2 in (builtin, REAL))
+        assert ours == theirs

@@ -13,6 +13,7 @@ from expedite_d2.d2.builtin.catalog import DatasetCatalog, Metadata, MetadataCat
 from expedite_d2.d2.builtin.checkpoint import DetectionCheckpointer
 from expedite_d2.d2.builtin.config import CfgNode, configurable, get_cfg
 from expedite_d2.d2.builtin.engine import default_argument_parser, default_setup, seed_all_rng
+from expedite_d2.d2.builtin.file_io import PathManager
 from expedite_d2.d2.builtin.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,

@@ -9,6 +9,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from expedite_d2.d2.builtin import comm
+from expedite_d2.d2.builtin.file_io import PathManager
 
 
 class DetectionCheckpointer(Checkpointer):
@@ -32,6 +33,7 @@ class DetectionCheckpointer(Checkpointer):
         if save_to_disk is None:
             save_to_disk = comm.is_main_process()
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.path_manager = PathManager
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if not filename.endswith(".pkl"):
