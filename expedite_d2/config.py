@@ -144,6 +144,9 @@ _VIT_DEFAULTS: list[tuple[str, Any]] = [
     ("MODEL.VIT.EMBED_DIM", 0),
     ("MODEL.VIT.DEPTH", 0),
     ("MODEL.VIT.NUM_HEADS", 0),
+    # Epsilon of the LayerNorms in place of timm's usual 1e-6; names that have another (CLIP's
+    # 1e-5) keep theirs. Weights run as they were trained: the Segmenter release's with 1e-5.
+    ("MODEL.VIT.NORM_EPS", 1e-6),
     # Dropout after the attention and in the MLP, of attention weights, and stochastic depth of
     # the last block.
     ("MODEL.VIT.DROP_RATE", 0.0),
@@ -157,9 +160,9 @@ _VIT_DEFAULTS: list[tuple[str, Any]] = [
     ("MODEL.VIT.OUT_BLOCKS", ["last"]),
     # Whether to recompute activations in the backward pass.
     ("MODEL.VIT.USE_CHECKPOINT", False),
-    # Detectron2's own ViT reads the sizes above (0 for its ViT-B), no NAME, and these: side of the
-    # windows, the blocks that attend in them, whether relative positions are learnt, and the side
-    # of the images that the position embedding was trained on.
+    # Detectron2's own ViT reads the sizes (0 for its ViT-B) and NORM_EPS above, no NAME, and these:
+    # side of the windows, the blocks that attend in them, whether relative positions are learnt,
+    # and the side of the images that the position embedding was trained on.
     ("MODEL.VIT.WINDOW_SIZE", 0),
     ("MODEL.VIT.WINDOW_BLOCKS", []),
     ("MODEL.VIT.USE_REL_POS", False),

@@ -145,7 +145,7 @@ def block(x: Tensor, state: dict[str, Tensor], prefix: str, heads: int, eps: flo
     return x + linear(F.gelu(linear(norm(x, "norm2"), "mlp.fc1")), "mlp.fc2")
 
 
-def release_logits(images: Tensor, state: dict[str, Tensor]) -> Tensor:
+def release_logits(images: Tensor, state: dict[str, Tensor], encoder_eps: float) -> Tensor:
     """What the release's mask Segmenter computes from its weights, at its training size."""
     x = F.conv2d(images, state["encoder.patch_embed.proj.weight"], stride=4)
     rows, columns = x.shape[-2:]
@@ -153,9 +153,9 @@ def release_logits(images: Tensor, state: dict[str, Tensor]) -> Tensor:
     x = torch.cat([state["encoder.cls_token"].expand(len(x), -1, -1), x], 1)
     x = x + state["encoder.pos_embed"]
     for number in range(4):
-        x = block(x, state, f"encoder.blocks.{number}", heads=2, eps=1e-6)
+        x = block(x, state, f"encoder.blocks.{number}", heads=2, eps=encoder_eps)
     weight, bias = state["encoder.norm.weight"], state["encoder.norm.bias"]
-    x = F.layer_norm(x, (24,), weight, bias, 1e-6)[:, 1:]
+    x = F.layer_norm(x, (24,), weight, bias, encoder_eps)[:, 1:]
     x = F.linear(x, state["decoder.proj_dec.weight"], state["decoder.proj_dec.bias"])
     x = torch.cat([x, state["decoder.cls_emb"].expand(len(x), -1, -1)], 1)
     for number in range(2):
@@ -171,9 +171,21 @@ def release_logits(images: Tensor, state: dict[str, Tensor]) -> Tensor:
     return F.interpolate(masks, size=images.shape[-2:], mode="bilinear")
 
 
-def test_logits_are_those_that_the_release_computes():
-    model = build()
-    images = torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize(
+    ("epsilon", "other"),
+    [(1e-5, 1e-6), (1e-6, 1e-5)],
+    ids=["the release", "MMSegmentation and arXiv 2210.01035"],
+)
+def test_logits_are_those_of_each_source(epsilon, other):
+    """Their encoders differ in the LayerNorms' epsilon alone; the decoders' is 1e-5 everywhere."""
+    model = build("MODEL.VIT.NORM_EPS", epsilon)
+    # Small weights, as in a training's beginning, let the epsilon count.
+    model.backbone.vit.patch_embed.proj.weight.data *= 0.1
+    model.backbone.vit.pos_embed.data *= 0.1
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = release_logits(images, as_release(model))
-        torch.testing.assert_close(model.logits(images), expected, rtol=1e-4, atol=1e-4)
+        logits = model.logits(images)
+        expected = release_logits(images, as_release(model), epsilon)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+        wrong = release_logits(images, as_release(model), other)
+        assert (logits - wrong).abs().max() > 6e-5

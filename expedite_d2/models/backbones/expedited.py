@@ -5,9 +5,11 @@ The registry takes a builder's name from its function: they are named after the 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch import nn
 
 from expedite_d2.d2 import BACKBONE_REGISTRY, PROVIDER, Backbone, ShapeSpec
 from expedite_d2.hourglass import Reduction
@@ -94,6 +96,7 @@ def ViT(cfg: Any, input_shape: ShapeSpec) -> Backbone:
     return detectron2.ViT(
         in_chans=input_shape.channels,
         drop_path_rate=vit.DROP_PATH_RATE,
+        norm_layer=functools.partial(nn.LayerNorm, eps=vit.NORM_EPS),
         use_rel_pos=vit.USE_REL_POS,
         window_size=vit.WINDOW_SIZE,
         window_block_indexes=vit.WINDOW_BLOCKS,

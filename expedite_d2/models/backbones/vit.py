@@ -22,6 +22,8 @@ from expedite_d2.patch.travel import Travel, attach
 
 PosInterpolation = Literal["bicubic", "bilinear"]
 
+# What timm's transformers were trained with, but for a few families.
+_USUAL_NORM_EPS = 1e-6
 # Stages of a hybrid's convolutional stem that heads read.
 STEM_FEATURES = 2
 
@@ -278,16 +280,7 @@ class ExpeditedViT(Backbone):
         position, trained = self.vit.pos_embed, tuple(self.vit.patch_embed.grid_size)
         if position is None or grid == trained:
             return position
-        prefixes = position.shape[1] - trained[0] * trained[1]
-        maps = position[:, prefixes:].float().unflatten(1, trained).permute(0, 3, 1, 2)
-        maps = F.interpolate(
-            maps,
-            size=grid,
-            mode=self.pos_interpolation,
-            antialias=self.pos_interpolation == "bicubic",
-        )
-        resized = maps.flatten(2).transpose(1, 2).to(position.dtype)
-        return torch.cat([position[:, :prefixes], resized], dim=1)
+        return resize_position(position, trained, grid, self.pos_interpolation)
 
     def _run(self, number: int, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """Run one block; its grid is None on clusters, whose bias is not given from here."""
@@ -316,6 +309,27 @@ class _BiasByArgument:
 
     def __call__(self) -> Tensor:
         return self.attention.relative_position_bias_table.new_zeros(1)
+
+
+def resize_position(
+    position: Tensor, trained: tuple[int, int], grid: tuple[int, int], mode: PosInterpolation
+) -> Tensor:
+    """A position embedding for another grid of tokens; what stands before its grid is kept.
+
+    Args:
+        position: (1, P + H * W, C).
+        trained: its rows and columns, (H, W).
+        grid: those to resize it to, (h, w).
+        mode: how, as timm does it ("bicubic", antialiased) or DPT and Segmenter ("bilinear").
+
+    Returns:
+        (1, P + h * w, C), in the same precision.
+    """
+    prefixes = position.shape[1] - trained[0] * trained[1]
+    maps = position[:, prefixes:].float().unflatten(1, trained).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, size=grid, mode=mode, antialias=mode == "bicubic")
+    resized = maps.flatten(2).transpose(1, 2).to(position.dtype)
+    return torch.cat([position[:, :prefixes], resized], dim=1)
 
 
 def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
@@ -360,5 +374,21 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
             "MODEL.VIT.IMG_SIZE must be at least MODEL.VIT.PATCH_SIZE, got "
             f"{vit.IMG_SIZE} and {vit.PATCH_SIZE}"
         )
+    _set_norm_eps(model, vit.NAME, vit.NORM_EPS)
     use_float32_products(model)
     return model
+
+
+def _set_norm_eps(model: nn.Module, name: str, eps: float) -> None:
+    """Give the LayerNorms an epsilon other than timm's usual one."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    own = {norm.eps for norm in norms}
+    if eps == _USUAL_NORM_EPS or own == {eps}:
+        return
+    if own != {_USUAL_NORM_EPS}:
+        raise ValueError(
+            f"MODEL.VIT.NORM_EPS must be {_USUAL_NORM_EPS} for {name}, whose norms keep their own "
+            f"epsilon, got {eps}"
+        )
+    for norm in norms:
+        norm.eps = eps
