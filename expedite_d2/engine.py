@@ -93,12 +93,15 @@ def do_test(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, dict[str, flo
 def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
     """Train ``model`` from ``MODEL.WEIGHTS``, or from the last checkpoint with ``resume``.
 
+    Of ``MODEL.WEIGHTS`` what fits is taken: another head, number of classes or queries, or size of
+    images is no obstacle; the log tells what stays random.
+
     Checkpoints hold the model, the optimizers, the schedules, the iteration and the seed, and every
     random choice depends on the last two, so that a resumed run is the run it would have been.
 
     Raises:
-        ValueError: with ``resume``, checkpoints that cannot be read, or that differ between the
-            machines.
+        ValueError: weights of another backbone; with ``resume``, checkpoints that cannot be read,
+            or that differ between the machines.
     """
     device = torch.device(cfg.MODEL.DEVICE)
     optimizers = build_optimizers(cfg, model)
@@ -113,7 +116,7 @@ def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
     if resume and checkpointer.has_checkpoint():
         saved = checkpointer.resume_or_load("", resume=True)
     else:
-        load_weights(model, cfg.MODEL.WEIGHTS)
+        load_weights(model, cfg.MODEL.WEIGHTS, strict=False)
     start = saved.get("iteration", -1) + 1
     starts = comm.all_gather(start)
     if len(set(starts)) > 1:

@@ -21,7 +21,7 @@ import train_net
 from expedite_d2.checkpoint import load_weights
 from expedite_d2.checkpoint.export import export
 from expedite_d2.d2 import PROVIDER, build_model
-from expedite_d2.engine import do_test, do_train
+from expedite_d2.engine import build_trained_model, do_test, do_train
 from expedite_d2.files import replacing
 
 if PROVIDER == "detectron2":
@@ -165,6 +165,21 @@ def test_weights_that_are_no_checkpoint_say_why(
     truncate(path) if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=f"weights.pth is not a readable checkpoint: {reason}"):
         load_weights(torch.nn.Linear(1, 1), path)
+
+
+def test_training_begins_from_a_model_of_other_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = build_model(make_cfg(tmp_path, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"))
+    torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
+    cfg = make_cfg(tmp_path / "run", "MODEL.WEIGHTS", str(tmp_path / "other.pth"),
+                   "SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "0.0")  # fmt: skip
+    state = train(cfg)["state"]
+    assert "in other shapes, " in caplog.text and "class_predictor.weight" in caplog.text
+    name = "transformer_module.queries_features.weight"
+    assert torch.equal(state[name], other.state_dict()[name])
+    with pytest.raises(ValueError, match="set MODEL.SEM_SEG_HEAD.NUM_CLASSES to 3"):
+        build_trained_model(cfg)
 
 
 def test_resume_without_any_checkpoint_begins(tmp_path: Path) -> None:

@@ -101,6 +101,12 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
 
 
 DPT_FORMATS = [
-    Format("DPT", starts("pretrained.model.", "scratch."), from_release, False),
+    Format(
+        "DPT",
+        starts("pretrained.model.", "scratch."),
+        from_release,
+        backbone_only=False,
+        norm_eps=1e-6,
+    ),
     Format("transformers' DPT", starts("dpt.embeddings.", "neck."), from_transformers, False),
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expedite_d2.checkpoint.files import backbone_of, read_checkpoint
-from expedite_d2.checkpoint.loading import is_training_only
+from expedite_d2.checkpoint.matching import is_training_only
 from expedite_d2.checkpoint.names import from_ours
 from expedite_d2.checkpoint.official import CLASS_WEIGHTS, to_mask2former, with_position_indices
 from expedite_d2.config import cli

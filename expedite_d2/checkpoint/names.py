@@ -6,6 +6,7 @@ its name, so that whoever loads it can say what is left over.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -18,16 +19,30 @@ State = dict[str, Tensor]
 
 # Tables that models compute for themselves, and layers that dense prediction does not use.
 _COMPUTED = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask)$")
-_CLASSIFIER = re.compile(r"^(norm|head|head_dist)\.(weight|bias)$")
+_CLASSIFIER = re.compile(r"^(norm|head|head_dist|head\.fc)\.(weight|bias)$")
+_MERGING = re.compile(r"^layers\.([1-9]\d*)\.(?=downsample\.)")
+_POSITIONS = "backbone.absolute_pos_embed"
 
 
 class Format(NamedTuple):
-    """One public format: its name for people, how to know it, how to translate it."""
+    """One public format.
+
+    Attributes:
+        title: its name for people.
+        recognises: whether names are of this format.
+        translate: to this project's names.
+        backbone_only: whether it holds a backbone, the start of a model, and no heads.
+        norm_eps: epsilon of the backbone's LayerNorms in the code of its owners, if it is not told
+            beside the weights; None where this project's backbone leaves no choice.
+        norm_eps_may_vary: whether that code has it as a setting, so that it is the usual one only.
+    """
 
     title: str
     recognises: Callable[[Iterable[str]], bool]
     translate: Callable[[Mapping[str, Tensor]], State]
     backbone_only: bool
+    norm_eps: float | None = None
+    norm_eps_may_vary: bool = False
 
 
 def rules_of(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
@@ -143,6 +158,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
             translated[renamed] = tensor
         elif part is not None:
             separate[f"{part[1]}.qkv.{part[3]}"][part[2]] = tensor
+    translated = _with_position_maps(translated)
     for name, parts in separate.items():
         if len(parts) == 3:
             translated[name] = join(name, [parts["query"], parts["key"], parts["value"]])
@@ -154,11 +170,32 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
 
 def from_swin(state: Mapping[str, Tensor]) -> State:
     """Swin's own classification weights (v1, v2): without classifier and final norm."""
-    return {
-        f"backbone.{name}": tensor
-        for name, tensor in state.items()
-        if not _COMPUTED.search(name) and not _CLASSIFIER.match(name)
-    }
+    return _with_position_maps(
+        {
+            f"backbone.{name}": tensor
+            for name, tensor in state.items()
+            if not _COMPUTED.search(name) and not _CLASSIFIER.match(name)
+        }
+    )
+
+
+def from_timm_swin(state: Mapping[str, Tensor]) -> State:
+    """timm's Swin (v1, v2), where a stage begins with the merging that leads to it."""
+    return from_swin(
+        {
+            _MERGING.sub(lambda match: f"layers.{int(match[1]) - 1}.", name): tensor
+            for name, tensor in state.items()
+        }
+    )
+
+
+def _with_position_maps(state: State) -> State:
+    """Swin's absolute position embedding as a map (1, C, h, w), which classifiers have in a row."""
+    row = state.get(_POSITIONS)
+    if row is None or row.ndim != 3 or math.isqrt(row.shape[1]) ** 2 != row.shape[1]:
+        return state
+    side = math.isqrt(row.shape[1])
+    return state | {_POSITIONS: row.transpose(1, 2).unflatten(2, (side, side))}
 
 
 def from_ours(state: Mapping[str, Tensor]) -> State:
@@ -182,6 +219,15 @@ def starts(*prefixes: str) -> Callable[[Iterable[str]], bool]:
     return lambda names: all(any(n.startswith(p) for n in names) for p in prefixes)
 
 
+def _is_timm_swin(names: Iterable[str]) -> bool:
+    """As official Swin, but for the first merging, which stands in the second stage."""
+    names = list(names)
+    official = starts("layers.0.downsample.")(names)
+    return starts("patch_embed.", "layers.0.blocks.", "layers.1.downsample.")(names) and (
+        not official
+    )
+
+
 def _all_start(prefix: str) -> Callable[[Iterable[str]], bool]:
     return lambda names: all(name.startswith(prefix) for name in names)
 
@@ -194,6 +240,7 @@ FORMATS = [
     ),
     Format("transformers' Swin", starts("swin."), from_transformers, True),
     Format("transformers' Swin", starts("swinv2."), from_transformers, True),
+    Format("timm's Swin", _is_timm_swin, from_timm_swin, True),
     Format("Swin classification", starts("patch_embed.", "layers.0.blocks."), from_swin, True),
     Format("expedite_d2 backbone", _all_start("backbone."), from_ours, True),
     Format("expedite_d2", lambda names: True, from_ours, False),

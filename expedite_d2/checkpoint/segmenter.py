@@ -66,9 +66,21 @@ def from_mmseg(state: Mapping[str, Tensor]) -> State:
     return translated
 
 
+SEGMENTER_RELEASE = Format(
+    "Segmenter",
+    starts("encoder.blocks.", "decoder."),
+    from_release,
+    backbone_only=False,
+    norm_eps=1e-5,
+)
 SEGMENTER_FORMATS = [
-    Format("Segmenter", starts("encoder.blocks.", "decoder."), from_release, False),
+    SEGMENTER_RELEASE,
     Format(
-        "MMSegmentation's Segmenter", starts("backbone.layers.", "decode_head."), from_mmseg, False
+        "MMSegmentation's Segmenter",
+        starts("backbone.layers.", "decode_head."),
+        from_mmseg,
+        backbone_only=False,
+        norm_eps=1e-6,
+        norm_eps_may_vary=True,
     ),
 ]
