@@ -17,6 +17,7 @@ from transformers import (
     DPTForDepthEstimation,
     SwinConfig,
     SwinForImageClassification,
+    Swinv2Config,
 )
 
 import expedite_d2.models  # noqa: F401 (registers the architectures)
@@ -85,6 +86,19 @@ def test_configs_of_the_release_have_its_epsilon(data: str) -> None:
 )
 def test_weights_that_ship_keep_theirs(config: str) -> None:
     assert load_config(f"scenes/{config}.yaml").MODEL.VIT.NORM_EPS == 1e-6
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_swins_norms_have_the_epsilon_of_every_source(version: int) -> None:
+    """Official Swin writes LayerNorm without an epsilon, so there is nothing to choose."""
+    name, config = {
+        1: ("swin_tiny_patch4_window7_224", SwinConfig()),
+        2: ("swinv2_tiny_window8_256", Swinv2Config()),
+    }[version]
+    with torch.device("meta"):
+        timm = epsilons(create_model(name))
+    ours = epsilons(build("mask2former", "MODEL.SWIN.VERSION", version).backbone)
+    assert ours == timm == {config.layer_norm_eps} == {1e-5}
 
 
 # --- formats -------------------------------------------------------------------------------------

@@ -121,6 +121,16 @@ def test_foreign_backbone_is_itself(
     assert equal(run(restore(expedited)), outputs)
 
 
+@pytest.mark.detectron2
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
+def test_detectron2s_vit_has_the_epsilon_of_the_config(
+    mask2former_swin: ModuleType, epsilon: float
+) -> None:
+    model = build("ViT", *DETECTRON2_VIT, "MODEL.VIT.NORM_EPS", epsilon)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert norms and all(norm.eps == epsilon for norm in norms)
+
+
 def mask2former(name: str, backbone: str, expedited: bool) -> Any:
     """Config of a Mask2Former on a backbone."""
     opts = ["MODEL.BACKBONE.NAME", name, "MODEL.EXPEDITE.BACKBONE", backbone]
