@@ -7,6 +7,7 @@ Everything else about the package stands in pyproject.toml. Environment variable
     NVCC_FLAGS            appended to nvcc's arguments
     DEBUG                 1: no optimisation, debug symbols on host and device
     SANITIZE              1: the CPU kernels alone, with AddressSanitizer and UBSan (make sanitize)
+    CXX                   the C++ compiler, with a launcher or flags, e.g. "ccache g++"; default: c++
     MAX_JOBS              number of parallel compilations
 """
 
@@ -53,6 +54,26 @@ def flag(name: str) -> bool | None:
     if value not in ("", "0", "1"):
         sys.exit(f"expected the environment variable {name} to be 0 or 1, got {value!r}")
     return None if value == "" else value == "1"
+
+
+def cxx_version() -> str | None:
+    """Returns the first line of what the C++ compiler says of itself, None where it does not run."""
+    # As setuptools and torch run it: a command, which may begin with a launcher and hold flags.
+    try:
+        command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
+        result = subprocess.run(command, capture_output=True, text=True)
+    except (OSError, ValueError):  # no such program, no closing quotation mark
+        return None
+    return None if result.returncode else next(iter(result.stdout.splitlines()), command[0])
+
+
+def require_compiler() -> None:
+    """Ends with one sentence where there is no C++ compiler."""
+    if cxx_version() is None:
+        sys.exit(
+            "expedite_d2 needs a C++ compiler to build its extension, and "
+            f"{os.environ.get('CXX', 'c++')!r} does not run: install g++, or set CXX to one"
+        )
 
 
 def find_nvcc() -> tuple[str, str] | None:
@@ -157,13 +178,11 @@ def make_extension() -> setuptools.Extension:
             args += archs
         compile_args["nvcc"] = args + shlex.split(os.environ.get("NVCC_FLAGS", ""))
 
-    compiler = os.environ.get("CXX", "c++")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     print("expedite_d2: building the extension expedite_d2._C")
     for name, value in {
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
         "nvcc": f"{nvcc[1]} ({nvcc[0]})" if nvcc else "not found",
-        "compiler": version.splitlines()[0] if version else compiler,
+        "compiler": cxx_version() or "not found",
         "CUDA kernels": "yes" if with_cuda else f"no: {reason}",
         "architectures": " ".join(a.removeprefix("-gencode=") for a in archs) or "none",
         "flags": " ".join(cxx),
@@ -184,6 +203,14 @@ def make_extension() -> setuptools.Extension:
     )
 
 
+class build_ext(BuildExtension):
+    """Looks for the compiler before any work; what compiles nothing needs none."""
+
+    def run(self) -> None:
+        require_compiler()
+        super().run()
+
+
 class build_py(_build_py):
     """Puts configs/ into the wheel as expedite_d2/configs, where ``find_config`` looks."""
 
@@ -195,7 +222,10 @@ class build_py(_build_py):
             shutil.copytree(ROOT / "configs", target)
 
 
+if not os.environ.get("CXX"):
+    # Empty is unset, which setuptools and torch take for a command without words.
+    os.environ.pop("CXX", None)
 setuptools.setup(
     ext_modules=[make_extension()],
-    cmdclass={"build_ext": BuildExtension, "build_py": build_py},
+    cmdclass={"build_ext": build_ext, "build_py": build_py},
 )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import torch
 from torch.utils import cpp_extension
 
@@ -182,6 +185,46 @@ def test_wrong_switch_is_one_sentence():
     expected = "expected the environment variable FORCE_CUDA to be 0 or 1, got 'yes'"
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def setup_script() -> Iterator[dict[str, Any]]:
+    """What setup.py defines, without its building anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("FORCE_CUDA", "0")
+        patch.setattr(setuptools, "setup", lambda **keywords: None)
+        yield runpy.run_path("setup.py")
+
+
+@pytest.mark.parametrize("cxx", ["g++", "g++ -m64", "env g++", "env -u NOTHING g++ -m64", "'g++'"])
+def test_compiler_may_be_a_command_of_several_words(cxx, setup_script, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    monkeypatch.setenv("CXX", cxx)
+    assert re.search(r"\d+\.\d+", setup_script["cxx_version"]())
+
+
+@pytest.mark.parametrize("cxx", ["/nowhere/g++", "env /nowhere/g++", "false", "'g++", "g++\\"])
+def test_build_without_a_compiler_is_one_sentence(cxx, setup_script, monkeypatch):
+    monkeypatch.setenv("CXX", cxx)
+    assert setup_script["cxx_version"]() is None
+    with pytest.raises(SystemExit, match=re.escape(f"{cxx!r} does not run: install g++, or set")):
+        setup_script["require_compiler"]()
+
+
+def test_build_with_an_empty_cxx_looks_for_the_default(tmp_path):
+    nothing = {"CXX": "", "PATH": str(tmp_path), "FORCE_CUDA": "0"}
+    result = run_setup("build_ext", "--build-lib", str(tmp_path), **nothing)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("expedite_d2 needs a C++ compiler")
+    assert "'c++' does not run" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_compiles_nothing_needs_no_compiler():
+    result = run_setup("--version", CXX="/nowhere/g++", FORCE_CUDA="0")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "0.1.0"), result.stderr
+    assert re.search(r"compiler: +not found", result.stdout)
 
 
 def files_below(folder: Path, *suffixes: str) -> set[str]:
