@@ -7,7 +7,7 @@ Everything else about the package stands in pyproject.toml. Environment variable
     NVCC_FLAGS            appended to nvcc's arguments
     DEBUG                 1: no optimisation, debug symbols on host and device
     SANITIZE              1: the CPU kernels alone, with AddressSanitizer and UBSan (make sanitize)
-    CXX                   the C++ compiler, with a launcher or flags, e.g. "ccache g++"; default: c++
+    CXX                   the C++ compiler, also with words around it, e.g. "ccache g++"; default: c++
     MAX_JOBS              number of parallel compilations
 """
 
@@ -57,7 +57,7 @@ def flag(name: str) -> bool | None:
 
 
 def cxx_version() -> str | None:
-    """Returns the first line of what the C++ compiler says of itself, None where it does not run."""
+    """Returns the first line of the C++ compiler's --version, None where it does not run."""
     # As setuptools and torch run it: a command, which may begin with a launcher and hold flags.
     try:
         command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]

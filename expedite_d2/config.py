@@ -286,7 +286,7 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> Cfg
 
     Args:
         config_file: a path, or a path below ``configs/`` of the installed package.
-        opts: keys and values in turn, as on train_net.py's command line.
+        opts: keys and values in turn, as on train_net.py's command line, or numbers and arrays.
 
     Returns:
         The merged config. ``MODEL.DEVICE`` is "cpu" where "cuda" was asked for and there is none.
@@ -318,7 +318,7 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> Cfg
             + " ".join(map(str, opts))
         )
     try:
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list(_plain(list(opts)))
     except (AssertionError, KeyError) as error:
         raise KeyError(f"config override: {error}") from error
     except ValueError as error:
@@ -330,6 +330,13 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> Cfg
         logger.info("MODEL.DEVICE is %s and no GPU is visible: using cpu", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def _plain(value: Any) -> Any:
+    """Python's own numbers and lists for numpy's and torch's, also within lists."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _reason(error: Exception) -> str:

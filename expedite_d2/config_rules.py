@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -53,13 +54,22 @@ def check_crop(cfg: Any) -> None:
         check(cfg, {"INPUT.CROP.SIZE": _CROP_SIZES[cfg.INPUT.CROP.TYPE]})
 
 
+def _is_number(value: Any) -> bool:
+    """Python's numbers and numpy's, but no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and _is_number(value)
+
+
 def whole(minimum: int) -> Rule:
     """An integer from `minimum` on."""
-    return Rule(f"an integer of at least {minimum}", lambda v: type(v) is int and v >= minimum)
+    return Rule(f"an integer of at least {minimum}", lambda v: _is_whole(v) and v >= minimum)
 
 
 def _number(words: str, holds: Callable[[float], bool]) -> Rule:
-    return Rule(words, lambda v: type(v) in (int, float) and math.isfinite(v) and holds(v))
+    return Rule(words, lambda v: _is_number(v) and math.isfinite(v) and holds(v))
 
 
 def each(rule: Rule, count: int | None = None) -> Rule:
@@ -90,7 +100,7 @@ _SIDES = each(whole(1), 2)
 _FOUR_POSITIVE = each(POSITIVE, 4)
 # A window of pre-training divides by its side less one.
 _WINDOWS = each(
-    Rule("0 or an integer of at least 2", lambda v: type(v) is int and v >= 0 and v != 1)
+    Rule("0 or an integer of at least 2", lambda v: _is_whole(v) and v >= 0 and v != 1)
 )
 # Maps are enlarged by transposed convolutions and made smaller by strided ones.
 _SCALING = each(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from expedite_d2.ops._checks import integer, real
 from expedite_d2.ops.token_reconstruct import token_reconstruct
 from expedite_d2.ops.token_reduce import token_reduce
 
@@ -56,23 +57,23 @@ class Reduction:
     reconstruction: Reconstruction = "residual"
 
     def __post_init__(self) -> None:
-        _expect_int("alpha", self.alpha, minimum=0)
-        _expect_int("iterations", self.iterations, minimum=0)
-        _expect_int("neighbourhood", self.neighbourhood, minimum=1)
-        _expect_int("topk", self.topk, minimum=1)
-        if self.neighbourhood % 2 == 0:
+        checked: dict[str, Any] = {
+            "alpha": _checked_int("alpha", self.alpha, minimum=0),
+            "clusters": _checked_clusters(self.clusters),
+            "iterations": _checked_int("iterations", self.iterations, minimum=0),
+            "neighbourhood": _checked_int("neighbourhood", self.neighbourhood, minimum=1),
+            "topk": _checked_int("topk", self.topk, minimum=1),
+            "temperature": _checked_temperature(self.temperature),
+        }
+        if checked["neighbourhood"] % 2 == 0:
             raise ValueError(f"neighbourhood must be odd, got {self.neighbourhood}")
-        temperature = self.temperature
-        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-        if not (number and math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(
-                f"temperature must be a finite number >= 0 (0 is automatic), got {temperature!r}"
-            )
         if self.reconstruction not in get_args(Reconstruction):
             expected = " or ".join(repr(mode) for mode in get_args(Reconstruction))
             raise ValueError(f"reconstruction must be {expected}, got {self.reconstruction!r}")
-        # Frozen: a list, as configuration files give it, becomes the tuple that it stands for.
-        object.__setattr__(self, "clusters", _checked_clusters(self.clusters))
+        # Frozen: numpy's numbers become Python's own, and a list, as configuration files give it,
+        # the tuple that it stands for.
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of clusters for a window or an image of height x width tokens."""
@@ -289,18 +290,32 @@ def profiler_range(name: str, tensor: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.nvtx.range(name) if tensor.is_cuda else nullcontext()
 
 
-def _expect_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+def _checked_int(name: str, value: object, minimum: int) -> int:
+    number = integer(value)
+    if number is None or number < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    return number
+
+
+def _checked_temperature(value: object) -> float:
+    number = real(value)
+    if number is None or not (math.isfinite(number) and number >= 0):
+        raise ValueError(
+            f"temperature must be a finite number >= 0 (0 is automatic), got {value!r}"
+        )
+    return number
 
 
 def _checked_clusters(clusters: Any) -> tuple[Any, Any]:
-    sides = tuple(clusters) if isinstance(clusters, (tuple, list)) else (clusters,)
-    sizes = all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sides)
-    ratios = all(isinstance(s, float) and 0 < s < 1 for s in sides)
-    if len(sides) != 2 or not (sizes or ratios):
-        raise ValueError(
-            "clusters must be two sizes >= 1, such as (8, 8), or two ratios between 0 and 1, such "
-            f"as (0.5, 0.5), got {clusters!r}"
-        )
-    return sides[0], sides[1]
+    # An array or a tensor of two numbers is as good as a list.
+    given = clusters.tolist() if hasattr(clusters, "tolist") else clusters
+    sides = given if isinstance(given, (tuple, list)) else (given,)
+    sizes = [size for size in map(integer, sides) if size is not None and size >= 1]
+    ratios = [ratio for ratio in map(real, sides) if ratio is not None and 0 < ratio < 1]
+    for numbers in (sizes, ratios):
+        if len(numbers) == len(sides) == 2:
+            return numbers[0], numbers[1]
+    raise ValueError(
+        "clusters must be two sizes >= 1, such as (8, 8), or two ratios between 0 and 1, such "
+        f"as (0.5, 0.5), got {clusters!r}"
+    )

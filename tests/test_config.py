@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from expedite_d2 import config as config_module
 from expedite_d2.config import cli, find_config, find_weights, load_config
@@ -36,6 +39,24 @@ def test_load_config_names_a_bad_override(
 ) -> None:
     with pytest.raises(error, match=named):
         load_config(SCENES, opts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("MODEL.EXPEDITE.ALPHA", np.int64(6), 6),
+        ("MODEL.EXPEDITE.TEMPERATURE", np.float32(0.5), 0.5),
+        ("MODEL.EXPEDITE.CLUSTERS", np.array([6, 4]), [6, 4]),
+        ("MODEL.EXPEDITE.CLUSTERS", [np.float64(0.5), np.float64(0.25)], [0.5, 0.25]),
+        ("MODEL.EXPEDITE.CLUSTERS", torch.tensor([6, 4]), [6, 4]),
+        ("MODEL.EXPEDITE.ENABLED", np.bool_(True), True),
+    ],
+)
+def test_load_config_takes_numbers_of_numpy(key: str, value: Any, expected: Any) -> None:
+    cfg = load_config(SCENES, [key, value])
+    kept = cfg.MODEL.EXPEDITE[key.rpartition(".")[2]]
+    assert repr(kept) == repr(expected)
+    cfg.dump()  # which knows Python's own types alone
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,11 +55,49 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
         ({"clusters": (8, 0.5)}, r"clusters must be two sizes .*, got \(8, 0.5\)"),
         ({"clusters": (1.0, 0.5)}, r"two ratios between 0 and 1.*, got \(1.0, 0.5\)"),
         ({"clusters": (True, 8)}, r"clusters must be two sizes .*, got \(True, 8\)"),
+        ({"clusters": "88"}, "clusters must be two sizes .*, got '88'"),
+        ({"clusters": np.ones((2, 2))}, "clusters must be two sizes"),
+        ({"alpha": np.float64(3)}, "alpha must be an integer >= 0, got .*3.0"),
+        ({"alpha": np.bool_(True)}, "alpha must be an integer >= 0, got .*True"),
+        ({"alpha": np.array(3)}, r"alpha must be an integer >= 0, got array\(3\)"),
+        ({"topk": torch.tensor(3)}, r"topk must be an integer >= 1, got tensor\(3\)"),
+        ({"temperature": np.float32("nan")}, "temperature must be a finite number .*nan"),
+        ({"temperature": True}, "temperature must be a finite number .*, got True"),
     ],
 )
 def test_reduction_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Reduction(**{"alpha": 3, "clusters": (8, 8), **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("alpha", np.arange(4, 8)[2], 6),
+        ("alpha", np.uint8(6), 6),
+        ("iterations", np.int16(3), 3),
+        ("neighbourhood", np.int32(3), 3),
+        ("topk", np.int64(2), 2),
+        ("temperature", np.float32(0.5), 0.5),
+        ("temperature", np.float64(0.25), 0.25),
+        ("temperature", np.int64(2), 2.0),
+        ("clusters", tuple(np.array([8, 6])), (8, 6)),
+        ("clusters", np.array([8, 6]), (8, 6)),
+        ("clusters", torch.tensor([8, 6]), (8, 6)),
+        ("clusters", tuple(np.linspace(0.25, 0.75, 2)), (0.25, 0.75)),
+        ("clusters", tuple(np.float32([0.5, 0.25])), (0.5, 0.25)),
+        ("clusters", (np.int64(8), 6), (8, 6)),
+    ],
+)
+def test_reduction_takes_numbers_of_numpy_as_pythons_own(
+    name: str, value: Any, expected: Any
+) -> None:
+    arguments: dict[str, Any] = {"alpha": 3, "clusters": (4, 4)}
+    reduction = Reduction(**arguments | {name: value})
+    assert reduction == Reduction(**arguments | {name: expected})
+    # Also to the type, which numbers that are equal need not share.
+    kept = getattr(reduction, name)
+    assert repr(kept) == repr(expected)
 
 
 def test_reduction_is_a_value() -> None:

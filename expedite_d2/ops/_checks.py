@@ -6,6 +6,7 @@ Each message names the operator, the argument, what was expected and what came.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,20 @@ def _got(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
+def integer(value: object) -> int | None:
+    """A whole number as Python's own, numpy's among them; None for all else, a bool too."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return int(value) if whole else None  # type: ignore[call-overload]
+
+
+def real(value: object) -> float | None:
+    """A number as Python's own float, numpy's among them; None for all else, a bool too."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if number else None  # type: ignore[arg-type]
+
+
 def check_map(op: str, name: str, x: Tensor, letters: str = "(B, H, W, C)") -> None:
     """Requires a floating point tensor of four axes, of which only the batch may be empty."""
     if not isinstance(x, Tensor):
@@ -37,13 +52,10 @@ def check_map(op: str, name: str, x: Tensor, letters: str = "(B, H, W, C)") -> N
 
 
 def _pair(op: str, name: str, value: Sequence[int]) -> list[int]:
-    if (
-        not isinstance(value, (tuple, list))
-        or len(value) != 2
-        or not all(isinstance(side, (int, torch.SymInt)) and side >= 1 for side in value)
-    ):
+    sides = [integer(side) for side in value] if isinstance(value, (tuple, list)) else []
+    if len(sides) != 2 or not all(side is not None and side >= 1 for side in sides):
         raise ValueError(f"{op}: expected {name} to be two positive integers, got {value!r}")
-    return [value[0], value[1]]
+    return sides  # type: ignore[return-value]
 
 
 def check_clusters(
@@ -78,22 +90,24 @@ def map_size(
 
 
 def check_int(op: str, name: str, value: int, least: int, *, odd: bool = False) -> int:
-    """Requires an integer of at least ``least``, odd where asked."""
-    if not isinstance(value, (int, torch.SymInt)) or value < least or (odd and value % 2 == 0):
+    """Requires an integer of at least ``least``, odd where asked; returns it as Python's own."""
+    number = integer(value)
+    if number is None or number < least or (odd and number % 2 == 0):
         kind = "an odd integer" if odd else "an integer"
         raise ValueError(f"{op}: expected {name} to be {kind} of at least {least}, got {value!r}")
-    return value
+    return number
 
 
 def check_temperature(op: str, temperature: float) -> float:
-    """Requires a finite positive number."""
-    if not isinstance(temperature, (int, float)):
+    """Requires a finite positive number; returns it as Python's own."""
+    number = real(temperature)
+    if number is None:
         raise TypeError(f"{op}: expected temperature to be a number, got {_got(temperature)}")
-    if not 0 < temperature < math.inf:
+    if not 0 < number < math.inf:
         raise ValueError(
             f"{op}: expected temperature to be positive and finite, got {temperature!r}"
         )
-    return float(temperature)
+    return number
 
 
 def check_spread(op: str, spread: Tensor | None, tokens: Tensor) -> None:
@@ -183,8 +197,8 @@ def check_levels(
             f"{op}: expected level_start to be one row for each of the {len(sizes)} levels of "
             f"spatial_shapes, got {starts!r}"
         )
+    starts = [check_int(op, "level_start", start, 0) for start in starts]
     for start, size in zip(starts, sizes, strict=True):
-        check_int(op, "level_start", start, 0)
         if start + size > rows:
             raise ValueError(
                 f"{op}: expected level_start and spatial_shapes within the {rows} rows of value, "

@@ -115,8 +115,8 @@ def token_cluster(
     op = "token_cluster"
     check_map(op, "tokens", tokens)
     cells, side = check_clusters(op, tokens, clusters, window)
-    check_int(op, "iterations", iterations, 0)
-    check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
+    iterations = check_int(op, "iterations", iterations, 0)
+    neighbourhood = check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
     tau = check_temperature(op, temperature)
     check_spread(op, spread, tokens)
     # The kernels are for the types that models run in; float64 serves tests of gradients.

@@ -100,7 +100,7 @@ def token_match(
     cells, side = check_clusters(op, tokens, clusters, window)
     shape = (tokens.shape[0], *map_size(tokens, cells, side), tokens.shape[3])
     check_like(op, "centres", centres, shape, tokens, "tokens")
-    check_int(op, "topk", topk, 1)
+    topk = check_int(op, "topk", topk, 1)
     tau = check_temperature(op, temperature)
     check_spread(op, spread, tokens)
     # The kernels are for the types that models run in; float64 serves tests of gradients.

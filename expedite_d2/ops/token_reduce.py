@@ -140,9 +140,9 @@ def token_reduce(
     op = "token_reduce"
     check_map(op, "tokens", tokens)
     cells, side = check_clusters(op, tokens, clusters, window)
-    check_int(op, "iterations", iterations, 0)
-    check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
-    check_int(op, "topk", topk, 1)
+    iterations = check_int(op, "iterations", iterations, 0)
+    neighbourhood = check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
+    topk = check_int(op, "topk", topk, 1)
     tau = check_temperature(op, temperature)
     # The kernels are for the types that models run in; float64 serves tests of gradients.
     run = token_reduce_ref if tokens.dtype == torch.float64 else _token_reduce

@@ -70,7 +70,7 @@ def token_spread(
     op = "token_spread"
     check_map(op, "tokens", tokens)
     cells, side = check_clusters(op, tokens, clusters, window)
-    check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
+    neighbourhood = check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
     # The kernels are for the types that models run in; float64 serves tests of gradients.
     run = token_spread_ref if tokens.dtype == torch.float64 else _token_spread
     return run(tokens, cells, side, neighbourhood)

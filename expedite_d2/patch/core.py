@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from expedite_d2.hourglass import Reconstruction, Reduction
+from expedite_d2.ops._checks import integer
 from expedite_d2.patch.adapter import Adapter
 from expedite_d2.patch.detectron2_vit import Detectron2ViT
 from expedite_d2.patch.override import Override, PassOn
@@ -73,6 +74,7 @@ def expedite(
     blocks = adapter.blocks(encoder)
     _check(adapter, encoder, reduction, len(blocks))
     adapter.check(encoder, reduction, outputs)
+    alpha = reduction.alpha
     span = range(alpha, adapter.stop(encoder, alpha))
     full = _full_outputs(adapter, encoder, span, outputs, len(blocks))
     restore(encoder)
@@ -159,9 +161,9 @@ def _full_outputs(
     if outputs is None:
         read = adapter.read(encoder)
         return span if read is None else {*read, span[-1]}
-    numbers = all(isinstance(number, int) and 0 <= number < blocks for number in outputs)
-    if not numbers:
+    numbers = [integer(number) for number in outputs]
+    if not all(number is not None and 0 <= number < blocks for number in numbers):
         raise ValueError(
             f"outputs must be numbers of blocks, 0 to {blocks - 1}, got {list(outputs)}"
         )
-    return {*outputs, span[-1]} if outputs else ()
+    return {*numbers, span[-1]} if numbers else ()  # type: ignore[misc]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from op_cases import CASES, Sample, assert_kernel, make_sample
@@ -271,12 +272,13 @@ def _bad_inputs() -> list:
         rows.append((op, "clusters", (2**16, 2**31), ValueError))
         rows.append((op, "tokens", lambda d: on(d, 1).expand(1, 2**16, 2**16, 1), ValueError))
     for op in ("token_spread", "token_cluster", "token_reduce"):
-        for value in (4, 0, -1, 2.5):
+        for value in (4, 0, -1, 2.5, True, np.float64(3.0), np.bool_(True)):
             rows.append((op, "neighbourhood", value, ValueError))
     for op in ("token_cluster", "token_match", "token_reduce"):
         for value in (0.0, -1.0, float("nan"), float("inf")):
             rows.append((op, "temperature", value, ValueError))
-        rows.append((op, "temperature", "hot", TypeError))
+        for value in ("hot", True, torch.ones(())):
+            rows.append((op, "temperature", value, TypeError))
     for op in ("token_cluster", "token_match"):
         rows.append((op, "spread", lambda d: on(d, 3), ValueError))
         rows.append((op, "spread", lambda d: on(d, 2, 1), ValueError))
@@ -343,6 +345,21 @@ def any_device(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("op", NAMES)
 def test_good_arguments(op, any_device):
     getattr(ops, op)(**good_arguments(op, any_device))
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_numbers_of_numpy_are_pythons_own(op):
+    arguments = good_arguments(op, "cpu")
+    numpys = {
+        name: tuple(np.array(value)) if isinstance(value, tuple) else np.asarray(value)[()]
+        for name, value in arguments.items()
+        if not isinstance(value, torch.Tensor)
+    }
+    assert all(type(value).__module__ == "numpy" or name in ("clusters", "window")
+               for name, value in numpys.items())  # fmt: skip
+    torch.testing.assert_close(
+        getattr(ops, op)(**arguments | numpys), getattr(ops, op)(**arguments), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("op, name, value, error", _bad_inputs())

@@ -15,6 +15,7 @@ from expedite_d2.hourglass import Clustering, Reduction, profiler_range
 from expedite_d2.models.backbones.settings import reduction_from_config
 from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.lazy_timm import import_timm
+from expedite_d2.ops._checks import integer
 from expedite_d2.patch import clustering_of, expedite, restore
 from expedite_d2.patch.adapter import inherits
 from expedite_d2.patch.timm_vit import beit_bias
@@ -82,6 +83,7 @@ class ExpeditedViT(Backbone):
             )
         self.vit = cast(Any, vit)
         blocks = len(self.vit.blocks)
+        out_blocks = [i if (n := integer(i)) is None else n for i in out_blocks]
         numbers = [i for i in out_blocks if i != "last"]
         known = all(type(i) is int and 0 <= i < blocks for i in numbers)
         if not out_blocks or not known:
