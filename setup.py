@@ -76,6 +76,22 @@ def require_compiler() -> None:
         )
 
 
+def make_cxx_one_word(folder: Path) -> None:
+    """Puts a script into the folder, and into CXX, where that is a command of several words.
+
+    torch takes it for the name of one program. The folder stays the same, so that ninja finds
+    what it has built before.
+    """
+    words = shlex.split(os.environ.get("CXX", "c++"))
+    if len(words) > 1:
+        folder.mkdir(parents=True, exist_ok=True)
+        script = folder.resolve() / "cxx"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        script.chmod(0o755)
+        # The launcher is the user's choice: torch would put ccache before it, where there is one.
+        os.environ.update(CXX=str(script), TORCH_NO_COMPILER_WRAPPER="1")
+
+
 def find_nvcc() -> tuple[str, str] | None:
     """Returns nvcc's path and version, or None where there is no working nvcc."""
     path = os.path.join(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
@@ -208,6 +224,7 @@ class build_ext(BuildExtension):
 
     def run(self) -> None:
         require_compiler()
+        make_cxx_one_word(Path(self.build_temp))
         super().run()
 
 

@@ -19,6 +19,7 @@ import torch
 
 from expedite_d2.config_rules import COMMON_KEYS, check
 from expedite_d2.d2 import BACKBONE_REGISTRY, META_ARCH_REGISTRY, CfgNode, get_cfg
+from expedite_d2.errors import UNFORESEEN, sentence_of
 
 logger = logging.getLogger(__name__)
 
@@ -403,7 +404,10 @@ Main = TypeVar("Main", bound=Callable[..., Any])
 
 
 def cli(main: Main) -> Main:
-    """Decorate a command-line ``main``: a user's error becomes one line and exit code 2."""
+    """Decorate a command-line ``main``: an error raised on purpose becomes one line and code 2.
+
+    Every other one keeps its traceback, with a line that says where to report it.
+    """
 
     @functools.wraps(main)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -412,9 +416,15 @@ def cli(main: Main) -> Main:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
-        except (ValueError, OSError, KeyError) as error:
-            message = error.args[0] if isinstance(error, KeyError) and error.args else error
-            print(f"error: {message}", file=sys.stderr)
-            raise SystemExit(2) from None
+        except Exception as error:
+            sentence = sentence_of(error)
+            if sentence is not None:
+                print(f"error: {sentence}", file=sys.stderr)
+                raise SystemExit(2) from None
+            if hasattr(error, "add_note"):
+                error.add_note(UNFORESEEN)
+            else:  # Python 3.10 has no notes
+                print(UNFORESEEN, file=sys.stderr)
+            raise
 
     return guarded  # type: ignore[return-value]

@@ -99,9 +99,7 @@ _PART = _number("a number above 0, at most 1", lambda v: 0 < v <= 1)
 _SIDES = each(whole(1), 2)
 _FOUR_POSITIVE = each(POSITIVE, 4)
 # A window of pre-training divides by its side less one.
-_WINDOWS = each(
-    Rule("0 or an integer of at least 2", lambda v: _is_whole(v) and v >= 0 and v != 1)
-)
+_WINDOWS = each(Rule("0 or an integer of at least 2", lambda v: _is_whole(v) and v >= 0 and v != 1))
 # Maps are enlarged by transposed convolutions and made smaller by strided ones.
 _SCALING = each(
     _number(

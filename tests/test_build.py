@@ -205,6 +205,22 @@ def test_compiler_may_be_a_command_of_several_words(cxx, setup_script, monkeypat
     assert re.search(r"\d+\.\d+", setup_script["cxx_version"]())
 
 
+@pytest.mark.parametrize("cxx", ["g++ -m64", "env g++", "env -u NOTHING g++ -DNAME='a b'"])
+def test_compiler_of_several_words_becomes_one_program(cxx, setup_script, tmp_path, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    monkeypatch.setenv("CXX", cxx)
+    monkeypatch.delenv("TORCH_NO_COMPILER_WRAPPER", raising=False)
+    expected = setup_script["cxx_version"]()
+    setup_script["make_cxx_one_word"](tmp_path / "temp")
+    program = cpp_extension.get_cxx_compiler()
+    assert Path(program).is_file() and setup_script["cxx_version"]() == expected
+    assert cpp_extension.check_compiler_ok_for_platform(program)
+    source = tmp_path / "empty.cpp"
+    source.write_text("int main() {}")
+    subprocess.run([program, "-c", str(source), "-o", str(tmp_path / "empty.o")], check=True)
+
+
 @pytest.mark.parametrize("cxx", ["/nowhere/g++", "env /nowhere/g++", "false", "'g++", "g++\\"])
 def test_build_without_a_compiler_is_one_sentence(cxx, setup_script, monkeypatch):
     monkeypatch.setenv("CXX", cxx)

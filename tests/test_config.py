@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expedite_d2 import config as config_module
-from expedite_d2.config import cli, find_config, find_weights, load_config
+from expedite_d2.config import find_config, find_weights, load_config
 
 SCENES = "scenes/panoptic/mask2former_swin_mini.yaml"
 
@@ -99,34 +99,3 @@ def test_load_config_translates_official_names(tmp_path: Path) -> None:
     # With the real Mask2Former imported its own classes would serve these names.
     assert cfg.MODEL.META_ARCHITECTURE == "ExpediteMask2Former"
     assert cfg.MODEL.BACKBONE.NAME == "ExpeditedSwinTransformer"
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (ValueError("alpha is wrong"), 2, "error: alpha is wrong\n"),
-        (FileNotFoundError("no such checkpoint"), 2, "error: no such checkpoint\n"),
-        (KeyError("no key X"), 2, "error: no key X\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-    ],
-)
-def test_cli_turns_a_users_error_into_one_line(
-    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    @cli
-    def main() -> None:
-        raise error
-
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == code
-    assert capsys.readouterr().err == message
-
-
-def test_cli_lets_our_own_errors_through() -> None:
-    @cli
-    def main() -> None:
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        main()

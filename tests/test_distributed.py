@@ -18,6 +18,7 @@ import torch
 from engine_cases import few_scenes, make_cfg, train
 
 from expedite_d2.d2 import PROVIDER, common, launch
+from expedite_d2.errors import sentence_of
 
 if PROVIDER == "detectron2":
     pytestmark = pytest.mark.detectron2
@@ -181,6 +182,13 @@ def test_processes_that_would_go_on_from_different_checkpoints_are_refused(
     train(make_cfg(tmp_path, "SOLVER.MAX_ITER", "1"))
     with pytest.raises(ValueError, match=r"iterations \[1, 0\]: OUTPUT_DIR must be .* share"):
         launch_two(engine_cases.resume_from_different_checkpoints, cache, tmp_path)
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(launch_two: LaunchTwo) -> None:
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException) as caught:
+        launch_two({}.__getitem__, "p7")
+    assert "Traceback" in str(caught.value) and "KeyError: 'p7'" in str(caught.value)
+    assert sentence_of(caught.value) is None
 
 
 def test_a_machine_whose_peer_died_does_not_wait_for_it(

@@ -22,13 +22,12 @@ import torch.multiprocessing as mp
 from expedite_d2.d2 import provider
 from expedite_d2.d2.logger import setup_logger
 from expedite_d2.d2.provider import CfgNode, comm
+from expedite_d2.errors import KINDS, sentence_of
 from expedite_d2.files import remove_leftovers, replacing
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-# What the user caused: handed from a worker to the launching process as it is.
-_USER_ERRORS = (ValueError, OSError, KeyError)
 
 
 def launch(
@@ -44,9 +43,9 @@ def launch(
 
     Detectron2's own differs in three points: released versions refuse to start without a GPU, an
     error of a worker comes back as the text of a traceback, and torchrun is not known. Here the
-    workers talk through gloo where there is no GPU and share the cores; ``ValueError``, ``OSError``
-    and ``KeyError`` are raised again in the launching process; and under torchrun, which has
-    started the processes, the function runs in this one as a member of torchrun's group.
+    workers talk through gloo where there is no GPU and share the cores; an error that was raised on
+    purpose is raised again in the launching process; and under torchrun, which has started the
+    processes, the function runs in this one as a member of torchrun's group.
 
     Args:
         main_func: called as ``main_func(*args)`` in every process; importable by name.
@@ -152,8 +151,11 @@ def _worker(
     rank = machine_rank * workers + local_rank
     try:
         _run(main_func, args, local_rank, workers, dist_url, timeout, world_size, rank)
-    except _USER_ERRORS as error:
-        errors.put(_plain(error))
+    except KINDS as error:
+        sentence = sentence_of(error)
+        if sentence is not None:
+            # Without what may not pickle: subclasses with arguments of their own.
+            errors.put(next(kind for kind in KINDS if isinstance(error, kind))(sentence))
         raise
 
 
@@ -187,12 +189,6 @@ def _run(
     comm.synchronize()
     main_func(*args)
     dist.destroy_process_group()
-
-
-def _plain(error: Exception) -> Exception:
-    """The same error without what may not pickle: subclasses with arguments of their own."""
-    kind = next(kind for kind in _USER_ERRORS if isinstance(error, kind))
-    return kind(str(error.args[0]) if kind is KeyError and error.args else str(error))
 
 
 def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from expedite_d2.d2 import CfgNode, DatasetCatalog, InferenceSampler, TrainingSampler, comm
 from expedite_d2.data.depth import DEPTH_MAPPER_NAME, DepthTestMapper, DepthTrainMapper
 from expedite_d2.data.mappers import TestMapper, TrainMapper
+from expedite_d2.errors import sentence_of
 
 Entry = dict[str, Any]
 
@@ -138,7 +139,9 @@ class _MappedSet(Dataset):
         for key in keys:
             try:
                 samples.append(self[key])
-            except (ValueError, OSError) as error:
+            except Exception as error:
+                if sentence_of(error) is None:  # whose traceback tells more than it does
+                    raise
                 samples.append(error)
         return samples
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from expedite_d2.config import PACKAGE, WEIGHTS_PREFIX, cli, load_config
 from expedite_d2.d2 import default_setup, setup_logger
+from expedite_d2.errors import UNFORESEEN, sentence_of
 from expedite_d2.evaluation.compare import compare
 from expedite_d2.evaluation.report_page import RUN_FILE, read_system, write_page
 from expedite_d2.files import replacing
@@ -163,10 +164,12 @@ def _compare(run: _Run) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if not isinstance(error, (ValueError, OSError, KeyError)):
+        sentence = sentence_of(error)
+        if sentence is None:
             traceback.print_exc()
-        run.record(str(message))
+            print(UNFORESEEN, file=sys.stderr)
+            sentence = f"unforeseen {type(error).__name__}: {error}"
+        run.record(sentence)
         raise SystemExit(_FAILED) from None
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from expedite_d2 import d2
+from expedite_d2.config import load_config
 from expedite_d2.d2 import provider
+from expedite_d2.errors import sentence_of
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def loggers():
 def _exchange(folder: Path, fail: bool) -> None:
     """What each process of the launch test does."""
     if fail:
-        raise KeyError("MODEL.NO_SUCH_KEY")
+        load_config("scenes/panoptic/mask2former_swin_mini.yaml", ["MODEL.NO_SUCH_KEY", "1"])
     total = torch.tensor([float(d2.comm.get_rank() + 1)])
     torch.distributed.all_reduce(total)
     gathered = d2.comm.all_gather({"rank": d2.comm.get_rank()})
@@ -64,8 +66,10 @@ def test_launch_runs_two_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU: nccl needs one per process")
 def test_launch_hands_a_users_error_back(tmp_path):
-    with pytest.raises(KeyError, match="MODEL.NO_SUCH_KEY"):
+    with pytest.raises(KeyError, match="MODEL.NO_SUCH_KEY") as caught:
         d2.launch(_exchange, 2, dist_url="auto", args=(tmp_path, True))
+    sentence = sentence_of(caught.value)
+    assert sentence is not None and sentence.startswith("config override: ")
 
 
 def test_launch_with_one_process_stays_here():
