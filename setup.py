@@ -7,7 +7,7 @@ Everything else about the package stands in pyproject.toml. Environment variable
     NVCC_FLAGS            appended to nvcc's arguments
     DEBUG                 1: no optimisation, debug symbols on host and device
     SANITIZE              1: the CPU kernels alone, with AddressSanitizer and UBSan (make sanitize)
-    CXX                   the C++ compiler, also with words around it, e.g. "ccache g++"; default: c++
+    CXX                   the C++ compiler, a command such as "ccache g++"; default: c++
     MAX_JOBS              number of parallel compilations
 """
 

@@ -6,6 +6,7 @@ official Mask2Former YAML loads as it is), then ``MODEL.EXPEDITE`` and ``TEST.DT
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -52,8 +53,9 @@ _EXPEDITE_DEFAULTS: list[tuple[str, Any]] = [
     ("TEST.SLIDING_WINDOW.STRIDE", [512, 512]),
 ]
 
-# Mask2Former's keys, names and defaults, with those that it takes from DeepLab; the last three are
-# ours.
+# Mask2Former's keys, names and defaults, with those that it takes from DeepLab and those of its
+# video project, which nothing here reads; the last three are ours. Mask2Former's own function
+# begins MODEL.SWIN and MODEL.MASK_FORMER anew: whoever reads ours there has a default.
 _MASK2FORMER_DEFAULTS: list[tuple[str, Any]] = [
     ("INPUT.DATASET_MAPPER_NAME", "mask_former_semantic"),
     ("INPUT.COLOR_AUG_SSD", False),
@@ -62,6 +64,10 @@ _MASK2FORMER_DEFAULTS: list[tuple[str, Any]] = [
     ("INPUT.IMAGE_SIZE", 1024),
     ("INPUT.MIN_SCALE", 0.1),
     ("INPUT.MAX_SCALE", 2.0),
+    ("INPUT.SAMPLING_FRAME_NUM", 2),
+    ("INPUT.SAMPLING_FRAME_RANGE", 20),
+    ("INPUT.SAMPLING_FRAME_SHUFFLE", False),
+    ("INPUT.AUGMENTATIONS", []),
     ("SOLVER.WEIGHT_DECAY_EMBED", 0.0),
     ("SOLVER.OPTIMIZER", "ADAMW"),
     ("SOLVER.BACKBONE_MULTIPLIER", 0.1),
@@ -225,6 +231,15 @@ _HTC_DEFAULTS: list[tuple[str, Any]] = [
     ("MODEL.HTC.SOFT_NMS_MIN_SCORE", 0.001),
 ]
 
+_DEFAULTS = [
+    *_EXPEDITE_DEFAULTS,
+    *_MASK2FORMER_DEFAULTS,
+    *_VIT_DEFAULTS,
+    *_SEGMENTER_DEFAULTS,
+    *_DPT_DEFAULTS,
+    *_HTC_DEFAULTS,
+]
+
 _TYPE_MISMATCH = re.compile(
     r"Type mismatch \(<class '(\w+)'> vs\. <class '(\w+)'>\) with values \((.*) vs\. (.*)\) "
     r"for config key: (.*)",
@@ -238,48 +253,23 @@ _TRANSLATIONS = {
     "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, _BACKBONES),
     "MODEL.EXPEDITE.BACKBONE": (BACKBONE_REGISTRY, _BACKBONES),
 }
+# Meta-architectures of official YAMLs that nothing here stands in for, and what they are for.
+_NOT_HERE = {"VideoMaskFormer": "video instance segmentation"}
 
 
 def add_expedite_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.EXPEDITE.*``, ``TEST.DTYPE`` and ``TEST.SLIDING_WINDOW.*``, in place."""
-    _add_defaults(cfg, _EXPEDITE_DEFAULTS)
+    """Add every key of this project to a Detectron2 config, in place; those that are there stay.
 
-
-def add_mask2former_config(cfg: CfgNode) -> None:
-    """Add Mask2Former's keys, in place; keys that Mask2Former itself already added are kept."""
-    _add_defaults(cfg, _MASK2FORMER_DEFAULTS)
-
-
-def add_vit_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.VIT.*`` to a Detectron2 config, in place."""
-    _add_defaults(cfg, _VIT_DEFAULTS)
-
-
-def add_segmenter_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.SEGMENTER.*`` to a Detectron2 config, in place."""
-    _add_defaults(cfg, _SEGMENTER_DEFAULTS)
-
-
-def add_dpt_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.DPT.*`` to a Detectron2 config, in place."""
-    _add_defaults(cfg, _DPT_DEFAULTS)
-
-
-def add_htc_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.HTC.*`` and ``MODEL.EXPEDITE.BACKBONE`` to a Detectron2 config, in place."""
-    _add_defaults(cfg, _HTC_DEFAULTS)
-
-
-def _add_defaults(cfg: CfgNode, defaults: Sequence[tuple[str, Any]]) -> None:
-    for key, value in defaults:
+    Mask2Former's own keys are among them, so that each backbone and each meta-architecture of this
+    package builds from Detectron2's ``get_cfg()`` and this function. Mask2Former's own function may
+    come before it or after it.
+    """
+    for key, value in _DEFAULTS:
         *parents, leaf = key.split(".")
         node = cfg
         for parent in parents:
-            if parent not in node:
-                node[parent] = CfgNode()
-            node = node[parent]
-        if leaf not in node:
-            node[leaf] = list(value) if isinstance(value, list) else value
+            node = node.setdefault(parent, CfgNode())
+        node.setdefault(leaf, copy.deepcopy(value))
 
 
 def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> CfgNode:
@@ -299,12 +289,7 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> Cfg
     """
     path = find_config(config_file)
     cfg = get_cfg()
-    add_mask2former_config(cfg)
     add_expedite_config(cfg)
-    add_vit_config(cfg)
-    add_segmenter_config(cfg)
-    add_dpt_config(cfg)
-    add_htc_config(cfg)
     try:
         cfg.merge_from_file(str(path))
     except KeyError as error:
@@ -380,6 +365,12 @@ def _translate_official_names(cfg: CfgNode) -> None:
         if ours is not None and node[leaf] not in registry:
             logger.info("%s %s is not registered: using %s", key, node[leaf], ours)
             node[leaf] = ours
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name in _NOT_HERE and name not in META_ARCH_REGISTRY:
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE {name} is for {_NOT_HERE[name]}, which is not part of this "
+            "project: only a module that registers it can build it"
+        )
 
 
 def _check(cfg: CfgNode) -> None:

@@ -190,6 +190,23 @@ COMMON_KEYS: dict[str, Rule] = {
     "TEST.DTYPE": one_of("float32", "bfloat16", "float16"),
 }
 
+#: Mask2Former's keys, as this project's own Mask2Former understands them.
+MASK2FORMER_KEYS: dict[str, Rule] = {
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": whole(1),
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": whole(1),
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": whole(1),
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": whole(0),
+    "MODEL.MASK_FORMER.NHEADS": whole(1),
+    "MODEL.MASK_FORMER.DROPOUT": SHARE,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": whole(1),
+    "MODEL.MASK_FORMER.HIDDEN_DIM": whole(1),
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": whole(1),
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": whole(1),
+    "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": _number("a number of at least 1", lambda v: v >= 1),
+    "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": SHARE,
+    "TEST.DETECTIONS_PER_IMAGE": whole(1),
+}
+
 #: Detectron2's keys of two-stage detectors, as this project's own detectors understand them.
 DETECTOR_KEYS: dict[str, Rule] = {
     "MODEL.FPN.OUT_CHANNELS": whole(1),

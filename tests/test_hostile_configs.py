@@ -28,6 +28,7 @@ FPN = [
 FAMILIES: dict[str, tuple[str, list[str]]] = {
     "segmenter": ("segmenter_tiny.yaml", []),
     "dpt": ("dpt_tiny.yaml", ["MODEL.EXPEDITE.ALPHA", "1", "MODEL.EXPEDITE.CLUSTERS", "[2, 2]"]),
+    "mask2former": ("mask2former_tiny.yaml", []),
     "htc": ("detector_tiny.yaml", PYRAMID),
     "panoptic_fpn": ("detector_tiny.yaml", FPN),
 }
@@ -77,6 +78,26 @@ WRONG: dict[str, list[tuple[str, str, str]]] = {
         ("DPT.SILOG_WEIGHT", "2.0", "must be a number from 0 to 1, got 2.0"),
         ("DPT.TEST_SIZE", "[64]", r"must be a list of 2 values.*got \[64\]"),
         ("DPT.TEST_SIZE", "[0, 64]", r"each an integer of at least 1, got \[0, 64\]"),
+    ],
+    "mask2former": [
+        (
+            "SEM_SEG_HEAD.IN_FEATURES",
+            "['res2', 'res6']",
+            r"among \['res2', .*got \['res2', 'res6'\]",
+        ),
+        ("SEM_SEG_HEAD.IN_FEATURES", "[]", r"must be among \['res2'.*got \[\]"),
+        ("SEM_SEG_HEAD.CONVS_DIM", "0", "must be an integer of at least 1, got 0"),
+        ("SEM_SEG_HEAD.MASK_DIM", "-1", "must be an integer of at least 1, got -1"),
+        ("SEM_SEG_HEAD.COMMON_STRIDE", "0", "must be an integer of at least 1, got 0"),
+        ("SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "-1", "must be an integer of at least 0, got -1"),
+        ("MASK_FORMER.NHEADS", "0", "must be an integer of at least 1, got 0"),
+        ("MASK_FORMER.DROPOUT", "2.0", "must be a number from 0 to 1, got 2.0"),
+        ("MASK_FORMER.DIM_FEEDFORWARD", "-1", "must be an integer of at least 1, got -1"),
+        ("MASK_FORMER.HIDDEN_DIM", "0", "must be an integer of at least 1, got 0"),
+        ("MASK_FORMER.NUM_OBJECT_QUERIES", "-1", "must be an integer of at least 1, got -1"),
+        ("MASK_FORMER.TRAIN_NUM_POINTS", "0", "must be an integer of at least 1, got 0"),
+        ("MASK_FORMER.OVERSAMPLE_RATIO", "0.5", "must be a number of at least 1, got 0.5"),
+        ("MASK_FORMER.IMPORTANCE_SAMPLE_RATIO", "1.5", "must be a number from 0 to 1, got 1.5"),
     ],
     "htc": [
         ("SWIN.VERSION", "3", "must be one of 1, 2, got 3"),

@@ -1,14 +1,15 @@
 """The one door to Detectron2: its own objects where it is installed, a stand-in elsewhere.
 
 Every name that must be Detectron2's (registries, config, structures, catalogs, samplers) comes from
-``provider``. ``launch``, ``default_setup``, ``setup_logger`` and ``DetectionCheckpointer`` keep
-Detectron2's signatures, but are shared by both providers: they add training on CPUs, torchrun,
-one-sentence errors and checkpoints that are never half written.
+``provider``. ``launch``, ``default_setup``, ``setup_logger``, ``build_model`` and
+``DetectionCheckpointer`` keep Detectron2's signatures, but are shared by both providers: they add
+training on CPUs, torchrun, one-sentence errors and checkpoints that are never half written.
 """
 
 from expedite_d2.d2.common import (
     CorruptCheckpointError,
     DetectionCheckpointer,
+    build_model,
     default_setup,
     launch,
 )
@@ -32,7 +33,6 @@ from expedite_d2.d2.provider import (
     ShapeSpec,
     TrainingSampler,
     build_backbone,
-    build_model,
     comm,
     configurable,
     default_argument_parser,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from expedite_d2.config import add_expedite_config, add_mask2former_config
+from expedite_d2.config import add_expedite_config
 from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog, get_cfg
 from expedite_d2.data.ade20k import register_ade20k
 from expedite_d2.data.cityscapes import register_cityscapes
@@ -26,7 +26,6 @@ PREFIXES = ("coco_2017_", "ade20k_", "cityscapes_fine_", "pascal_context_")
 @pytest.fixture
 def cfg() -> CfgNode:
     cfg = get_cfg()
-    add_mask2former_config(cfg)
     add_expedite_config(cfg)
     cfg.INPUT.FORMAT = "RGB"
     cfg.DATALOADER.NUM_WORKERS = 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from expedite_d2.config import add_dpt_config
+from expedite_d2.config import add_expedite_config
 from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog
 from expedite_d2.data import depth as depth_module
 from expedite_d2.data.depth import (
@@ -28,7 +28,7 @@ KITTI_DEPTH = "2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02"
 
 @pytest.fixture
 def depth_cfg(cfg: CfgNode) -> CfgNode:
-    add_dpt_config(cfg)
+    add_expedite_config(cfg)
     cfg.INPUT.DATASET_MAPPER_NAME = "depth"
     return cfg
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from detector_cases import TINY, image, register
 
 from expedite_d2.config import load_config
-from expedite_d2.d2 import BACKBONE_REGISTRY, Instances, ShapeSpec, build_backbone, build_model
+from expedite_d2.d2 import (
+    BACKBONE_REGISTRY,
+    PROVIDER,
+    Instances,
+    ShapeSpec,
+    build_backbone,
+    build_model,
+)
+from expedite_d2.errors import sentence_of
 from expedite_d2.models.backbones.fpn import FeaturePyramid
 
 FPN = [
@@ -77,8 +87,6 @@ def test_settings_that_do_not_fit_are_named(opts, message):
 @pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "PanopticFPN"])
 def test_detectron2s_own_architectures_run_on_it(architecture):
     pytest.importorskip("detectron2", reason="needs the real Detectron2")
-    from expedite_d2.d2 import PROVIDER
-
     if PROVIDER != "detectron2":
         pytest.skip("the stand-in is forced")
     from detectron2.structures import BitMasks
@@ -112,3 +120,52 @@ def test_detectron2s_own_architectures_run_on_it(architecture):
         (output,) = model.eval()([inputs])
     assert output["instances"].image_size == (50, 70)
     assert ("panoptic_seg" in output) == (architecture == "PanopticFPN")
+
+
+@pytest.mark.parametrize(
+    ("opts", "missing", "offered"),
+    [
+        (FPN, "p7", "p2, p3, p4, p5, p6"),
+        (FPN, "res5", "p2, p3, p4, p5, p6"),
+        (["MODEL.BACKBONE.NAME", "ExpeditedSwinTransformer"], "res6", "res2, res3, res4, res5"),
+        (
+            [
+                *("MODEL.BACKBONE.NAME", "ExpeditedBackbone"),
+                *("MODEL.EXPEDITE.BACKBONE", "ExpeditedSwinTransformer"),
+            ],
+            "p2",
+            "res2, res3, res4, res5",
+        ),
+        (
+            [
+                *("MODEL.BACKBONE.NAME", "ExpeditedViT", "MODEL.VIT.OUT_BLOCKS", "[1, 'last']"),
+                *("MODEL.VIT.NAME", "vit_tiny_patch16_224"),
+            ],
+            "block99",
+            "block1, last",
+        ),
+    ],
+)
+def test_output_that_is_not_there_is_answered_by_those_that_are(opts, missing, offered):
+    shapes = build_backbone(load_config(TINY, opts)).output_shape()
+    assert missing not in shapes and shapes.get(missing) is None
+    with pytest.raises(KeyError, match=f"has no output '{missing}'.*: it has {offered}"):
+        shapes[missing]
+    copied = pickle.loads(pickle.dumps(shapes))
+    assert copied == shapes == dict(shapes)
+    with pytest.raises(KeyError, match=f"has no output '{missing}'"):
+        copied[missing]
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("key", ["RETINANET", "RPN"])
+def test_detectron2s_own_heads_say_what_the_pyramid_offers(key):
+    pytest.importorskip("detectron2", reason="needs the real Detectron2")
+    if PROVIDER != "detectron2":
+        pytest.skip("the stand-in is forced")
+    architecture = {"RETINANET": "RetinaNet", "RPN": "ProposalNetwork"}[key]
+    opts = [*FPN, "MODEL.META_ARCHITECTURE", architecture]
+    opts += [f"MODEL.{key}.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"]]
+    with pytest.raises(KeyError, match="has no output 'p7'.*it has p2, p3") as caught:
+        build_model(load_config(TINY, opts))
+    assert sentence_of(caught.value) is not None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from swin_cases import images, tiny
 from torch import Tensor, nn
 
-from expedite_d2.config import add_expedite_config, add_mask2former_config
+from expedite_d2.config import add_expedite_config
 from expedite_d2.d2 import BACKBONE_REGISTRY, build_backbone, get_cfg
 from expedite_d2.hourglass import Reduction
 from expedite_d2.models.backbones.swin import ExpeditedSwinTransformer
@@ -255,7 +255,6 @@ def test_swin_refuses_bad_arguments() -> None:
 def test_swin_is_built_from_config() -> None:
     assert BACKBONE_REGISTRY.get("ExpeditedSwinTransformer") is ExpeditedSwinTransformer
     cfg = get_cfg()
-    add_mask2former_config(cfg)
     add_expedite_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "ExpeditedSwinTransformer"
     cfg.MODEL.SWIN.EMBED_DIM = 16
@@ -275,7 +274,6 @@ def test_swin_is_built_from_config() -> None:
 
 def test_swin_v2_is_built_from_config() -> None:
     cfg = get_cfg()
-    add_mask2former_config(cfg)
     add_expedite_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "ExpeditedSwinTransformer"
     cfg.MODEL.SWIN.EMBED_DIM = 16

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BeitConfig, BeitModel
 
-from expedite_d2.config import add_expedite_config, add_vit_config
+from expedite_d2.config import add_expedite_config
 from expedite_d2.d2 import BACKBONE_REGISTRY, build_backbone, get_cfg
 from expedite_d2.hourglass import Reduction, calibrate, reconstruct, reduce
 from expedite_d2.models.backbones import ExpeditedViT
@@ -282,7 +282,6 @@ def test_vit_compiles_without_breaks() -> None:
 def config(name: str, **keys: Any) -> Any:
     cfg = get_cfg()
     add_expedite_config(cfg)
-    add_vit_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "ExpeditedViT"
     small = {"NAME": name, "EMBED_DIM": 32, "DEPTH": 2, "NUM_HEADS": 2}
     for key, value in {**small, **keys}.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, CfgNode, ShapeSpec
+from expedite_d2.models.backbones.settings import OutputShapes
 
 GROUPS = 32  # of every GroupNorm, as in Detectron2
 
@@ -82,12 +83,15 @@ class FeaturePyramid(FeaturePyramidNetwork):
             raise ValueError(f"MODEL.FPN.FUSE_TYPE must be 'sum', got {fpn.FUSE_TYPE!r}")
         return cls(shapes, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM)
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
+    def output_shape(self) -> OutputShapes:
         """Channels and stride of each map."""
-        return {
-            name: ShapeSpec(channels=self.out_channels, stride=stride)
-            for name, stride in self.strides.items()
-        }
+        return OutputShapes(
+            self,
+            {
+                name: ShapeSpec(channels=self.out_channels, stride=stride)
+                for name, stride in self.strides.items()
+            },
+        )
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         """The backbone's maps (B, C_i, H/s, W/s) -> "p2" … "p6", each (B, C, H/s, W/s)."""
@@ -113,7 +117,7 @@ class PyramidBackbone(Backbone):
         """(B, 3, H, W) -> "p2" … "p6", each (B, C, H/s, W/s)."""
         return self.fpn(self.bottom_up(images))
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
+    def output_shape(self) -> OutputShapes:
         """Channels and stride of each map."""
         return self.fpn.output_shape()
 

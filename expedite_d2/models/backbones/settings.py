@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expedite_d2.d2 import ShapeSpec
 from expedite_d2.hourglass import Reduction
 
 
@@ -23,6 +24,34 @@ def reduction_from_config(cfg: Any) -> Reduction | None:
         temperature=expedite.TEMPERATURE,
         reconstruction=expedite.RECONSTRUCTION,
     )
+
+
+class OutputShapes(dict[str, ShapeSpec]):
+    """What a backbone offers, by name; one that it does not is answered by a sentence.
+
+    Detectron2's own heads index it with names out of the config.
+    """
+
+    def __init__(self, backbone: object, shapes: Mapping[str, ShapeSpec]) -> None:
+        """
+        Args:
+            backbone: whose outputs they are.
+            shapes: channels and stride of each.
+        """
+        super().__init__(shapes)
+        self._owner = type(backbone).__name__
+
+    def __missing__(self, name: str) -> ShapeSpec:
+        raise KeyError(
+            f"{self._owner} has no output {name!r}, which the IN_FEATURES of a head asks for: it "
+            f"has {', '.join(self)}"
+        )
+
+
+def check_features(key: str, names: Sequence[str], shapes: Mapping[str, ShapeSpec]) -> None:
+    """Raise a ValueError where ``key`` names maps that there are not."""
+    if not names or any(name not in shapes for name in names):
+        raise ValueError(f"{key} must be among {list(shapes)}, got {list(names)}")
 
 
 def check_clusters(backbone: Any, size: Sequence[int], key: str) -> None:

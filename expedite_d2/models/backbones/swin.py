@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.hourglass import Reduction, profiler_range, reconstruct, reduce
-from expedite_d2.models.backbones.settings import reduction_from_config
+from expedite_d2.models.backbones.settings import OutputShapes, reduction_from_config
 from expedite_d2.models.backbones.swin_blocks import (
     PatchEmbed,
     PatchMerging,
@@ -270,15 +270,18 @@ class ExpeditedSwinTransformer(Backbone):
                 x = stage.downsample(x)
         return outputs
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
+    def output_shape(self) -> OutputShapes:
         """Channels and stride of each output."""
-        return {
-            name: ShapeSpec(
-                channels=self.num_features[int(name[3:]) - 2],
-                stride=self.patch_size * 2 ** (int(name[3:]) - 2),
-            )
-            for name in self._out_features
-        }
+        return OutputShapes(
+            self,
+            {
+                name: ShapeSpec(
+                    channels=self.num_features[int(name[3:]) - 2],
+                    stride=self.patch_size * 2 ** (int(name[3:]) - 2),
+                )
+                for name in self._out_features
+            },
+        )
 
     @property
     def size_divisibility(self) -> int:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.hourglass import Clustering, Reduction, profiler_range
-from expedite_d2.models.backbones.settings import reduction_from_config
+from expedite_d2.models.backbones.settings import OutputShapes, reduction_from_config
 from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.lazy_timm import import_timm
 from expedite_d2.ops._checks import integer
@@ -212,14 +212,14 @@ class ExpeditedViT(Backbone):
         low = clustering_of(x) if self._keep_clusters else None
         return ViTFeatures(tokens, stem, None if low is None else low[1])
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
+    def output_shape(self) -> OutputShapes:
         """Channels and stride of each output."""
         stem = {
             f"stem{i}": ShapeSpec(channels=info["num_chs"], stride=info["reduction"])
             for i, info in enumerate(self._stem_info())
         }
         shape = ShapeSpec(channels=self.vit.embed_dim, stride=self.size_divisibility)
-        return {**stem, **dict.fromkeys(self._outputs, shape)}
+        return OutputShapes(self, {**stem, **dict.fromkeys(self._outputs, shape)})
 
     @property
     def size_divisibility(self) -> int:

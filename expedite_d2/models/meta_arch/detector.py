@@ -12,12 +12,12 @@ from expedite_d2.d2 import CfgNode, ImageList, Instances, build_backbone
 from expedite_d2.hourglass import profiler_range
 from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.backbones.fpn import FeaturePyramid
+from expedite_d2.models.backbones.settings import check_features
 from expedite_d2.models.meta_arch.cascade import CascadeHeads, Stage
 from expedite_d2.models.meta_arch.detection_inference import Suppression, View, detect
 from expedite_d2.models.meta_arch.regions import (
     RegionFeatures,
     RegionProposals,
-    check_features,
     ground_truth,
     thing_ids,
 )

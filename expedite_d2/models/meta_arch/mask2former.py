@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expedite_d2.config_rules import MASK2FORMER_KEYS, check
 from expedite_d2.d2 import (
     META_ARCH_REGISTRY,
     CfgNode,
@@ -22,6 +23,7 @@ from expedite_d2.d2 import (
 )
 from expedite_d2.hourglass import profiler_range
 from expedite_d2.models.arithmetic import arithmetic, evaluation_arithmetic
+from expedite_d2.models.backbones.settings import check_features
 from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.meta_arch.mask2former_heads import (
     build_pixel_decoder,
@@ -64,9 +66,11 @@ class ExpediteMask2Former(nn.Module):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
+        check(cfg, MASK2FORMER_KEYS)
         head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
         self.backbone = build_backbone(cfg)
         shapes = self.backbone.output_shape()
+        check_features("MODEL.SEM_SEG_HEAD.IN_FEATURES", head.IN_FEATURES, shapes)
         self.in_features = sorted(head.IN_FEATURES, key=lambda name: shapes[name].stride)
         in_shapes = [shapes[name] for name in self.in_features]
         config = transformers_config(cfg, in_shapes)
@@ -75,7 +79,8 @@ class ExpediteMask2Former(nn.Module):
         self.class_predictor = nn.Linear(former.HIDDEN_DIM, head.NUM_CLASSES + 1)
         self.criterion = MaskClassificationLoss(config)
         self.deep_supervision = former.DEEP_SUPERVISION
-        self.sem_aux_weight = former.SEM_AUX_WEIGHT
+        # A config made by Mask2Former alone lacks it.
+        self.sem_aux_weight = former.get("SEM_AUX_WEIGHT", 0.0)
         if self.sem_aux_weight > 0:
             self.sem_aux = nn.Conv2d(head.MASK_DIM, head.NUM_CLASSES, kernel_size=1)
         self.ignore_value = head.IGNORE_VALUE

@@ -19,6 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou, masks_to_boxes, roi_align
 
 from expedite_d2.d2 import CfgNode, MetadataCatalog, ShapeSpec
+from expedite_d2.models.backbones.settings import check_features
 from expedite_d2.models.meta_arch.mask2former_loss import instance_targets
 
 # A box of this side belongs to the level of stride 16 (FPN paper, section 4.2).
@@ -187,12 +188,6 @@ def _per_level(name: str, values: Sequence[Sequence[float]], levels: int) -> lis
             f"features of MODEL.RPN.IN_FEATURES, got {len(values)}"
         )
     return list(values) * (levels // len(values))
-
-
-def check_features(key: str, names: Sequence[str], shapes: Mapping[str, ShapeSpec]) -> None:
-    """Raise a ValueError where ``key`` names maps that the pyramid does not have."""
-    if not names or any(name not in shapes for name in names):
-        raise ValueError(f"{key} must be among {list(shapes)}, got {list(names)}")
 
 
 class GroundTruth(NamedTuple):

@@ -12,8 +12,8 @@ from torchvision.ops import Conv2dNormActivation
 
 from expedite_d2.d2 import CfgNode, ShapeSpec
 from expedite_d2.models.backbones.fpn import GROUPS, normalisation
+from expedite_d2.models.backbones.settings import check_features
 from expedite_d2.models.meta_arch.mask2former_loss import semantic_loss
-from expedite_d2.models.meta_arch.regions import check_features
 
 
 class _SemanticHead(nn.Module):
