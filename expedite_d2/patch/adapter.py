@@ -128,15 +128,43 @@ class SequenceAdapter:
 
     def run(self, call: BlockCall) -> Tensor:
         if call.cells != call.grid:
-            masks = (call.kwargs.get("attn_mask"), call.kwargs.get("attention_mask"))
-            refuse_masks(*call.args, *masks)
+            refuse_masks(*call.args, call.kwargs.get("attn_mask"))
+            call = without_masks(call)
         return call.block.original(call.x, *call.args, **call.kwargs)
 
 
 def refuse_masks(*masks: Any) -> None:
-    """Raises for an attention mask: it has a row for each token, and clusters are not tokens."""
-    if any(isinstance(mask, Tensor) for mask in masks):
-        raise ValueError("an expedited encoder takes no attention mask, got one")
+    """Raises for an attention mask that has an effect: it has rows for tokens, not for clusters.
+
+    Args:
+        masks: added to the logits where they are floating point, else 0 where a token is not seen;
+            of any shape. What is no tensor is no mask.
+
+    Raises:
+        ValueError: a mask with an effect, or one whose values are not known because it is traced.
+    """
+    for mask in masks:
+        if not isinstance(mask, Tensor):
+            continue
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "an expedited encoder takes no attention mask, got one while the model is traced, "
+                "when it cannot be seen whether it has an effect"
+            )
+        if bool(mask.any() if mask.is_floating_point() else not mask.all()):
+            raise ValueError(
+                "an expedited encoder takes no attention mask with an effect, got one of shape "
+                f"{list(mask.shape)}"
+            )
+
+
+def without_masks(call: BlockCall) -> BlockCall:
+    """The same call without what is a tensor beside the tokens: masks that have no effect."""
+    args = tuple(None if isinstance(value, Tensor) else value for value in call.args)
+    kwargs = {
+        name: None if isinstance(value, Tensor) else value for name, value in call.kwargs.items()
+    }
+    return call._replace(args=args, kwargs=kwargs)
 
 
 def refuse_oblong(clusters: tuple[int, int], encoder: nn.Module) -> None:

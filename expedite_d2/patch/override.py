@@ -72,3 +72,30 @@ class PassOn(Override):
         travel = travel_of(x)
         out = self.original(x, *args, **kwargs)
         return out if travel is None else attach(out, travel)
+
+
+class Gate(Override):
+    """Looks at what a whole encoder is called with, and may raise.
+
+    A hook, and an attribute by which it is found: the encoder's forward itself stays what it is,
+    for its signature and code are read by pipelines and exporters.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__(owner, "_expedite_d2_gate")
+
+    def install(self) -> None:
+        super().install()
+        self.owner.register_forward_pre_hook(self, with_kwargs=True)
+
+    def remove(self) -> None:
+        super().remove()
+        hooks = self.owner._forward_pre_hooks
+        for number in [number for number, hook in hooks.items() if hook is self]:
+            del hooks[number], self.owner._forward_pre_hooks_with_kwargs[number]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.look(args, kwargs)
+
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise where the arguments of a call are not for an expedited encoder."""

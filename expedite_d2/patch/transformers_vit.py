@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from expedite_d2.patch.adapter import BlockCall, SequenceAdapter, inherits, refuse_masks
-from expedite_d2.patch.override import Override
+from expedite_d2.patch.adapter import (
+    BlockCall,
+    SequenceAdapter,
+    inherits,
+    refuse_masks,
+    without_masks,
+)
+from expedite_d2.patch.override import Gate, Override
 from expedite_d2.patch.relative_position import relative_bias
 from expedite_d2.patch.travel import Travel, attach
 
@@ -23,7 +30,15 @@ class TransformersViT(SequenceAdapter):
         return list(encoder.layers)
 
     def overrides(self, encoder: Any, span: range) -> list[Override]:
-        return [_Embeddings(encoder.embeddings, "forward")]
+        return [_CallersMask(encoder), _Embeddings(encoder.embeddings, "forward")]
+
+    def run(self, call: BlockCall) -> Tensor:
+        if not torch.compiler.is_compiling():
+            refuse_masks(*call.args, call.kwargs.get("attention_mask"))
+        # While it is traced, the encoder makes a mask for its blocks even where the caller gives
+        # none, whose values cannot be seen then: `_CallersMask` has refused every other.
+        call = without_masks(call)
+        return call.block.original(call.x, *call.args, **call.kwargs)
 
 
 class TransformersDPT(TransformersViT):
@@ -34,6 +49,9 @@ class TransformersDPT(TransformersViT):
 
     def blocks(self, encoder: Any) -> Sequence[nn.Module]:
         return list(encoder.encoder.layer)
+
+    def overrides(self, encoder: Any, span: range) -> list[Override]:
+        return [_Embeddings(encoder.embeddings, "forward")]  # which takes no mask at all
 
 
 class TransformersBeit(TransformersViT):
@@ -50,13 +68,22 @@ class TransformersBeit(TransformersViT):
         ]
 
     def run(self, call: BlockCall) -> Tensor:
-        mask = call.kwargs.get("attention_mask")
-        # The shared bias arrives as a mask of one image; a mask of the caller's has one for each.
-        shared = call.encoder.shared_position_bias is not None
-        if not shared or (mask is not None and mask.shape[0] > 1):
-            refuse_masks(*call.args, mask)
+        # The shared bias arrives as a mask.
+        if call.encoder.shared_position_bias is None and not torch.compiler.is_compiling():
+            refuse_masks(*call.args, call.kwargs.get("attention_mask"))
         bias = _bias(call.encoder, call.block.owner, call.grid, call.cells)
         return call.block.original(call.x, **{**call.kwargs, "attention_mask": bias})
+
+
+class _CallersMask(Gate):
+    """Refuses the caller's own mask, here where it can be told from the one that is made of it."""
+
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # After pixels, masked positions and interpolation, by place or by name.
+        for mask in (*args[3:], kwargs.get("attention_mask")):
+            # A mask of padding, (B, N), is 0 or not whatever its type.
+            padding = isinstance(mask, Tensor) and mask.dim() == 2
+            refuse_masks(mask.bool() if padding else mask)
 
 
 class _Embeddings(Override):

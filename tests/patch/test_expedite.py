@@ -313,12 +313,6 @@ def test_expedite_refuses(model: nn.Module, settings: dict[str, Any], message: s
     assert attributes(model) == before
 
 
-def test_expedited_refuses_attention_masks() -> None:
-    model = expedite(timm_vit(), 1, (4, 3))
-    with pytest.raises(ValueError, match="takes no attention mask"):
-        model(torch.randn(1, 3, 24, 24), attn_mask=torch.ones(1, 1, 37, 37, dtype=torch.bool))
-
-
 def test_expedited_says_when_the_grid_is_lost() -> None:
     model = expedite(timm_vit(), 1, (4, 3))
     with pytest.raises(RuntimeError, match="block of VisionTransformer without their grid"):
