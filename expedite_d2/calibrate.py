@@ -6,6 +6,8 @@ python -m expedite_d2.calibrate --config-file FILE [--images N] [KEY VALUE ...]
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 from itertools import islice
 
 from expedite_d2.config import cli, load_config
@@ -13,6 +15,7 @@ from expedite_d2.d2 import CfgNode
 from expedite_d2.data import build_test_loader
 from expedite_d2.engine import build_trained_model
 from expedite_d2.hourglass import calibrate
+from expedite_d2.progress import progress
 
 # The measure is a mean over thousands of tokens an image; more images hardly move it.
 IMAGES = 8
@@ -40,7 +43,9 @@ def measure(cfg: CfgNode, images: int = IMAGES) -> tuple[float, int, str]:
     if not datasets:
         raise ValueError("calibrate needs a data set in DATASETS.TRAIN or DATASETS.TEST, got none")
     inputs = list(islice(build_test_loader(cfg, datasets[0]), images))
-    return calibrate(build_trained_model(cfg), inputs), len(inputs), datasets[0]
+    model = build_trained_model(cfg)
+    with progress(inputs, "calibrating", unit="image") as shown:
+        return calibrate(model, shown), len(inputs), datasets[0]
 
 
 @cli
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES, help=f"how many (default {IMAGES})")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     cfg = load_config(args.config_file, args.opts)
     temperature, images, dataset = measure(cfg, args.images)
     print(f"temperature {temperature:.6g}, measured on {images} images of {dataset}")

@@ -36,6 +36,7 @@ from expedite_d2.evaluation import (
 from expedite_d2.evaluation.report import format_number
 from expedite_d2.evaluation.test_time_augmentation import SemanticSegmentorWithTTA
 from expedite_d2.files import replacing
+from expedite_d2.progress import Heartbeat
 from expedite_d2.solver import build_lr_scheduler, build_optimizers
 
 logger = logging.getLogger(__name__)
@@ -138,24 +139,27 @@ def do_train(cfg: CfgNode, model: nn.Module, resume: bool = False) -> None:
         train_model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     train_model.train()
-    progress = _Progress(cfg.SOLVER.MAX_ITER, start, Path(cfg.OUTPUT_DIR) / "training.jsonl")
+    log = _TrainingLog(cfg.SOLVER.MAX_ITER, start, Path(cfg.OUTPUT_DIR) / "training.jsonl")
     logger.info("training from iteration %d to %d", start, cfg.SOLVER.MAX_ITER)
     loader = build_train_loader(cfg, start_iteration=start)
-    for iteration, batch in zip(range(start, cfg.SOLVER.MAX_ITER), loader, strict=False):
-        progress.data_ready()
-        # Dropout and sampled points depend on seed and iteration alone: resuming changes nothing.
-        torch.manual_seed(cfg.SEED + iteration * comm.get_world_size() + comm.get_rank())
-        losses = _train_step(cfg, train_model, batch, optimizers, scaler, iteration)
-        progress.step(iteration, losses, optimizers["optimizer"].param_groups[0]["lr"])
-        for scheduler in schedulers.values():
-            scheduler.step()
-        period = cfg.TEST.EVAL_PERIOD
-        done = iteration + 1
-        if period > 0 and done % period == 0 and done != cfg.SOLVER.MAX_ITER:
-            do_test(cfg, model)
-            comm.synchronize()
-            train_model.train()
-        periodic.step(iteration, seed=cfg.SEED)
+    iterations = range(start, cfg.SOLVER.MAX_ITER)
+    with log.heartbeat:
+        for iteration, batch in zip(iterations, loader, strict=False):
+            log.data_ready()
+            # Dropout and sampled points depend on seed and iteration alone: resuming changes
+            # nothing.
+            torch.manual_seed(cfg.SEED + iteration * comm.get_world_size() + comm.get_rank())
+            losses = _train_step(cfg, train_model, batch, optimizers, scaler, iteration)
+            log.step(iteration, losses, optimizers["optimizer"].param_groups[0]["lr"])
+            for scheduler in schedulers.values():
+                scheduler.step()
+            period = cfg.TEST.EVAL_PERIOD
+            done = iteration + 1
+            if period > 0 and done % period == 0 and done != cfg.SOLVER.MAX_ITER:
+                do_test(cfg, model)
+                comm.synchronize()
+                train_model.train()
+            periodic.step(iteration, seed=cfg.SEED)
 
 
 def _train_step(
@@ -208,8 +212,12 @@ def _clip_gradients(cfg: CfgNode, model: nn.Module) -> None:
         )
 
 
-class _Progress:
-    """A log line and a JSON record every ``LOG_PERIOD`` iterations, on the main process."""
+class _TrainingLog:
+    """A log line and a JSON record every ``LOG_PERIOD`` iterations, on the main process.
+
+    Attributes:
+        heartbeat: logs in between, where iterations take long.
+    """
 
     def __init__(self, max_iter: int, start: int, path: Path) -> None:
         self.max_iter = max_iter
@@ -219,13 +227,17 @@ class _Progress:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.count = 0
         self.clock = time.perf_counter()
+        self.heartbeat = Heartbeat("training", max_iter, done=start)
 
     def data_ready(self) -> None:
         self._lap("data")
+        if comm.is_main_process():
+            self.heartbeat.start()
 
     def step(self, iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
         self._lap("step")
         self.count += 1
+        self.heartbeat.done = iteration + 1
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
         if (iteration + 1) % LOG_PERIOD == 0 or iteration + 1 == self.max_iter:
@@ -248,6 +260,7 @@ class _Progress:
                 iteration + 1, self.max_iter, timedelta(seconds=int(left)), total, lr,
                 timing["step_time"], timing["data_time"],
             )  # fmt: skip
+            self.heartbeat.told()
             record = {"iteration": iteration + 1, "lr": lr, "total_loss": total, **values, **timing}
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")

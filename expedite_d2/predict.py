@@ -33,6 +33,7 @@ from expedite_d2.data.images import open_image
 from expedite_d2.data.mappers import read_image, resize_shortest_edge, to_tensor
 from expedite_d2.engine import build_trained_model
 from expedite_d2.files import fitting_name, written
+from expedite_d2.progress import progress
 from expedite_d2.visualize import draw_predictions, prediction_of
 
 __all__ = ["find_images", "output_names", "predict_image"]
@@ -218,19 +219,19 @@ def _draw_all(
     An image that cannot be read, and a picture that cannot be written, costs only itself.
     """
     drawn = 0
-    for source, target in tqdm(
-        list(zip(images, targets, strict=True)), desc="predicting", unit="image"
-    ):
-        try:
-            image = read_image(source)
-        except (ValueError, OSError) as error:
-            _report(str(error))
-            continue
-        (picture,) = draw_predictions(image, [prediction_of(predict(image))], metadata)
-        mark = PngImagePlugin.PngInfo()
-        mark.add_text("Software", _SOFTWARE)
-        save = partial(Image.fromarray(picture).save, format="PNG", pnginfo=mark)
-        drawn += written(target, save, _report)
+    files = list(zip(images, targets, strict=True))
+    with progress(files, "predicting", unit="image") as pairs:
+        for source, target in pairs:
+            try:
+                image = read_image(source)
+            except (ValueError, OSError) as error:
+                _report(str(error))
+                continue
+            (picture,) = draw_predictions(image, [prediction_of(predict(image))], metadata)
+            mark = PngImagePlugin.PngInfo()
+            mark.add_text("Software", _SOFTWARE)
+            save = partial(Image.fromarray(picture).save, format="PNG", pnginfo=mark)
+            drawn += written(target, save, _report)
     return drawn
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from expedite_d2._ext import build_info
 from expedite_d2.checkpoint import load_weights
@@ -41,6 +40,7 @@ from expedite_d2.evaluation.report import (
 )
 from expedite_d2.files import replacing, written
 from expedite_d2.hourglass import ObservedOperator
+from expedite_d2.progress import progress
 from expedite_d2.visualize import prediction_of
 
 __all__ = ["build_pair", "choose_examples", "compare"]
@@ -98,10 +98,9 @@ def compare(cfg: CfgNode, command: str | None = None) -> dict[str, Any]:
         extension=build_info(),
     )
     comparison = build_comparison(subject, baseline, expedited, expedite_settings(cfg))
-    examples = [
-        _example(models, loader.dataset[index], cfg.INPUT.FORMAT)
-        for index in choose_examples(DatasetCatalog.get(name))
-    ]
+    chosen = choose_examples(DatasetCatalog.get(name))
+    with progress(chosen, "predicting examples", unit="image") as indices:
+        examples = [_example(models, loader.dataset[index], cfg.INPUT.FORMAT) for index in indices]
     text = markdown(comparison, cfg.MODEL.WEIGHTS, command or _command_line())
     # First of all: what has been measured is not lost to a disk that is full.
     print(comparison_table(comparison), flush=True)
@@ -249,17 +248,16 @@ class _BackboneClock:
 @torch.inference_mode()
 def _alternate(runs: Sequence[_Run], loader: Iterable[list[dict[str, Any]]]) -> None:
     """Let every image pass through all models, another one first each time."""
-    # Without a terminal a bar would be a line for every image.
-    hidden = None if comm.is_main_process() else True
-    bar = tqdm(loader, desc="comparing", unit="image", disable=hidden)
-    for number, batch in enumerate(bar):
-        step = max(int(getattr(runs[0].model, "size_divisibility", 1)), 1)
-        height, width = (math.ceil(side / step) * step for side in batch[0]["image"].shape[-2:])
-        for run in runs:
-            run.prepare(batch, (height, width))
-        # Clocks drift and caches are warm for whoever comes second: neither may always be first.
-        for run in runs if number % 2 == 0 else runs[::-1]:
-            run.measure(batch, (height, width))
+    with progress(loader, "comparing", unit="image", shown=comm.is_main_process()) as batches:
+        for number, batch in enumerate(batches):
+            step = max(int(getattr(runs[0].model, "size_divisibility", 1)), 1)
+            height, width = (math.ceil(side / step) * step for side in batch[0]["image"].shape[-2:])
+            for run in runs:
+                run.prepare(batch, (height, width))
+            # Clocks drift and caches are warm for whoever comes second: neither may always be
+            # first.
+            for run in runs if number % 2 == 0 else runs[::-1]:
+                run.measure(batch, (height, width))
 
 
 def _undisturbed(cfg: CfgNode, device: torch.device) -> CfgNode:

@@ -15,9 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from expedite_d2.d2 import MetadataCatalog, comm
+from expedite_d2.progress import progress
 
 Metrics = dict[str, float | None]
 Results = dict[str, Metrics]
@@ -153,8 +153,10 @@ def inference_on_dataset(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode())
-        bar = tqdm(loader, desc="evaluating", unit="batch", disable=not comm.is_main_process())
-        for batch in bar:
+        batches = stack.enter_context(
+            progress(loader, "evaluating", unit="batch", shown=comm.is_main_process())
+        )
+        for batch in batches:
             outputs = model(batch)
             images += len(batch)
             for evaluator in evaluators:

@@ -25,6 +25,7 @@ from expedite_d2.d2 import CfgNode, build_model, comm
 from expedite_d2.data import build_test_loader
 from expedite_d2.evaluation.compare import build_pair
 from expedite_d2.files import replacing
+from expedite_d2.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +118,14 @@ def profile_model(
         activities.append(ProfilerActivity.CUDA)
     schedule = torch.profiler.schedule(wait=0, warmup=_WARMUP, active=len(batches), repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
-        for batch in itertools.chain(itertools.islice(itertools.cycle(batches), _WARMUP), batches):
-            with record_function(_ROOT):
-                model(batch)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-            profiler.step()
+        passes = [*itertools.islice(itertools.cycle(batches), _WARMUP), *batches]
+        with progress(passes, "profiling", unit="image") as shown:
+            for batch in shown:
+                with record_function(_ROOT):
+                    model(batch)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+                profiler.step()
     profiler.export_chrome_trace(str(trace))
     return summarise(profiler.events() or [], len(batches))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 from pathlib import Path
 
 from expedite_d2.config import cli
@@ -23,6 +25,7 @@ def main() -> None:
         help="cache directory (default: $EXPEDITE_D2_CACHE, else ~/.cache/expedite_d2)",
     )
     args = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     for split in SPLITS if args.split == "all" else [args.split]:
         print(ensure_split(split, args.root))
 

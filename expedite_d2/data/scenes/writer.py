@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from expedite_d2.data.scenes.render import SIZE, STUFF_CLASSES, THING_CLASSES, render_scene
+from expedite_d2.progress import progress
 
 #: Part of the directory's name: must change whenever the pictures change.
 VERSION = "v1"
@@ -114,12 +114,12 @@ def _write_split(split: str, directory: Path) -> None:
     # fork: the workers need numpy alone, and the caller's main module need not be importable.
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         scenes = pool.imap(write, range(count), chunksize=4)
-        for image, segments, objects in tqdm(
-            scenes, total=count, desc=f"making scenes_{split}", unit="image"
-        ):
-            images.append(image)
-            panoptic.append(segments)
-            instances.extend(objects)
+        title = f"making scenes_{split}"
+        with progress(scenes, title, unit="image", total=count) as made:
+            for image, segments, objects in made:
+                images.append(image)
+                panoptic.append(segments)
+                instances.extend(objects)
     for number, one in enumerate(instances, 1):
         one["id"] = number
     info = {"description": f"procedural scenes {VERSION}, split {split}, seed {seed}"}
