@@ -84,7 +84,10 @@ class Samples {
   // Corner c (top left, top right, bottom left, bottom right) of sample i is entry c * N + i.
   const int32_t* rows() const { return rows_.data(); }
   const float* weights() const { return weights_.data(); }
-  // How far sample i is to the right of its left corners and below its top ones, from 0 to 1.
+  // Attention weight of sample i as its slopes have it: 0 if it lies outside of its map.
+  float attention(int64_t i) const { return attention_.get()[i]; }
+  // How far sample i is to the right of its left corners and below its top ones, from 0 to 1; NaN
+  // if its location has one.
   float right(int64_t i) const { return right_.get()[i]; }
   float bottom(int64_t i) const { return bottom_.get()[i]; }
   // Size of its map.
@@ -100,8 +103,9 @@ class Samples {
     y = at::vec::fmadd(y, height, Floats(-0.5f));
     // False for NaN and infinity, which no integer stands for.
     const Floats inside = (x > Floats(-1.0f)) & (x < width) & (y > Floats(-1.0f)) & (y < height);
+    const Floats unknown = (x != x) | (y != y);
     const Floats otherwise =
-        Floats::blendv(zero, Floats(std::numeric_limits<float>::quiet_NaN()), (x != x) | (y != y));
+        Floats::blendv(zero, Floats(std::numeric_limits<float>::quiet_NaN()), unknown);
     const Floats floor_x = x.floor(), floor_y = y.floor();
     // Beyond the map there is neither a left nor a right corner.
     const Floats left = Floats::blendv(beyond, floor_x, inside);
@@ -119,6 +123,8 @@ class Samples {
                            at::vec::convert_to_int_of_same_size(left);
     const Integers next(1);
     const Floats weight = Floats::loadu(attention_.get() + i);
+    // Where there is no slope even a weight that is NaN makes none.
+    Floats::blendv(zero, weight, inside | unknown).store(attention_.get() + i);
     const Floats above = weight * (one - bottom), below = weight * bottom;
     put(0, i, first, has_top & has_left, above * (one - right));
     put(1, i, first + next, has_top & has_right, above * right);
@@ -253,16 +259,15 @@ void differentiate(const Sizes& sizes, const T* grad, const at::Tensor& value,
             shares[t] = samples.weights()[t * n + i];
           }
           auto products = spread(row.get(), stride, table.get(), grad_table.get(), offsets, shares);
-          const float right = samples.right(i), left = 1.0f - right;
-          const float bottom = samples.bottom(i), top = 1.0f - bottom;
-          const float weight = weights[item * n + i];
-          grad_weights[item * n + i] = top * (left * products[0] + right * products[1]) +
-                                       bottom * (left * products[2] + right * products[3]);
-          // To the slopes a pixel that does not exist adds nothing, whatever grad is, which may be
-          // NaN.
+          // A pixel that does not exist adds nothing, whatever grad is, which may be NaN.
           for (int t = 0; t < kCorners; ++t) {
             products[t] = samples.rows()[t * n + i] < sizes.rows ? products[t] : 0.0f;
           }
+          const float right = samples.right(i), left = 1.0f - right;
+          const float bottom = samples.bottom(i), top = 1.0f - bottom;
+          const float weight = samples.attention(i);
+          grad_weights[item * n + i] = top * (left * products[0] + right * products[1]) +
+                                       bottom * (left * products[2] + right * products[3]);
           const float along_x =
               top * (products[1] - products[0]) + bottom * (products[3] - products[2]);
           const float along_y =

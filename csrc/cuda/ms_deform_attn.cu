@@ -38,9 +38,9 @@ struct Item {
 // A sample as the lane has it that fetches it. Its pixels: top left, top right, bottom left, bottom
 // right.
 struct Sample {
-  float weight;
+  float weight;                   // as its slopes have it: 0 outside of the map
   float right, bottom;            // how far it is from the left and the top pixels, from 0 to 1
-  Pack<float, kCorners> weights;  // shares of its weight
+  Pack<float, kCorners> weights;  // shares of its full weight
   Pack<int, kCorners> rows;       // of value; -1 where there is no pixel
 
   __device__ Sample(const Deformation& sizes, const Item& item, int level, int point,
@@ -48,6 +48,7 @@ struct Sample {
     // In pixels. Outside of the map x and y are -2, so that no corner is inside.
     float x = -2.f, y = -2.f;
     bool nan = false;
+    float full = 0.f;
     weight = 0.f;
     const int width = sizes.width[level], height = sizes.height[level];
     if (item.exists && point < sizes.points) {
@@ -63,13 +64,15 @@ struct Sample {
       nan = place[0] != place[0] || place[1] != place[1];
       x = inside ? place[0] : x;
       y = inside ? place[1] : y;
-      weight = nan ? nanf("") : attention[at];
+      full = nan ? nanf("") : attention[at];
+      // Where there is no slope even a weight that is NaN makes none.
+      weight = inside || nan ? full : 0.f;
     }
     const float left = floorf(x), top = floorf(y);
     right = nan ? nanf("") : x - left;
     bottom = nan ? nanf("") : y - top;
-    weights = {weight * ((1.f - bottom) * (1.f - right)), weight * ((1.f - bottom) * right),
-               weight * (bottom * (1.f - right)), weight * (bottom * right)};
+    weights = {full * ((1.f - bottom) * (1.f - right)), full * ((1.f - bottom) * right),
+               full * (bottom * (1.f - right)), full * (bottom * right)};
     const int column = static_cast<int>(left), row = static_cast<int>(top);
     const bool has_left = column >= 0, has_right = column >= -1 && column + 1 < width;
     const bool has_top = row >= 0, has_bottom = row >= -1 && row + 1 < height;
@@ -230,17 +233,16 @@ __global__ void __launch_bounds__(kThreads, 1)
                             shares.values[t], g);
             }
           }
+          // A pixel that does not exist adds nothing, whatever grad is, which may be NaN.
+#pragma unroll
+          for (int t = 0; t < kCorners; ++t) {
+            products[t] = rows.values[t] >= 0 ? products[t] : 0.f;
+          }
           const int source = first % kWarp + j;
           const float right = __shfl_sync(kAllLanes, own.right, source), left = 1.f - right;
           const float bottom = __shfl_sync(kAllLanes, own.bottom, source), top = 1.f - bottom;
           const float s = item_sum(item, top * fmaf(right, products[1], left * products[0]) +
                                              bottom * fmaf(right, products[3], left * products[2]));
-          // To the slopes a pixel that does not exist adds nothing, whatever grad is, which may be
-          // NaN.
-#pragma unroll
-          for (int t = 0; t < kCorners; ++t) {
-            products[t] = rows.values[t] >= 0 ? products[t] : 0.f;
-          }
           const float x = item_sum(
               item, fmaf(bottom, products[3] - products[2], top * (products[1] - products[0])));
           const float y = item_sum(

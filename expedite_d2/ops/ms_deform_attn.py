@@ -106,10 +106,14 @@ def ms_deform_attn(
         ValueError, TypeError: For an argument of wrong shape, value or type.
 
     Note:
-        Coordinates and sums are float32 (float64 for float64 values), also under autocast. A NaN
-        among the locations or weights of a query and head makes its output NaN; an infinite
-        location is outside. Deterministic, but for the gradient of ``value`` on CUDA, which adds in
-        no fixed order and says so to ``torch.use_deterministic_algorithms``.
+        Coordinates and sums are float32 (float64 for float64 values), also under autocast.
+        Deterministic, but for the gradient of ``value`` on CUDA, which adds in no fixed order and
+        says so to ``torch.use_deterministic_algorithms``.
+
+        A NaN among the locations or weights of a query and head makes its output NaN. A NaN
+        location has NaN gradients, as has its weight, but no pixel has: it points to none. A sample
+        a pixel or more beyond its map, or infinitely far, has no gradient and adds to none, even
+        where its weight or the gradient that comes in is NaN.
     """
     op = "ms_deform_attn"
     check_map(op, "value", value, "(B, S, heads, D)")

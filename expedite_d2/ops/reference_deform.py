@@ -1,4 +1,16 @@
-"""ms_deform_attn in plain PyTorch: oracle of the kernels, and fallback where none is built."""
+"""ms_deform_attn in plain PyTorch: oracle of the kernels, and fallback where none is built.
+
+What numbers that are not finite do, here and in the kernels:
+
+- A sample less than a pixel beyond its map reads those of the four pixels around it that exist,
+  be their share 0. What is not finite among these, its weight and the incoming gradient goes on to
+  whatever is made of it.
+- Any other sample reads 0. Its weight multiplies that, so a NaN there shows in the output. But it
+  has no pixel and no slope: the gradients of its location and weight are 0, and it adds to no
+  pixel's, whatever its weight and the incoming gradient are.
+- A sample whose location has a NaN could be anywhere: it makes the output of its query and head
+  NaN, and the gradients of its location and weight. It adds to no pixel's, as it points to none.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +29,8 @@ class _Level(NamedTuple):
     maps: Tensor  # (R, D, h, w)
     grid: Tensor  # (R, Q, points, 2), as grid_sample has it
     weights: Tensor  # (R, 1, Q, points)
-    inside: Tensor  # (R, Q, points, 2): where the grid follows the location
-    nan: Tensor  # (R, Q, points): NaN where the location has one, else 0
+    present: Tensor  # (R, Q, points): the sample has a pixel
+    absent: Tensor  # (R, Q, points), the gradients of a sample that has none: NaN or 0
 
 
 def _levels(
@@ -34,17 +46,21 @@ def _levels(
         height, width = spatial_shapes[2 * level], spatial_shapes[2 * level + 1]
         maps = value[:, start : start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
         at = sampling_locations[:, :, :, level].transpose(1, 2).flatten(0, 1).to(value.dtype)
-        # All is zero outside of -1 ... 2, and far outside grid_sample's integers overflow.
-        bounded = at.clamp(-1, 2)
         weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1).to(value.dtype)
-        # What grid_sample makes of NaN depends on the device; here it makes NaN.
-        nan = bounded.sum(-1) * 0
+        x, y = at[..., 0] * width - 0.5, at[..., 1] * height - 0.5
+        present = (x > -1) & (x < width) & (y > -1) & (y < height)
+        unknown = x.isnan() | y.isnan()
+        # The derivative of NaN's square is NaN, too: autograd finds what the formula says.
+        nan = torch.where(unknown, at.sum(-1), 0.0).square()
+        absent = torch.where(unknown, weights * nan, 0.0)
         yield _Level(
             maps.unflatten(2, (height, width)),
-            (2 * bounded - 1).nan_to_num(0.0),
-            (weights + nan)[:, None],
-            at == bounded,
-            nan,
+            # What is far outside or NaN would overflow grid_sample's integers; -1 is outside.
+            2 * torch.where(present[..., None], at, -1.0) - 1,
+            # Detached, as no gradient passes through the weight of an absent sample.
+            torch.where(present, weights, weights.detach() + absent)[:, None],
+            present,
+            absent,
         )
 
 
@@ -89,12 +105,12 @@ def ms_deform_attn_backward_ref(
             strict=True,
         ):
             samples = torch.nn.functional.grid_sample(level.maps, level.grid, align_corners=False)
-            grad_weights.append((grad * samples).sum(1) + level.nan)
+            grad_weights.append(torch.where(level.present, (grad * samples).sum(1), level.absent))
             grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
                 grad * level.weights, level.maps, level.grid, 0, 0, False, [True, True]
             )
             grad_locations.append(
-                torch.where(level.inside, 2 * grad_grid, 0.0) + level.nan[..., None]
+                torch.where(level.present[..., None], 2 * grad_grid, level.absent[..., None])
             )
             rows = grad_maps.flatten(2).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
             grad_value[:, start : start + rows.shape[1]] += rows
