@@ -78,11 +78,11 @@ struct WindowAxis {
 
 // The factor of squared distances for one image. A constant image has the smallest spread there is,
 // and temperature / spread may exceed the largest float: infinity times a distance of 0 would be
-// NaN. NaN itself is passed on. For the same reason a softmax must subtract the smallest distance
-// *before* it multiplies: exp(-tau * (d - d_min)).
+// NaN, as 0 times an infinite distance would be. NaN itself is passed on. For the same reason a
+// softmax must subtract the smallest distance *before* it multiplies: exp(-tau * (d - d_min)).
 EXPEDITE_HOST_DEVICE float effective_temperature(float temperature, float spread) {
   const float tau = temperature / spread;
-  return tau > FLT_MAX ? FLT_MAX : tau;
+  return tau > FLT_MAX ? FLT_MAX : tau < FLT_MIN ? FLT_MIN : tau;
 }
 
 // exp(x) counts as 0 below this: exp(-87) is about the smallest normal float, what lies below is

@@ -20,6 +20,7 @@ constexpr const char* kName = "token_match";
 // tokens then share one pass over the centres, which come from the third.
 constexpr int64_t kTokens = 96;
 constexpr int64_t kCentres = 48;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Match {
   float order;  // the distance, the largest float for NaN and infinity
@@ -48,7 +49,9 @@ void insert_all(Match* best, int64_t topk, float norm, const float* norms, const
   const float worst = best[topk - 1].order;
   int nearer = 0;
   for (int64_t j = 0; j < count; ++j) {
-    const float distance = norm + norms[j] - 2.0f * products[j];
+    const float sum = norm + norms[j];
+    // What is infinite is infinitely far: its product may be NaN.
+    const float distance = sum == kInfinity ? sum : sum - 2.0f * products[j];
     distances[j] = distance < 0.0f ? 0.0f : distance;
     nearer |= distances[j] < worst;
   }
@@ -84,7 +87,8 @@ void write_matches(const Outputs& out, const Window& window, int64_t p, const Ma
     out.weights[offset + t] = weight;
     total += weight;
   }
-  for (int64_t t = 0; t < found; ++t) {
+  // What repeats the nearest has weight 0, or NaN where the others are.
+  for (int64_t t = 0; t < out.topk; ++t) {
     out.weights[offset + t] /= total;
   }
 }
@@ -110,7 +114,6 @@ void match(const Map<const T>& tokens, const Map<const T>& centres, const Window
       subtract_row(z.get(), rows, stride, mean.get());
       float norm[kTokens];
       squared_distances(zero.get(), 1, z.get(), rows, stride, norm, rows);
-      constexpr float kInfinity = std::numeric_limits<float>::infinity();
       std::fill(best.begin(), best.end(), Match{kInfinity, kInfinity, 0});
       for (int64_t start = 0; start < k; start += kCentres) {
         const int64_t columns = std::min(kCentres, k - start);

@@ -217,8 +217,9 @@ __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
         if (first + i >= part_end) {
           return {INFINITY, -1};
         }
-        const float d =
-            fmaf(-2.f, shared[t * kProductStride + i], norms[t] + norms[kTileTokens + i]);
+        const float sum = norms[t] + norms[kTileTokens + i];
+        // What is infinite is infinitely far: its product may be NaN.
+        const float d = sum == INFINITY ? sum : fmaf(-2.f, shared[t * kProductStride + i], sum);
         // Rounding can make less than nothing of it; NaN stays.
         return {d <= 0.f ? 0.f : d, first + i};
       };

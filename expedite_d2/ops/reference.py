@@ -136,11 +136,16 @@ def _squared_distances(z: Tensor, s: Tensor) -> Tensor:
 
 
 def _tau(temperature: float, spread: Tensor | None, like: Tensor) -> Tensor:
-    """The factor of squared distances, (B, 1, 1, 1) or a scalar, finite even for a tiny spread."""
+    """The factor of squared distances, (B, 1, 1, 1) or a scalar.
+
+    Positive and finite even for a tiny or infinite spread: infinity times a distance of 0 would be
+    NaN, as 0 times an infinite distance would be.
+    """
     if spread is None:
         return like.new_tensor(temperature)
     tau = temperature / spread.to(like.dtype)
-    return tau.clamp_max(torch.finfo(like.dtype).max).view(-1, 1, 1, 1)
+    tiny, most = torch.finfo(torch.float32).tiny, torch.finfo(like.dtype).max
+    return tau.clamp(tiny, most).view(-1, 1, 1, 1)
 
 
 def _softmax(distances: Tensor, tau: Tensor, allowed: Tensor) -> Tensor:
@@ -281,6 +286,9 @@ def token_match_ref(
         mean = _mean_token(z, grid.real)
         s = _unfold(precise(centres), *windows, side) - mean
         distances = _squared_distances(z - mean, s)
+        # What is infinite is infinitely far, also where its product with the other is NaN.
+        norms = (z - mean).square().sum(3)[..., None] + s.square().sum(3)[:, :, None]
+        distances = torch.where(norms.isinf(), norms, distances)
         # The order puts NaN behind every number, and cells that do not exist behind NaN.
         order = distances.nan_to_num(nan=torch.finfo(distances.dtype).max)
         order = order.clamp_max(torch.finfo(distances.dtype).max)
