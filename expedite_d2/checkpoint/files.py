@@ -45,6 +45,10 @@ _NUMBERS = {
     torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 }  # fmt: skip
+# Messages quote names.
+_LONGEST_NAME = 500
+# The bit of a zip entry's attributes that marks a folder.
+_DOS_FOLDER = 0x10
 # Headers of safetensors are no longer than this.
 _LONGEST_HEADER = 100_000_000
 
@@ -53,17 +57,20 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Names and tensors of a checkpoint file, or of a transformers directory.
 
     Args:
-        path: .safetensors; .pth, .pt or .bin of torch.save; .pkl of Detectron2's model zoo; a
-            directory with ``config.json`` and weights, in one file or in shards; or the directory
-            of a Segmenter release, ``checkpoint.pth`` beside ``variant.yml``. A file of
-            ``export --base`` has its backbone in the file beside it that its ``base`` names.
+        path: a file of safetensors, of torch.save or, as in Detectron2's model zoo, of pickle,
+            whatever its suffix; a directory with ``config.json`` and weights, in one file or in
+            shards; or the directory of a Segmenter release, ``checkpoint.pth`` beside
+            ``variant.yml``. The weights may stand below one of ``wrappings.CONTAINERS``; of
+            several, the first is taken, and the log says so. A file of ``export --base`` has its
+            backbone in the file beside it that its ``base`` names.
 
     Returns:
         The state dict, on the CPU.
 
     Raises:
         FileNotFoundError: nothing there, or a directory without weights.
-        ValueError: a file that cannot be read, or that holds no state dict.
+        ValueError: a file that cannot be read, that holds no state dict, or that holds objects
+            other than numbers, arrays and the like, none of which is ever built.
     """
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} not found")
@@ -101,7 +108,7 @@ def _weights_of_directory(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     """Names of the files that an index of shards lists, each once."""
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f'{index} is no index of shards: expected JSON with a "weight_map" of names to files '
@@ -144,16 +151,20 @@ def _content(path: Path) -> Any:
     try:
         return _unpack(path)
     except Exception as error:  # corrupt files fail in as many ways as there are readers
-        reason = why_unreadable(path, error)
+        # Readers quote what they find, which may be the whole file.
+        reason = why_unreadable(path, error)[:400]
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    return {
-        str(name): _tensor(path, str(name), value)
-        for name, value in state_dict_in(path, content).items()
-        if isinstance(value, Tensor | PickledArray)
-    }
+    state = {}
+    for key, value in state_dict_in(path, content).items():
+        if isinstance(value, Tensor | PickledArray):
+            name = str(key)
+            if len(name) > _LONGEST_NAME or not name.isprintable():
+                raise ValueError(f"{path}: {reprlib.repr(name)} is no name of a weight")
+            state[name] = _tensor(path, name, value)
+    return state
 
 
 def _tensor(path: Path, name: str, value: Tensor | PickledArray) -> Tensor:
@@ -215,7 +226,10 @@ def _check_archive(path: Path) -> None:
         with archive.open(name) as file:
             _check_protocol(file.read(2))
         for entry in entries:
-            # torch does not look; and it leaves 0 where it was told to compute none.
+            # torch reads zeros from a file that says that it is a folder.
+            if entry.external_attr & _DOS_FOLDER and not entry.is_dir():
+                raise ValueError(f"its entry {entry.filename} says that it is a folder")
+            # torch does not compare checksums; it writes 0 where it was told to compute none.
             if entry.CRC:
                 with archive.open(entry) as file:
                     while file.read(1 << 20):

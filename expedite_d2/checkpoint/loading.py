@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, strict: bool = True)
         return
     local = local_path(path)
     own = model.state_dict()
-    source = unwrapped(local, read_checkpoint(local), lambda state: _matches(state, own))
+    source = unwrapped(local, read_checkpoint(local), lambda state: _fit(state, own))
     fmt = _format_of(source)
     met = match(model, fmt.translate(source), fmt.backbone_only)
     resize = fmt.backbone_only or not strict
@@ -86,12 +86,13 @@ def _format_of(state: Mapping[str, Tensor]) -> Format:
     return next(fmt for fmt in formats if fmt.recognises(state))
 
 
-def _matches(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
-    """How many of a model's names a checkpoint would fill, whatever its format."""
+def _fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
+    """How many of a checkpoint's names are the model's, less those that are not."""
     try:
-        return len(own.keys() & _format_of(state).translate(state).keys())
+        names = _format_of(state).translate(state).keys()
     except ValueError:
-        return 0
+        return -len(state)
+    return len(names & own.keys()) - len(names - own.keys())
 
 
 def _tell(path: str | os.PathLike, met: Match) -> None:

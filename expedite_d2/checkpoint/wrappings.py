@@ -87,22 +87,22 @@ _WRAPPERS = re.compile(
 
 
 def unwrapped(
-    path: Path, state: Mapping[str, Tensor], matches: Callable[[Mapping[str, Tensor]], int]
+    path: Path, state: Mapping[str, Tensor], fit: Callable[[Mapping[str, Tensor]], int]
 ) -> Mapping[str, Tensor]:
     """The weights with the names that the model was given before others wrapped it.
 
     Taken off are words before all names, such as ``model.``, and what torch's wrappers put into
-    names, wherever it stands; but only where more names are the model's without them.
+    names, wherever it stands; but only where the names fit the model better without them.
 
     Args:
         path: the file, for the log.
         state: names and weights.
-        matches: how many of the model's names some names and weights would fill.
+        fit: how well names and weights fit the model: the more, the better.
     """
     readings = list(_readings(state))
     if len(readings) == 1:
         return state
-    best = max(readings, key=lambda reading: matches(reading.state))  # the first of equals
+    best = max(readings, key=lambda reading: fit(reading.state))  # the first of equals
     if best.taken_off:
         logger.info("%s: its names are read without %s", path, best.taken_off)
     return best.state

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from official_cases import official_names
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -29,7 +29,9 @@ from transformers import (
 import expedite_d2.models  # noqa: F401 (registers the architectures)
 from expedite_d2.checkpoint import load_weights
 from expedite_d2.checkpoint.export import export
+from expedite_d2.checkpoint.files import backbone_of
 from expedite_d2.checkpoint.names import from_mask2former, from_transformers
+from expedite_d2.checkpoint.official import to_mask2former
 from expedite_d2.config import load_config
 from expedite_d2.d2 import MetadataCatalog, build_model
 
@@ -344,6 +346,45 @@ def test_swin_classification_weights_fill_the_backbone(tmp_path, caplog, numpy):
     for name, tensor in model.state_dict().items():
         loaded = name.startswith("backbone.") and not re.match(r"backbone\.norm\d", name)
         assert torch.equal(tensor, (source if loaded else before).state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "encoder.", "backbone.", "model.backbone.", "module._orig_mod.backbone."]
+)
+def test_swin_classification_weights_below_a_prefix(tmp_path, prefix):
+    source, model = build(seed=1), build(seed=2)
+    state = {prefix + name: tensor for name, tensor in as_swin(source).items()}
+    torch.save({"state_dict": state}, tmp_path / "swin.pth")
+    load_weights(model, tmp_path / "swin.pth")
+    for name, tensor in model.backbone.layers.state_dict().items():
+        assert torch.equal(tensor, source.backbone.layers.state_dict()[name]), name
+
+
+@pytest.fixture(scope="module")
+def transformers_directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformers")
+    transformers_tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "model.module."])
+@pytest.mark.parametrize("kind", ["official", "transformers", "ours", "our backbone"])
+def test_every_format_below_a_prefix(tmp_path, transformers_directory, kind, prefix):
+    source, model = build(seed=1), build(seed=2)
+    state = {
+        "official": lambda: to_mask2former(source.state_dict()),
+        "transformers": lambda: load_file(transformers_directory / "model.safetensors"),
+        "ours": source.state_dict,
+        "our backbone": lambda: backbone_of(source.state_dict()),
+    }[kind]()
+    torch.save(state, tmp_path / "plain.pth")
+    torch.save({prefix + n: tensor for n, tensor in state.items()}, tmp_path / "prefixed.pth")
+    expected = build(seed=2)
+    load_weights(expected, tmp_path / "plain.pth")
+    load_weights(model, tmp_path / "prefixed.pth")
+    assert equal(model, expected)
+    first = "backbone.patch_embed.proj.weight"
+    assert not torch.equal(model.state_dict()[first], build(seed=2).state_dict()[first])
 
 
 V2 = ("MODEL.SWIN.VERSION", 2)

@@ -88,8 +88,7 @@ class Averaged(nn.Module):
         nn.DataParallel,
         torch.optim.swa_utils.AveragedModel,
         lambda model: nn.DataParallel(torch.optim.swa_utils.AveragedModel(model)),
-        torch.compile,
-        lambda model: torch.compile(Averaged(model)),
+        lambda model: Averaged(nn.DataParallel(model)),
     ],
 )
 def test_torchs_own_wrappers(tmp_path: Path, wrap) -> None:
