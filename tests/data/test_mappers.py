@@ -37,32 +37,6 @@ def test_shortest_edge_size(source, shortest, longest, expected) -> None:
     assert shortest_edge_size(*source, shortest, longest) == expected
 
 
-def test_read_image_formats(tmp_path: Path) -> None:
-    pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    Image.fromarray(pixels).save(tmp_path / "rgb.png")
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    assert np.array_equal(read_image(tmp_path / "rgb.png"), pixels)
-    assert np.array_equal(read_image(tmp_path / "rgb.png", "BGR"), pixels[..., ::-1])
-    assert np.array_equal(read_image(tmp_path / "grey.png")[..., 2], pixels[..., 0])
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(read_image(tmp_path / "turned.png"), np.rot90(pixels, -1))
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "broken.png"
-    if content is None:
-        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
-        content = path.read_bytes()[:60]
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="broken.png cannot be read"):
-        read_image(path)
-    with pytest.raises(FileNotFoundError, match="absent.png not found"):
-        read_image(tmp_path / "absent.png")
-
-
 def test_test_mapper_resizes_and_keeps_the_original_size(cfg: CfgNode, coco: Path) -> None:
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 80, 110
     entry = DatasetCatalog.get("coco_2017_val_panoptic")[0]
