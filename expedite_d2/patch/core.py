@@ -166,4 +166,4 @@ def _full_outputs(
         raise ValueError(
             f"outputs must be numbers of blocks, 0 to {blocks - 1}, got {list(outputs)}"
         )
-    return {*numbers, span[-1]} if numbers else ()  # type: ignore[misc]
+    return {*numbers, span[-1]} if numbers else ()  # type: ignore[arg-type]
