@@ -375,6 +375,14 @@ def _translate_official_names(cfg: CfgNode) -> None:
 
 def _check(cfg: CfgNode) -> None:
     check(cfg, COMMON_KEYS)
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"MODEL.DEVICE must be a device of torch such as cpu, cuda or cuda:1, got "
+            f"{cfg.MODEL.DEVICE!r}: {reason}"
+        ) from error
     clusters = cfg.MODEL.EXPEDITE.CLUSTERS
     if len(clusters) != 2:
         raise ValueError(

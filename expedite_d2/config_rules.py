@@ -135,6 +135,7 @@ _TRAINING_KEYS: dict[str, Rule] = {
 
 #: Keys that every config has.
 COMMON_KEYS: dict[str, Rule] = {
+    "DATALOADER.NUM_WORKERS": whole(0),
     "INPUT.FORMAT": one_of("RGB", "BGR"),
     "INPUT.MIN_SIZE_TEST": whole(0),
     "INPUT.MAX_SIZE_TEST": whole(1),
@@ -188,6 +189,28 @@ COMMON_KEYS: dict[str, Rule] = {
     "MODEL.HTC.SOFT_NMS_SIGMA": POSITIVE,
     "MODEL.HTC.SOFT_NMS_MIN_SCORE": SHARE,
     "TEST.DTYPE": one_of("float32", "bfloat16", "float16"),
+}
+
+#: Keys of training.
+SOLVER_KEYS: dict[str, Rule] = {
+    "SOLVER.OPTIMIZER": one_of("ADAMW", "MUON"),
+    "SOLVER.BASE_LR": NOT_NEGATIVE,
+    "SOLVER.BACKBONE_MULTIPLIER": NOT_NEGATIVE,
+    "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
+    "SOLVER.WEIGHT_DECAY_NORM": NOT_NEGATIVE,
+    "SOLVER.WEIGHT_DECAY_EMBED": NOT_NEGATIVE,
+    "SOLVER.MAX_ITER": whole(1),
+    "SOLVER.CHECKPOINT_PERIOD": whole(1),
+    "SOLVER.LR_SCHEDULER_NAME": one_of("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR"),
+    "SOLVER.STEPS": Rule(
+        "a list of numbers",
+        lambda v: isinstance(v, (list, tuple)) and all(map(_is_number, v)),
+    ),
+    "SOLVER.GAMMA": NOT_NEGATIVE,
+    "SOLVER.WARMUP_ITERS": whole(0),
+    "SOLVER.WARMUP_FACTOR": NOT_NEGATIVE,
+    "SOLVER.POLY_LR_POWER": NOT_NEGATIVE,
+    "SOLVER.POLY_LR_CONSTANT_ENDING": NOT_NEGATIVE,
 }
 
 #: Mask2Former's keys, as this project's own Mask2Former understands them.

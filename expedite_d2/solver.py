@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from expedite_d2.config_rules import SOLVER_KEYS, check
 from expedite_d2.d2 import CfgNode
 from expedite_d2.muon import Muon
 
@@ -34,11 +35,10 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Op
     one learning rate serves both optimizers.
 
     Raises:
-        ValueError: an optimizer of another name.
+        ValueError: a key of ``SOLVER`` that cannot be.
     """
+    check(cfg, SOLVER_KEYS)
     name = cfg.SOLVER.OPTIMIZER
-    if name not in ("ADAMW", "MUON"):
-        raise ValueError(f"SOLVER.OPTIMIZER must be ADAMW or MUON, got {name!r}")
     if cfg.SOLVER.BACKBONE_MULTIPLIER == 0:
         model.get_submodule("backbone").requires_grad_(False)
     matrices: list[dict] = []
@@ -90,8 +90,9 @@ def build_lr_scheduler(
     """Linear warm-up, then ``SOLVER.LR_SCHEDULER_NAME``: multi-step, cosine or polynomial.
 
     Raises:
-        ValueError: a schedule of another name.
+        ValueError: a key of ``SOLVER`` that cannot be.
     """
+    check(cfg, SOLVER_KEYS)
     solver = cfg.SOLVER
     name = solver.LR_SCHEDULER_NAME
 
@@ -110,7 +111,4 @@ def build_lr_scheduler(
         ramp = step / solver.WARMUP_ITERS
         return decay(step) * (solver.WARMUP_FACTOR * (1.0 - ramp) + ramp)
 
-    names = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR")
-    if name not in names:
-        raise ValueError(f"SOLVER.LR_SCHEDULER_NAME must be one of {names}, got {name!r}")
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -34,7 +34,7 @@ LEAVES: dict[str, set[str]] = {
     "config_rules": set(),
     "visualize": set(),
     "muon": {"d2"},
-    "solver": {"d2", "muon"},
+    "solver": {"config_rules", "d2", "muon"},
 }
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 

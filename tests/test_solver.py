@@ -146,14 +146,25 @@ def test_build_lr_scheduler_values(name: str, expected: list[float | None]) -> N
 
 
 @pytest.mark.parametrize(
-    ("key", "build"),
+    ("key", "value", "message"),
     [
-        ("SOLVER.OPTIMIZER", build_optimizers),
-        ("SOLVER.LR_SCHEDULER_NAME", lambda cfg, model: build_lr_scheduler(
-            cfg, torch.optim.SGD(model.parameters(), lr=1.0)
-        )),
+        ("OPTIMIZER", "SGD", "one of 'ADAMW', 'MUON', got 'SGD'"),
+        ("LR_SCHEDULER_NAME", "StepLR", "one of 'WarmupMultiStepLR', .*, got 'StepLR'"),
+        ("BASE_LR", "-1.0", "a number of at least 0, got -1.0"),
+        ("BASE_LR", "fast", "of type float, such as .*, got fast of type str"),
+        ("WEIGHT_DECAY", "-0.1", "a number of at least 0, got -0.1"),
+        ("BACKBONE_MULTIPLIER", "-0.1", "a number of at least 0, got -0.1"),
+        ("MAX_ITER", "0", "an integer of at least 1, got 0"),
+        ("CHECKPOINT_PERIOD", "0", "an integer of at least 1, got 0"),
+        ("STEPS", "('x',)", r"a list of numbers, got \('x',\)"),
+        ("WARMUP_ITERS", "-1", "an integer of at least 0, got -1"),
     ],
-)  # fmt: skip
-def test_solver_names_a_bad_key(key: str, build) -> None:
-    with pytest.raises(ValueError, match=f"{key} must be"):
-        build(make_cfg(key, "nonsense"), Small())
+)
+def test_solver_names_a_bad_key(key: str, value: str, message: str) -> None:
+    model = Small()
+    with pytest.raises(ValueError, match=f"SOLVER.{key} must be {message}"):
+        build_optimizers(make_cfg(f"SOLVER.{key}", value), model)
+    cfg = make_cfg()
+    cfg.SOLVER[key] = "nonsense"
+    with pytest.raises(ValueError, match=f"SOLVER.{key} must be .*, got 'nonsense'"):
+        build_lr_scheduler(cfg, torch.optim.SGD(model.parameters(), lr=1.0))

@@ -92,7 +92,7 @@ def build_train_loader(cfg: CfgNode, start_iteration: int = 0) -> DataLoader:
         entries += usable
     world = comm.get_world_size()
     batch, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, world)
-    if rest or not batch:
+    if rest or batch < 1:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH must be a positive multiple of the number of processes "
             f"({world}), got {cfg.SOLVER.IMS_PER_BATCH}"
