@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from PIL import Image
 
 from expedite_d2.d2 import CfgNode, DatasetCatalog
 from expedite_d2.data import TrainMapper
+from expedite_d2.data.kitti import load_kitti
+from expedite_d2.data.nyuv2 import load_nyuv2
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -143,3 +147,78 @@ def test_list_of_pascal_context(datasets: Path) -> None:
     listing.write_text("2008_000001\n")
     with pytest.raises(FileNotFoundError, match="2008_000001.jpg not found; set DETECTRON2_DATA"):
         DatasetCatalog.get("pascal_context_val")
+
+
+def bad(*segmentations: Any) -> Change:
+    """Adds annotations of the first image's object with other segmentations."""
+
+    def change(content: dict[str, Any]) -> None:
+        first = content["annotations"][0]
+        content["annotations"] += [{**first, "segmentation": one} for one in segmentations]
+
+    return change
+
+
+def test_what_is_no_mask_is_left_out_of_training_and_told_once(
+    ade20k: Path, cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = ade20k / "ADEChallengeData2016/ade20k_instance_val.json"
+    expected = DatasetCatalog.get("ade20k_instance_val")
+    far, nan = [[1e9, 1, 2, 3, 4, 5]], [[float("nan"), 1, 2, 3, 4, 5]]
+    wrong = ([], None, [[1, 2, 3, 4]], far, nan, [[1, 2, 3, 4, 5, 6, 7]], {"size": [40, 60]})
+    change_json(path, bad(*wrong))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert DatasetCatalog.get("ade20k_instance_val") == expected
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "'ade20k_instance_val': 7 of the 9 annotations of " in told and str(path) in told
+    assert told.endswith(
+        "the first, image 1: a segmentation must be polygons or run lengths, got "
+        "[] (no polygon of three or more points)"
+    )
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
+    sample = TrainMapper(cfg)(expected[0], np.random.default_rng(0))
+    assert len(sample["instances"]) <= 1
+
+
+def test_annotations_of_images_that_are_not_listed_are_told(
+    ade20k: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = ade20k / "ADEChallengeData2016/ade20k_instance_val.json"
+    change_json(path, lambda content: content["annotations"][1].update(image_id=44))
+    with caplog.at_level(logging.WARNING):
+        first, _ = DatasetCatalog.get("ade20k_instance_val")
+    assert len(first["annotations"]) == 1
+    assert "1 of the 2 annotations of " in caplog.text and "image 44 is not listed" in caplog.text
+
+
+@pytest.mark.parametrize("box", [None, [], [1, 2, 3], [1, 2, -3, 4], [0, 0, 1, float("nan")], "a"])
+def test_boxes_that_are_none_come_from_the_mask(ade20k: Path, box: Any) -> None:
+    path = ade20k / "ADEChallengeData2016/ade20k_instance_val.json"
+    change_json(path, lambda content: [a.update(bbox=box) for a in content["annotations"]])
+    polygon, crowd = DatasetCatalog.get("ade20k_instance_val")[0]["annotations"]
+    assert polygon["bbox"] == [10, 5, 20, 15]
+    assert crowd["bbox"] == [0, 0, 1, 40]
+
+
+@pytest.mark.parametrize("name", ["pascal_context_val", "kitti_eigen_test", "nyuv2_test"])
+def test_lists_with_a_byte_order_mark(datasets: Path, name: str) -> None:
+    if name == "pascal_context_val":
+        voc = datasets / "VOCdevkit/VOC2010"
+        listing, line = voc / "ImageSets/SegmentationContext/val.txt", "a\r\n"
+        files = [voc / "JPEGImages/a.jpg", voc / "SegmentationClassContext/a.png"]
+        load = partial(DatasetCatalog.get, name)
+    elif name == "kitti_eigen_test":
+        listing, line = datasets / "list.txt", "a.jpg a.png 7\r\n"
+        files = [datasets / "raw/a.jpg", datasets / "depth/val/a.png"]
+        load = partial(load_kitti, name, listing, datasets / "raw", datasets / "depth")
+    else:
+        listing, line = datasets / "list.txt", "a.jpg a.png 7\r\n"
+        files = [datasets / "nyu/a.jpg", datasets / "nyu/a.png"]
+        load = partial(load_nyuv2, name, listing, datasets / "nyu")
+    for path in (*files, listing):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    listing.write_text(line, encoding="utf-8-sig")
+    (entry,) = load()
+    assert entry["file_name"] == str(files[0])
