@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,19 @@ def forget_scenes() -> None:
     for name in [name for name in DatasetCatalog.list() if name.startswith("scenes_")]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def free_port() -> int:
+    """A port that will still be free when it is listened to.
+
+    It lies below those that the system hands out by itself, and apart from those that tests in
+    other processes find.
+    """
+    for port in range(12000 + os.getpid() * 97 % 20000, 32768):
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 def make_cfg(output: Path, *opts: str, config: str = CONFIG, tiny: list[str] = TINY) -> CfgNode:

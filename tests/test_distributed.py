@@ -5,17 +5,18 @@ With the real Detectron2 installed, these are tests of it.
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import engine_cases
 import pytest
 import torch
-from engine_cases import few_scenes, make_cfg, train
+from engine_cases import few_scenes, free_port, make_cfg, train
 
 from expedite_d2.d2 import PROVIDER, common, launch
 from expedite_d2.errors import sentence_of
@@ -32,18 +33,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with few_scenes(folder):
         yield folder
-
-
-@pytest.fixture(scope="module")
-def launch_two() -> Iterator[LaunchTwo]:
-    """``launch`` of two processes on the CPU, forked from one that has imported everything."""
-    multiprocessing.set_forkserver_preload(["expedite_d2.engine", "expedite_d2.evaluation.compare"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setattr(torch.cuda, "device_count", lambda: 0)
-        start = functools.partial(common.mp.start_processes, start_method="forkserver")
-        patch.setattr(common.mp, "start_processes", start)
-        yield lambda function, *args: launch(function, 2, dist_url="auto", args=args)
 
 
 # --- evaluation -------------------------------------------------------------------------------
@@ -194,7 +183,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(launch_two: LaunchTwo)
 def test_a_machine_whose_peer_died_does_not_wait_for_it(
     cache: Path, launch_two: LaunchTwo, tmp_path: Path
 ) -> None:
-    address = f"tcp://127.0.0.1:{common._free_port()}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     machines = [
         multiprocessing.get_context("forkserver").Process(
             target=engine_cases.train_on_a_machine, args=(rank, address, cache, tmp_path)
@@ -239,6 +228,22 @@ def test_every_kind_of_model_trains_in_two_processes(
 def test_launch_refuses_machines_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         launch(print, 1, **options)
+
+
+def test_launch_keeps_its_port_until_the_workers_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def start(function: Callable[..., None], args: tuple[Any, ...], **_: Any) -> None:
+        (url,) = (value for value in args if isinstance(value, str))
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", urlparse(url).port))
+        raise Started
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(common.mp, "start_processes", start)
+    with pytest.raises(Started):
+        launch(print, 2, dist_url="auto")
 
 
 def test_launch_leaves_the_number_of_processes_to_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import CONFIG, SHIPPED, few_scenes, make_cfg, one_thread
+from engine_cases import CONFIG, SHIPPED, few_scenes, free_port, make_cfg, one_thread
 
-from expedite_d2.d2 import PROVIDER, common
+from expedite_d2.d2 import PROVIDER
 from expedite_d2.engine import build_trained_model, do_test
 
 pytestmark = [pytest.mark.slow]
@@ -36,7 +36,7 @@ def torchrun() -> list[list[str]]:
 
 
 def num_machines() -> list[list[str]]:
-    address = f"tcp://127.0.0.1:{common._free_port()}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     options = ["--num-machines", "2", "--dist-url", address, "--machine-rank"]
     return [[TRAIN_NET, *options, str(rank)] for rank in range(2)]
 

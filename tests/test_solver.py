@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from expedite_d2.config import load_config
-from expedite_d2.d2 import CfgNode, comm, launch
+from expedite_d2.d2 import CfgNode, comm
 from expedite_d2.muon import Muon, orthogonalise
 from expedite_d2.solver import build_lr_scheduler, build_optimizers
 
@@ -72,8 +73,10 @@ def save_steps_of_muon(root: Path) -> None:
     torch.save(steps_of_muon(), root / f"{comm.get_rank()}.pt")
 
 
-def test_muon_shared_by_processes_takes_the_same_steps(tmp_path: Path) -> None:
-    launch(save_steps_of_muon, 2, dist_url="auto", args=(tmp_path,))
+def test_muon_shared_by_processes_takes_the_same_steps(
+    tmp_path: Path, launch_two: Callable[..., None]
+) -> None:
+    launch_two(save_steps_of_muon, tmp_path)
     alone = steps_of_muon()
     for rank in range(2):
         assert all(map(torch.equal, torch.load(tmp_path / f"{rank}.pt"), alone))

@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import re
-import socket
 import zipfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -57,7 +56,7 @@ def launch(
         num_machines: number of machines; each calls ``launch``.
         machine_rank: number of this machine.
         dist_url: where the processes meet, e.g. ``tcp://127.0.0.1:50000``; ``auto`` takes a free
-            port (one machine only).
+            port (one machine only), which this process keeps from the others.
         args: arguments of ``main_func``; must be picklable for more than one process.
         timeout: how long a process waits for the others.
 
@@ -92,8 +91,11 @@ def launch(
             "--dist-url must be tcp://HOST:PORT of the first machine for more than one machine, "
             f"got {dist_url}"
         )
+    store = None
     if dist_url == "auto":
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+        # Opened here: a port that is only looked up may be taken before the workers listen to it.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        dist_url = f"tcp://127.0.0.1:{store.port}"
     errors = mp.get_context("spawn").SimpleQueue()
     context = mp.start_processes(
         _worker,
@@ -104,6 +106,7 @@ def launch(
             num_gpus_per_machine,
             machine_rank,
             dist_url,
+            store is not None,
             args,
             timeout,
             errors,
@@ -132,12 +135,6 @@ def _check_number(option: str, processes: int) -> None:
         raise ValueError(f"{option} must be {limit} on this machine, got {processes}")
 
 
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def _worker(
     local_rank: int,
     main_func: Callable[..., Any],
@@ -145,6 +142,7 @@ def _worker(
     workers: int,
     machine_rank: int,
     dist_url: str | None,
+    store_is_open: bool,
     args: tuple[Any, ...],
     timeout: timedelta,
     errors: Any,
@@ -154,7 +152,11 @@ def _worker(
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     rank = machine_rank * workers + local_rank
     try:
-        _run(main_func, args, local_rank, workers, dist_url, timeout, world_size, rank)
+        store = None
+        if store_is_open:
+            address = urlparse(dist_url)
+            store = dist.TCPStore(address.hostname, address.port, timeout=timeout)
+        _run(main_func, args, local_rank, workers, dist_url, timeout, world_size, rank, store)
     except KINDS as error:
         sentence = sentence_of(error)
         if sentence is not None:
@@ -172,15 +174,20 @@ def _run(
     timeout: timedelta,
     world_size: int = -1,
     rank: int = -1,
+    store: dist.Store | None = None,
 ) -> None:
-    """Join the process group, run the function and leave; -1 as torchrun's environment says."""
+    """Join the process group, run the function and leave; -1 as torchrun's environment says.
+
+    The processes meet at ``store``, or else the first of them opens one at ``dist_url``.
+    """
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(local_rank)
     try:
         dist.init_process_group(
             backend="nccl" if gpu else "gloo",
-            init_method=dist_url,
+            init_method=None if store else dist_url,
+            store=store,
             world_size=world_size,
             rank=rank,
             timeout=timeout,

@@ -93,8 +93,8 @@ def token_match(
     Note:
         Of centres at the same distance the lower index comes first. Centres at NaN or infinitely
         far come last. A token that is not finite has NaN weights, as one has that is matched to a
-        centre at NaN; an infinite centre has weight 0 beside a finite one. Computed in float32 (float64 for float64 tokens), also
-        under autocast; deterministic.
+        centre at NaN; an infinite centre has weight 0 beside a finite one. Computed in float32
+        (float64 for float64 tokens), also under autocast; deterministic.
     """
     op = "token_match"
     check_map(op, "tokens", tokens)

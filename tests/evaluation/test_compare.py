@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from expedite_d2.config import load_config
-from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog, launch
+from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog
 from expedite_d2.evaluation.compare import build_pair, choose_examples, compare
 from expedite_d2.evaluation.cost import count_gflops
 
@@ -223,8 +223,8 @@ def test_compare_with_an_empty_data_set_says_so(cfg: CfgNode, new_dataset: Calla
         compare(cfg)
 
 
-def compare_on_a_rank(folder: Path) -> None:
-    DatasetCatalog.register("tiny_ranks", lambda: tiny_images(folder))
+def compare_on_a_rank(folder: Path, records: list[dict[str, Any]]) -> None:
+    DatasetCatalog.register("tiny_ranks", lambda: records)
     MetadataCatalog.get("tiny_ranks").set(**METADATA)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -236,8 +236,11 @@ def compare_on_a_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compare_on_two_ranks_counts_every_image_once(tmp_path: Path, ran: Ran) -> None:
-    launch(compare_on_a_rank, 2, dist_url="auto", args=(tmp_path,))
+def test_compare_on_two_ranks_counts_every_image_once(
+    tmp_path: Path, ran: Ran, launch_two: Callable[..., None]
+) -> None:
+    # Written here: one process would write what the other one reads.
+    launch_two(compare_on_a_rank, tmp_path, tiny_images(tmp_path))
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["images"] == len(SIZES)
     for side in ("baseline", "expedited"):

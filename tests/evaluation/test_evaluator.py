@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from expedite_d2.d2 import Boxes, CfgNode, DatasetCatalog, Instances, MetadataCatalog
+from expedite_d2.d2 import Boxes, CfgNode, DatasetCatalog, Instances, MetadataCatalog, comm
 from expedite_d2.evaluation import (
     InstanceEvaluator,
     PanopticEvaluator,
@@ -41,8 +41,12 @@ def config(panoptic: bool, semantic: bool, instance: bool) -> CfgNode:
     )
 
 
-def make_dataset(root: Path) -> str:
-    """Images of two boxes (things) on a floor (stuff) in all three annotations; registers them."""
+THINGS = [{"id": 10, "name": "box", "isthing": 1}, {"id": 20, "name": "crate", "isthing": 1}]
+STUFF = [{"id": 30, "name": "floor", "isthing": 0}]
+
+
+def write_dataset(root: Path) -> list[dict]:
+    """Images of two boxes (things) on a floor (stuff) in all three annotations; their dicts."""
     items, panoptic, instances = [], [], []
     for number in range(IMAGES):
         ids = np.full(SIZE, 3, np.int64)
@@ -81,15 +85,18 @@ def make_dataset(root: Path) -> str:
                 ],
             }
         )
-    things = [{"id": 10, "name": "box", "isthing": 1}, {"id": 20, "name": "crate", "isthing": 1}]
-    stuff = [{"id": 30, "name": "floor", "isthing": 0}]
     (root / "panoptic.json").write_text(
-        json.dumps({"annotations": panoptic, "categories": things + stuff})
+        json.dumps({"annotations": panoptic, "categories": THINGS + STUFF})
     )
     images = [{"id": i, "height": SIZE[0], "width": SIZE[1]} for i in range(IMAGES)]
     (root / "instances.json").write_text(
-        json.dumps({"images": images, "annotations": instances, "categories": things})
+        json.dumps({"images": images, "annotations": instances, "categories": THINGS})
     )
+    return items
+
+
+def register_dataset(root: Path, items: list[dict]) -> str:
+    """Registers what has been written."""
     name = f"evaluator_test_{root.name}"
     DatasetCatalog.register(name, lambda: items)
     MetadataCatalog.get(name).set(
@@ -106,7 +113,7 @@ def make_dataset(root: Path) -> str:
 
 @pytest.fixture
 def dataset(tmp_path):
-    name = make_dataset(tmp_path)
+    name = register_dataset(tmp_path, write_dataset(tmp_path))
     yield name
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
@@ -208,29 +215,23 @@ SHARES = {
 }
 
 
-def evaluate_shares(rank: int, root: str) -> None:
+def evaluate_shares(root: Path, items: list[dict]) -> None:
     """One of two processes: writes its results for all SHARES to ``rank<r>.json``."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2
-    )
-    name = make_dataset(Path(root))
-    items = DatasetCatalog.get(name)
+    rank, name = comm.get_rank(), register_dataset(root, items)
     evaluators = build_evaluators(config(True, True, True), name)
     results = [
         inference_on_dataset(NoisyOracle(), [[items[i]] for i in shares[rank]], evaluators)
         for shares in SHARES.values()
     ]
-    (Path(root) / f"rank{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    (root / f"rank{rank}.json").write_text(json.dumps(results))
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_metrics_of_one(dataset, tmp_path):
+def test_two_processes_give_the_metrics_of_one(dataset, tmp_path, launch_two):
     loader = [[item] for item in DatasetCatalog.get(dataset)]
     evaluators = build_evaluators(config(True, True, True), dataset)
     alone = inference_on_dataset(NoisyOracle(), loader, evaluators)
-    root = tmp_path / "two"
-    root.mkdir()
-    torch.multiprocessing.spawn(evaluate_shares, (str(root),), nprocs=2)
-    assert json.loads((root / "rank0.json").read_text()) == [alone] * len(SHARES)
-    assert json.loads((root / "rank1.json").read_text()) == [{}] * len(SHARES)
+    # Written before: one process would write what the other one reads.
+    launch_two(evaluate_shares, tmp_path, DatasetCatalog.get(dataset))
+    assert json.loads((tmp_path / "rank0.json").read_text()) == [alone] * len(SHARES)
+    assert json.loads((tmp_path / "rank1.json").read_text()) == [{}] * len(SHARES)
