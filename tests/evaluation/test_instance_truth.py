@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import logging
@@ -43,7 +44,12 @@ def polygon_area(polygon: list[float]) -> float:
     return abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
 
 
-def valid_file(images: int = 8) -> dict[str, Any]:
+def valid_file() -> dict[str, Any]:
+    return copy.deepcopy(made_file())
+
+
+@functools.cache
+def made_file(images: int = 4) -> dict[str, Any]:
     """COCO's conventions: area and box of an object are its polygons', of a crowd its mask's."""
     rng = np.random.default_rng(5)
     annotations: list[dict[str, Any]] = []
@@ -80,9 +86,11 @@ def valid_file(images: int = 8) -> dict[str, Any]:
     return {"images": records, "annotations": annotations, "categories": categories}
 
 
-def predictions(content: dict[str, Any], exact: bool = False) -> dict[int, Instances]:
+@functools.cache
+def predictions(exact: bool = False) -> dict[int, Instances]:
     """What a fair detector finds: masks a little off, some wrong classes, equal scores."""
     rng = np.random.default_rng(6)
+    content = valid_file()
     found = {}
     for image in content["images"]:
         masks, classes = [], []
@@ -162,7 +170,7 @@ def unchanged(content: dict[str, Any]) -> None:
 
 
 def test_average_precision_equals_pycocotools_to_the_last_digit(tmp_path, evaluated, warnings):
-    found = predictions(valid_file())
+    found = predictions()
     results = evaluated(unchanged, found)
     for kind in ("segm", "bbox"):
         expected = pycocotools_stats(tmp_path / "instances.json", found, kind)
@@ -231,7 +239,7 @@ SAME = {
 
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
 def test_what_can_only_mean_one_thing_changes_no_digit(change, evaluated, warnings):
-    found = predictions(valid_file())
+    found = predictions()
     assert evaluated(change, found) == evaluated(unchanged, found)
     assert not warnings.records
 
@@ -254,7 +262,7 @@ NUMBERS = {
 def test_area_and_box_come_from_the_mask_where_it_does_not_explain_the_files(
     field: str, value: Any, evaluated, warnings
 ):
-    found = predictions(valid_file(), exact=True)
+    found = predictions(exact=True)
     results = evaluated(each(**{field: value if field == "area" else [value] * 4}), found)
     assert results == evaluated(without(field), found)
     assert all(result == pytest.approx(100) for result in results["segm"].values())
@@ -265,7 +273,7 @@ def test_area_and_box_come_from_the_mask_where_it_does_not_explain_the_files(
 
 
 def test_areas_and_boxes_that_are_missing_come_from_the_mask(evaluated, warnings):
-    found = predictions(valid_file(), exact=True)
+    found = predictions(exact=True)
     expected = evaluated(unchanged, found)["segm"]
     for change in (without("area"), without("bbox"), each(area=None, bbox=None)):
         assert evaluated(change, found)["segm"] == pytest.approx(expected)
@@ -277,7 +285,7 @@ def test_boxes_by_their_corners_come_from_the_mask(evaluated, warnings):
         x, y, width, height = one["bbox"]
         return [x, y, x + width, y + height]
 
-    found = predictions(valid_file(), exact=True)
+    found = predictions(exact=True)
     assert evaluated(each(bbox=corners), found) == evaluated(without("bbox"), found)
     assert len(warnings.records) == 1
 
@@ -307,7 +315,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "two sizes of one image": (
         lambda c: c["images"].append({"id": 48, "height": 5, "width": 5}),
-        r"images\[8\] \(id 48\): image 48 is listed twice, and not alike",
+        r"images\[4\] \(id 48\): image 48 is listed twice, and not alike",
     ),
     "no images": (lambda c: c.pop("images"), "it lacks 'images'"),
     "no record": (lambda c: c["annotations"].insert(1, 5), r"annotations\[1\]: must be an object"),
@@ -324,7 +332,7 @@ def test_what_has_no_meaning_is_refused_before_the_first_image(change, message, 
 
 
 def test_a_picture_of_another_size_than_its_annotation_is_refused(evaluated):
-    found = predictions(valid_file())
+    found = predictions()
 
     def other(content: dict[str, Any]) -> None:
         for image in content["images"]:
