@@ -29,8 +29,12 @@ demo: $(STAMP)
 demo-all: $(STAMP)
 	$(PYTHON) -m expedite_d2.evaluation.demo --output output/demo
 
+# A worker a core, and no more than memory and gain allow: each has imported all libraries, and one
+# test alone takes up to a minute. They take tests from one another, so that none is idle.
+WORKERS := -n logical --maxprocesses 8 --dist worksteal
+
 test: $(STAMP)
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PYTHON) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # A package of its own, so that the build in use stays. The tests run in its folder, whose package
 # Python then finds first; those of compiling, exporting and of the twins tell nothing about the
@@ -42,7 +46,7 @@ SANITIZERS = $(foreach name,asan ubsan,$(shell $(CXX) -print-file-name=lib$(name
 sanitize: $(STAMP)
 	SANITIZE=1 $(PYTHON) setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16:malloc_context_size=5 \
-	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
+	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(PYTHON)) -m pytest -q $(WORKERS) -p no:cacheprovider \
 	-m 'not cuda' -k 'kernel or fuzz or nan or many or offset or literals' $(CURDIR)/tests/ops
 
 lint: $(STAMP)

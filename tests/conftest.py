@@ -14,6 +14,12 @@ from types import ModuleType
 
 import pytest
 
+# Before torch is imported. Workers of pytest-xdist share the cores: threads of one would only wait
+# for those of another, as would the processes that inductor starts to compile in.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def launch_two() -> Callable[..., None]:

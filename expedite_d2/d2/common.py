@@ -106,7 +106,7 @@ def launch(
             num_gpus_per_machine,
             machine_rank,
             dist_url,
-            store is not None,
+            store.port if store else None,
             args,
             timeout,
             errors,
@@ -142,7 +142,7 @@ def _worker(
     workers: int,
     machine_rank: int,
     dist_url: str | None,
-    store_is_open: bool,
+    store_port: int | None,
     args: tuple[Any, ...],
     timeout: timedelta,
     errors: Any,
@@ -153,9 +153,8 @@ def _worker(
     rank = machine_rank * workers + local_rank
     try:
         store = None
-        if store_is_open:
-            address = urlparse(dist_url)
-            store = dist.TCPStore(address.hostname, address.port, timeout=timeout)
+        if store_port is not None:
+            store = dist.TCPStore("127.0.0.1", store_port, timeout=timeout)
         _run(main_func, args, local_rank, workers, dist_url, timeout, world_size, rank, store)
     except KINDS as error:
         sentence = sentence_of(error)
