@@ -11,7 +11,7 @@ from official_cases import official_names
 import expedite_d2.models  # noqa: F401 (registers the architectures)
 from expedite_d2.checkpoint import load_weights
 from expedite_d2.checkpoint.export import export
-from expedite_d2.checkpoint.loading import is_training_only
+from expedite_d2.checkpoint.matching import is_training_only
 from expedite_d2.checkpoint.official import to_mask2former
 from expedite_d2.config import load_config
 from expedite_d2.d2 import build_model

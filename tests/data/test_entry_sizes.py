@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from expedite_d2.config import add_dpt_config
+from expedite_d2.config import add_expedite_config
 from expedite_d2.d2 import CfgNode
 from expedite_d2.data import DepthTestMapper, DepthTrainMapper, TestMapper, TrainMapper
 
@@ -22,7 +22,7 @@ TASKS = ["panoptic", "instance-polygon", "instance-rle", "semantic", "depth"]
 
 
 def mapped(cfg: CfgNode, task: str, training: bool, entry: Entry) -> Entry:
-    add_dpt_config(cfg)
+    add_expedite_config(cfg)
     if task == "depth":
         cfg.INPUT.DATASET_MAPPER_NAME = "depth"
         if training:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from expedite_d2.config import add_dpt_config
+from expedite_d2.config import add_expedite_config
 from expedite_d2.d2 import CfgNode
 from expedite_d2.data import DepthTestMapper, DepthTrainMapper, TestMapper, TrainMapper
 from expedite_d2.data.depth import read_depth
@@ -252,7 +252,7 @@ def test_noise_in_the_tags_does_not_reach_the_pixels(name: str, tmp_path: Path) 
 def test_damaged_files_of_a_data_set_are_one_sentence(
     cfg: CfgNode, kind: str, damaged: str, tmp_path: Path
 ) -> None:
-    add_dpt_config(cfg)
+    add_expedite_config(cfg)
     label_mode = {"depth": "I;16", "depth-test": "I;16", "panoptic": "RGB"}.get(kind, "L")
     contents = {"image": encoded("RGB", "jpg"), "labels": encoded(label_mode, "png")}
     paths = {"image": tmp_path / "image.jpg", "labels": tmp_path / "labels.png"}
