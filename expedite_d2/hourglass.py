@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from expedite_d2.ops._checks import integer, real
 from expedite_d2.ops.token_reconstruct import token_reconstruct
-from expedite_d2.ops.token_reduce import token_reduce
+from expedite_d2.ops.token_reduce import Reduced, token_reduce
 
 Reconstruction = Literal["residual", "replace"]
 
@@ -137,7 +137,7 @@ def reduce(
         return tokens, Clustering(None, None, None, None)
     with profiler_range("expedite_d2.reduce", tokens):
         automatic = reduction.temperature == 0
-        _, centres, indices, weights = token_reduce(
+        reduced = token_reduce(
             tokens,
             clusters,
             window=window,
@@ -148,8 +148,9 @@ def reduce(
             automatic=automatic,
         )
     if reduction.reconstruction == "replace":
-        return centres, Clustering(None, None, indices, weights)
-    return centres, Clustering(tokens, centres, indices, weights)
+        return reduced.centres, Clustering(None, None, reduced.indices, reduced.weights)
+    clustering = Clustering(tokens, reduced.centres, reduced.indices, reduced.weights)
+    return reduced.centres, clustering
 
 
 def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
@@ -182,24 +183,26 @@ class ObservedOperator(TorchFunctionMode):
     """
 
     def __init__(
-        self, operator: torch._ops.OpOverload, keep: Callable[[tuple[Any, ...], Any], Any]
+        self, operator: torch._ops.OpOverload, keep: Callable[[dict[str, Any], Any], Any]
     ) -> None:
         """
         Args:
             operator: such as `torch.ops.expedite_d2.token_reduce.default`.
-            keep: picks it from a call's positional arguments and its result.
+            keep: picks it from a call's arguments, by their names in the schema, and its result.
         """
         super().__init__()
         self.operator = operator
         self.keep = keep
         self.kept: list[Any] = []
+        self._names = [argument.name for argument in operator._schema.arguments]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is self.operator:
-            self.kept.append(self.keep(args, result))
+            named = dict(zip(self._names, args, strict=False)) | (kwargs or {})
+            self.kept.append(self.keep(named, result))
         return result
 
 
@@ -227,8 +230,7 @@ def calibrate(model: nn.Module, images: Iterable[Any]) -> float:
     calls = 0
     observed = ObservedOperator(
         torch.ops.expedite_d2.token_reduce.default,
-        # (tokens, clusters, window, ...) -> ((B,), ...)
-        lambda args, result: (_sharpness(args[2]), result[0]),
+        lambda arguments, result: (_sharpness(arguments["window"]), Reduced(*result).spread),
     )
     try:
         model.eval()

@@ -240,7 +240,7 @@ class Model(nn.Module):
 
 def test_observing_an_operator_changes_nothing() -> None:
     operator = torch.ops.expedite_d2.token_spread.default
-    observed = ObservedOperator(operator, lambda args, result: (args[1], result))
+    observed = ObservedOperator(operator, lambda named, result: (named["clusters"], result))
     x, half = tokens(1, 8, 9, 3), torch.randn(1, 2, 3).bfloat16()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected = torch.einsum("bqc,bhwc->bqhw", half, x)  # of two types, which autocast makes one

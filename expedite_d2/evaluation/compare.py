@@ -40,6 +40,7 @@ from expedite_d2.evaluation.report import (
 )
 from expedite_d2.files import replacing, written
 from expedite_d2.hourglass import ObservedOperator
+from expedite_d2.ops import Reduced
 from expedite_d2.progress import progress
 from expedite_d2.visualize import prediction_of
 
@@ -281,11 +282,10 @@ def _example(
         .get_submodule("backbone")
         .register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[-2:]))
     )
-    # (tokens, clusters, window, ...) -> spread, centres, indices, weights; the first index is the
-    # nearest centre's
+    # The first index is that of the nearest centre.
     observed = ObservedOperator(
         torch.ops.expedite_d2.token_reduce.default,
-        lambda args, result: (args[2], result[2][0, ..., 0]),
+        lambda arguments, result: (arguments["window"], Reduced(*result).indices[0, ..., 0]),
     )
     with hook, observed:
         expedited = prediction_of(models[1]([item])[0])

@@ -9,10 +9,11 @@ from expedite_d2.ops.ms_deform_attn import ms_deform_attn
 from expedite_d2.ops.token_cluster import token_cluster
 from expedite_d2.ops.token_match import token_match
 from expedite_d2.ops.token_reconstruct import token_reconstruct
-from expedite_d2.ops.token_reduce import token_reduce
+from expedite_d2.ops.token_reduce import Reduced, token_reduce
 from expedite_d2.ops.token_spread import token_spread
 
 __all__ = [
+    "Reduced",
     "ms_deform_attn",
     "token_cluster",
     "token_match",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ from expedite_d2.ops._checks import (
 from expedite_d2.ops.reference import token_reduce_ref
 
 _NAME = "expedite_d2::token_reduce"
+
+
+class Reduced(NamedTuple):
+    """What :func:`token_reduce` finds, and the operator gives as a tuple in this order."""
+
+    spread: Tensor
+    centres: Tensor
+    indices: Tensor
+    weights: Tensor
+
 
 torch.library.define(
     _NAME,
@@ -102,7 +113,7 @@ def token_reduce(
     topk: int = 4,
     temperature: float,
     automatic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Reduced:
     """Clusters the tokens of a grid or of its windows, and matches every token to the centres.
 
     The same as :func:`token_spread` (where ``automatic``), :func:`token_cluster` and
@@ -146,4 +157,4 @@ def token_reduce(
     tau = check_temperature(op, temperature)
     # The kernels are for the types that models run in; float64 serves tests of gradients.
     run = token_reduce_ref if tokens.dtype == torch.float64 else _token_reduce
-    return run(tokens, cells, side, iterations, neighbourhood, topk, tau, bool(automatic))
+    return Reduced(*run(tokens, cells, side, iterations, neighbourhood, topk, tau, bool(automatic)))
