@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks import released
 from benchmarks.common import difference
-from expedite_d2.evaluation.cost import candidate_pairs, match_pairs
 from expedite_d2.ops import reference
+from expedite_d2.ops.pairs import candidate_pairs, match_pairs
 
 KERNELS = torch.ops.expedite_d2
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import check_levels, check_like, check_map, check_samples
 from expedite_d2.ops.reference_deform import ms_deform_attn_backward_ref, ms_deform_attn_ref
@@ -49,6 +52,25 @@ def _backward_fake(
     inputs = (value, sampling_locations, attention_weights)
     value, locations, weights = (x.new_empty(x.shape) for x in inputs)
     return value, locations, weights
+
+
+@register_flop_formula(torch.ops.expedite_d2.ms_deform_attn)
+def _flops(
+    value: Sequence[int],
+    spatial_shapes: Sequence[int],
+    level_start: Sequence[int],
+    sampling_locations: Sequence[int],
+    *_: object,
+    **__: object,
+) -> int:
+    """Twice the multiply-adds of bilinear sampling, four for each value that is sampled."""
+    return 2 * 4 * math.prod(sampling_locations[:-1]) * value[-1]
+
+
+@register_flop_formula(torch.ops.expedite_d2._ms_deform_attn_backward)
+def _backward_flops(grad: Sequence[int], *arguments: Any, **_: object) -> int:
+    """Samples once more, what they give back to the maps, and their slopes along x and y."""
+    return 4 * _flops(*arguments)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import (
     check_clusters,
@@ -15,6 +18,7 @@ from expedite_d2.ops._checks import (
     check_temperature,
     map_size,
 )
+from expedite_d2.ops.pairs import candidate_values
 from expedite_d2.ops.reference import token_cluster_backward_ref, token_cluster_ref
 
 _NAME = "expedite_d2::token_cluster"
@@ -50,6 +54,27 @@ def _fake(
 @torch.library.register_fake(_BACKWARD)
 def _backward_fake(grad: Tensor, tokens: Tensor, *settings: object) -> Tensor:
     return tokens.new_empty(tokens.shape)
+
+
+@register_flop_formula(torch.ops.expedite_d2.token_cluster)
+def token_cluster_flops(
+    tokens: Sequence[int],
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    iterations: int,
+    neighbourhood: int,
+    *_: object,
+    **__: object,
+) -> int:
+    """Twice the multiply-adds: pooling, then distances and weighted sums in each iteration."""
+    near = candidate_values(tokens, clusters, window, neighbourhood)
+    return 2 * (math.prod(tokens) + 2 * iterations * near)
+
+
+@register_flop_formula(torch.ops.expedite_d2._token_cluster_backward)
+def _backward_flops(grad: Sequence[int], *arguments: Any, **_: object) -> int:
+    """The forward's once more, whose last sums are those of the gradient here."""
+    return token_cluster_flops(*arguments)
 
 
 def _setup_context(ctx, inputs, output) -> None:

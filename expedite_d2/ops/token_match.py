@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import (
     check_clusters,
@@ -16,6 +17,7 @@ from expedite_d2.ops._checks import (
     check_temperature,
     map_size,
 )
+from expedite_d2.ops.pairs import match_pairs
 from expedite_d2.ops.reference import token_match_ref
 
 _NAME = "expedite_d2::token_match"
@@ -41,6 +43,20 @@ def _fake(
     shape = (*tokens.shape[:3], topk)
     indices = tokens.new_empty(shape, dtype=torch.int32)
     return indices, tokens.new_empty(shape, dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.expedite_d2.token_match)
+def token_match_flops(
+    tokens: Sequence[int],
+    centres: Sequence[int],
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    *_: object,
+    **__: object,
+) -> int:
+    """Twice the multiply-adds: a distance to each centre of the token's window."""
+    batch, *grid, channels = tokens
+    return 2 * batch * channels * match_pairs(grid, clusters, window or grid)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import check_device, check_like, check_map
 from expedite_d2.ops.reference import token_reconstruct_backward_ref, token_reconstruct_ref
@@ -41,6 +43,14 @@ def _fake(
 @torch.library.register_fake(_BACKWARD)
 def _backward_fake(grad: Tensor, indices: Tensor, weights: Tensor, cells: Sequence[int]) -> Tensor:
     return grad.new_empty((grad.shape[0], *cells, grad.shape[3]))
+
+
+@register_flop_formula(
+    [torch.ops.expedite_d2.token_reconstruct, torch.ops.expedite_d2._token_reconstruct_backward]
+)
+def _flops(x: Sequence[int], indices: Sequence[int], *_: object, **__: object) -> int:
+    """Twice the multiply-adds: topk centres a token, C values each; ``x`` is refined or grad."""
+    return 2 * math.prod(indices) * x[3]
 
 
 def _setup_context(ctx, inputs, output) -> None:

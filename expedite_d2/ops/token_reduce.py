@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import (
     check_clusters,
@@ -16,6 +17,9 @@ from expedite_d2.ops._checks import (
     map_size,
 )
 from expedite_d2.ops.reference import token_reduce_ref
+from expedite_d2.ops.token_cluster import token_cluster_flops
+from expedite_d2.ops.token_match import token_match_flops
+from expedite_d2.ops.token_spread import token_spread_flops
 
 _NAME = "expedite_d2::token_reduce"
 
@@ -78,6 +82,25 @@ def _fake(
         tokens.new_empty(shape, dtype=torch.int32),
         tokens.new_empty(shape, dtype=torch.float32),
     )
+
+
+@register_flop_formula(torch.ops.expedite_d2.token_reduce)
+def _flops(
+    tokens: Sequence[int],
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    iterations: int,
+    neighbourhood: int,
+    topk: int,
+    temperature: float,
+    automatic: bool,
+    *,
+    out_shape: Sequence[Sequence[int]],
+) -> int:
+    """Those of the three, of which a fixed temperature needs no spread."""
+    spread = token_spread_flops(tokens, clusters, window, neighbourhood) if automatic else 0
+    cluster = token_cluster_flops(tokens, clusters, window, iterations, neighbourhood)
+    return spread + cluster + token_match_flops(tokens, out_shape[1], clusters, window)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import check_clusters, check_int, check_map
+from expedite_d2.ops.pairs import candidate_values
 from expedite_d2.ops.reference import token_spread_ref
 
 _NAME = "expedite_d2::token_spread"
@@ -23,6 +26,18 @@ def _fake(
     tokens: Tensor, clusters: Sequence[int], window: Sequence[int] | None, neighbourhood: int
 ) -> Tensor:
     return tokens.new_empty(tokens.shape[0], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.expedite_d2.token_spread)
+def token_spread_flops(
+    tokens: Sequence[int],
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    neighbourhood: int,
+    **_: object,
+) -> int:
+    """Twice the multiply-adds: pooling, one a value, and a distance to each candidate."""
+    return 2 * (math.prod(tokens) + candidate_values(tokens, clusters, window, neighbourhood))
 
 
 def _setup_context(ctx, inputs, output) -> None:
