@@ -19,6 +19,7 @@ ORDER = [
     {"ops"},
     {"hourglass"},
     {"patch"},
+    {"tools"},
     {"models"},
     {"data", "evaluation", "checkpoint"},
     {"engine"},
@@ -85,9 +86,11 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in MODULES if part_of(p) in ("_ext", "ops", "hourglass", "patch")], ids=ids
+    "path",
+    [p for p in MODULES if part_of(p) in ("_ext", "ops", "hourglass", "patch", "tools")],
+    ids=ids,
 )
-def test_imports_of_operators_and_adapters_are_torch_alone(path: Path) -> None:
+def test_imports_of_operators_adapters_and_tools_are_torch_alone(path: Path) -> None:
     foreign = {name.split(".")[0] for name in imports(path)}
     assert foreign - set(sys.stdlib_module_names) <= {"torch", "expedite_d2"}
 
