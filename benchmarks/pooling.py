@@ -13,19 +13,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from expedite_d2.hourglass import Clustering, Reduction
-from expedite_d2.models.backbones import swin
 from expedite_d2.ops.token_cluster import token_cluster
-from expedite_d2.patch import span
+from expedite_d2.reducers import Cluster, Clustering, Grid
 
 
 def average_pool(
-    tokens: Tensor, reduction: Reduction, window: tuple[int, int] | None = None
-) -> tuple[Tensor, Clustering]:
-    """What `expedite_d2.reduce` is replaced by; the same arguments and results."""
+    self: Cluster, tokens: Tensor, window: tuple[int, int] | None, residual: bool
+) -> tuple[Tensor, Grid, Clustering]:
+    """What `Cluster.reduce` is replaced by; the same arguments and results."""
     height, width = tokens.shape[1:3]
     side = window or (height, width)
-    clusters = reduction.grid(*side)
+    clusters = self.cells(*side)
     # Without an iteration the centres are the cells' averages.
     low = token_cluster(tokens, clusters, window=window, iterations=0, temperature=1.0)
     axes = [
@@ -38,7 +36,7 @@ def average_pool(
     shape = (len(tokens), height, width, 4)
     indices = indices.reshape(1, height, width, 4).to(torch.int32).expand(shape)
     weights = weights.reshape(1, height, width, 4).expand(shape)
-    return low, Clustering(tokens, low, indices, weights)
+    return low, Grid(low.shape[1], low.shape[2]), Clustering(tokens, low, indices, weights)
 
 
 def _interpolation(
@@ -56,6 +54,5 @@ def _interpolation(
 @contextlib.contextmanager
 def average_pooled() -> Iterator[None]:
     """Expedited backbones pool instead of clustering while this is entered."""
-    with mock.patch.object(swin, "reduce", average_pool):
-        with mock.patch.object(span, "reduce", average_pool):
-            yield
+    with mock.patch.object(Cluster, "reduce", average_pool):
+        yield

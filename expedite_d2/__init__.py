@@ -6,18 +6,39 @@ Importing the package puts its backbones and meta-architectures into Detectron2'
 from __future__ import annotations
 
 from expedite_d2 import models
-from expedite_d2.hourglass import Clustering, Reduction, reconstruct, reduce
-from expedite_d2.patch import clustering_of, expedite, restore
+from expedite_d2.adapters import (
+    Family,
+    expedite,
+    families,
+    is_expedited,
+    register_family,
+    restore,
+)
+from expedite_d2.reducers import (
+    Cluster,
+    Clustering,
+    Reduction,
+    clustering_of,
+    reconstruct,
+    reduce,
+)
+from expedite_d2.tools import describe
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cluster",
     "Clustering",
+    "Family",
     "Reduction",
     "clustering_of",
+    "describe",
     "expedite",
+    "families",
+    "is_expedited",
     "models",
     "reconstruct",
     "reduce",
+    "register_family",
     "restore",
 ]

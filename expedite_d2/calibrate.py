@@ -14,8 +14,8 @@ from expedite_d2.config import cli, load_config
 from expedite_d2.d2 import CfgNode
 from expedite_d2.data import build_test_loader
 from expedite_d2.engine import build_trained_model
-from expedite_d2.hourglass import calibrate
 from expedite_d2.progress import progress
+from expedite_d2.tools.calibrate import calibrate
 
 # The measure is a mean over thousands of tokens an image; more images hardly move it.
 IMAGES = 8
@@ -45,7 +45,8 @@ def measure(cfg: CfgNode, images: int = IMAGES) -> tuple[float, int, str]:
     inputs = list(islice(build_test_loader(cfg, datasets[0]), images))
     model = build_trained_model(cfg)
     with progress(inputs, "calibrating", unit="image") as shown:
-        return calibrate(model, shown), len(inputs), datasets[0]
+        temperature = calibrate(model, shown).cluster.temperature
+    return temperature, len(inputs), datasets[0]
 
 
 @cli

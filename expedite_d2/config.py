@@ -40,7 +40,7 @@ _EXPEDITE_DEFAULTS: list[tuple[str, Any]] = [
     ("MODEL.EXPEDITE.NEIGHBOURHOOD", 5),
     # Nearest centres that a token is reconstructed from.
     ("MODEL.EXPEDITE.TOPK", 4),
-    # Factor on squared distances; 0.0 derives it from each image (see hourglass.py).
+    # Factor on squared distances; 0.0 derives it from each image (see reducers/cluster.py).
     ("MODEL.EXPEDITE.TEMPERATURE", 0.0),
     # "residual": tokens keep their detail and receive what the blocks added; "replace": the paper.
     ("MODEL.EXPEDITE.RECONSTRUCTION", "residual"),

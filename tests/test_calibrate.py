@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from settings_cases import clustered
 from torch import nn
 
 from expedite_d2 import calibrate as command
 from expedite_d2.config import load_config
-from expedite_d2.hourglass import Reduction
 from expedite_d2.models.backbones import ExpeditedSwinTransformer
 
 CONFIG = "scenes/panoptic/mask2former_swin_mini_expedited.yaml"
@@ -26,7 +26,7 @@ class Model(nn.Module):
             num_heads=[1, 2],
             window_size=4,
             out_features=["res2", "res3"],
-            reduction=Reduction(2, (2, 2)),
+            reduction=clustered(2, (2, 2)),
         )
 
     def forward(self, inputs: list[dict[str, Any]]) -> Any:

@@ -162,7 +162,11 @@ def test_wrong_values_are_named_with_their_key(
         ("segmenter", ["MODEL.VIT.NAME", "vit_base_r50_s16_224"], "MODEL.VIT.*patch_size 4"),
         ("segmenter", [*ON, "MODEL.EXPEDITE.ALPHA", "4"], "alpha must be less than the 4 blocks"),
         ("dpt", [*ON, "MODEL.EXPEDITE.CLUSTERS", "[1.0, 1.0]"], "two ratios between 0 and 1"),
-        ("dpt", [*ON, "MODEL.EXPEDITE.CLUSTERS", "[0.5, 2]"], r"clusters must be.*got \(0.5, 2\)"),
+        (
+            "dpt",
+            [*ON, "MODEL.EXPEDITE.CLUSTERS", "[0.5, 2]"],
+            r"clusters\) must be.*got \(0.5, 2\)",
+        ),
         (
             "dpt",
             [*ON, "MODEL.EXPEDITE.ALPHA", "1", "MODEL.EXPEDITE.CLUSTERS", "[4, 4]"],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from settings_cases import clustered
 from torch import nn
 
 from expedite_d2 import calibrate, engine, predict
@@ -172,7 +173,11 @@ def predict_images(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def calibrate_images(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(calibrate, "build_test_loader", lambda *args: [1, 2])
     patch.setattr(calibrate, "build_trained_model", lambda cfg: None)
-    patch.setattr(calibrate, "calibrate", lambda model, images: float(len(list(images))))
+    patch.setattr(
+        calibrate,
+        "calibrate",
+        lambda model, images: clustered(0, (2, 2), temperature=float(len(list(images)))),
+    )
     cfg: Any = SimpleNamespace(
         MODEL=SimpleNamespace(EXPEDITE=SimpleNamespace(ENABLED=True)),
         DATASETS=SimpleNamespace(TRAIN=["any"], TEST=[]),

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from expedite_d2.adapters.windows import relative_position_index
 from expedite_d2.checkpoint.names import State, join, rename, rules_of
-from expedite_d2.patch.windows import relative_position_index
 
 _TABLE = re.compile(
     r"^((?:backbone\.)?layers\.\d+\.blocks\.\d+\.attn\.)relative_position_bias_table$"

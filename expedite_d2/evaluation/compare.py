@@ -39,8 +39,8 @@ from expedite_d2.evaluation.report import (
     to_json,
 )
 from expedite_d2.files import replacing, written
-from expedite_d2.hourglass import ObservedOperator
 from expedite_d2.ops import Reduced
+from expedite_d2.ops.observe import ObservedOperator
 from expedite_d2.progress import progress
 from expedite_d2.visualize import prediction_of
 

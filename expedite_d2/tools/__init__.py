@@ -1,5 +1,14 @@
 """Tools for any ``torch.nn.Module``, expedited or not; they need torch alone."""
 
+from expedite_d2.tools.calibrate import calibrate
 from expedite_d2.tools.cost import MultiplyAdds, count_multiply_adds, on_meta
+from expedite_d2.tools.describe import Description, describe
 
-__all__ = ["MultiplyAdds", "count_multiply_adds", "on_meta"]
+__all__ = [
+    "Description",
+    "MultiplyAdds",
+    "calibrate",
+    "count_multiply_adds",
+    "describe",
+    "on_meta",
+]

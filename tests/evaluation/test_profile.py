@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expedite_d2.config import load_config
 from expedite_d2.evaluation.profile import profile, profile_model, report
-from expedite_d2.hourglass import profiler_range
+from expedite_d2.profiling import profiler_range
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expedite_d2.hourglass import Reduction
 from expedite_d2.models.backbones.swin import ExpeditedSwinTransformer
+from expedite_d2.reducers import Reduction
 
 
 def tiny(reduction: Reduction | None = None, **changes: Any) -> ExpeditedSwinTransformer:
@@ -114,13 +114,13 @@ def slow_stage(
 ) -> Tensor:
     """The expedited end of a stage for one image (H, W, C), from the definitions."""
     height, width, channels = z.shape
-    m: Any = reduction.clusters
+    m: Any = reduction.cluster.grid
     corners = [(y, x) for y in range(0, height, window) for x in range(0, width, window)]
 
     def part(y: int, x: int) -> Tensor:
         return z[y : y + window, x : x + window]
 
-    tau = reduction.temperature
+    tau = reduction.cluster.temperature
     if tau == 0:
         spreads = [s for y, x in corners for s in slow_cluster_window(part(y, x), window, m, 1)[1]]
         tau = 32 / float(torch.stack(spreads).mean())
@@ -143,7 +143,7 @@ def slow_stage(
             for c in range(part(y, x).shape[1]):
                 token = part(y, x)[r, c]
                 distance = (centres - token).square().sum(1)
-                nearest = distance.argsort(stable=True)[: reduction.topk]
+                nearest = distance.argsort(stable=True)[: reduction.cluster.topk]
                 weight = (-tau * distance[nearest]).softmax(0)
                 if reduction.reconstruction == "replace":
                     out[y + r, x + c] = weight @ after[nearest]

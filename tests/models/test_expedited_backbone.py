@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from settings_cases import clustered
 from torch import Tensor
 
 import expedite_d2.models  # noqa: F401 (registers the backbones)
+from expedite_d2.adapters import restore
 from expedite_d2.config import load_config
 from expedite_d2.d2 import BACKBONE_REGISTRY, PROVIDER, build_backbone, build_model
 from expedite_d2.evaluation.cost import count_gflops
-from expedite_d2.hourglass import Reduction
 from expedite_d2.models.backbones import ExpeditedSwinTransformer, ExpeditedViT
-from expedite_d2.patch import restore
 
 HERE = Path(__file__).parent
 SETTINGS = ["MODEL.EXPEDITE.ALPHA", 3, "MODEL.EXPEDITE.CLUSTERS", [2, 2]]
@@ -66,7 +66,7 @@ def test_own_backbones_are_built_as_they_are(name: str, cls: type) -> None:
     for expedited in (False, True):
         model = build(name, *VIT, expedited=expedited)
         assert type(model) is cls
-        assert model.reduction == (Reduction(3, (2, 2)) if expedited else None)
+        assert model.reduction == (clustered(3, (2, 2)) if expedited else None)
 
 
 def test_official_name_has_a_stand_in() -> None:
@@ -108,7 +108,7 @@ def test_foreign_backbone_is_itself(
     plain = build(name, *opts)
     expedited = build(name, *opts, expedited=True)
     assert type(plain) is type(expedited) and type(plain).__name__ == name
-    assert expedited.reduction == Reduction(3, (2, 2)) and not hasattr(plain, "reduction")
+    assert expedited.reduction == clustered(3, (2, 2)) and not hasattr(plain, "reduction")
     assert plain.output_shape() == expedited.output_shape()
     assert list(plain.state_dict()) == list(expedited.state_dict())
     plain.load_state_dict(expedited.state_dict())
@@ -169,7 +169,7 @@ def test_foreign_backbone_carries_a_pyramid(detectron2: None) -> None:
     opts += ["MODEL.FPN.IN_FEATURES", ["p0", "p1", "p2", "p3"]]
     model = build("SwinTransformer", *opts, expedited=True)
     assert model.size_divisibility == 32
-    assert model.bottom_up.reduction == Reduction(3, (2, 2))
+    assert model.bottom_up.reduction == clustered(3, (2, 2))
     assert list(run(model, 64, 96)) == ["p2", "p3", "p4", "p5", "p6"]
 
 

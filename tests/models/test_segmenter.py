@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import expedite_d2.models  # noqa: F401 (registers the architectures)
 from expedite_d2.config import load_config
 from expedite_d2.d2 import build_model
-from expedite_d2.hourglass import reconstruct, reduce
 from expedite_d2.models.meta_arch.segmenter_decoders import MaskDecoder
+from expedite_d2.reducers import reconstruct, reduce
 
 TINY = Path(__file__).parent / "segmenter_tiny.yaml"
 CONFIGS = Path(__file__).parents[2] / "configs"

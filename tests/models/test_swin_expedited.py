@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from settings_cases import clustered
 from swin_cases import assert_expedited_equals_slow_loops, images, slow_attention, tiny
 from torch import Tensor
 
-from expedite_d2.hourglass import Reduction, calibrate
 from expedite_d2.models.backbones.swin_blocks import position_resampling
+from expedite_d2.reducers import Reduction
+from expedite_d2.tools.calibrate import calibrate
 
 
 def bias_at(table: Tensor, window: int, dy: float, dx: float) -> Tensor:
@@ -42,11 +44,11 @@ def slow_block(block: Any, x: Tensor, window: int, m: tuple[int, int]) -> Tensor
 @pytest.mark.parametrize(
     ("size", "reduction"),
     [
-        ((128, 128), Reduction(4, (2, 2))),
-        ((144, 112), Reduction(4, (3, 3))),  # 9x7 tokens: ragged windows both ways
-        ((112, 80), Reduction(3, (3, 2), temperature=0.3, reconstruction="replace")),
-        ((80, 160), Reduction(2, (2, 3), topk=2)),  # the first block of the stage
-        ((48, 48), Reduction(7, (3, 3))),  # a map smaller than one window, the last block only
+        ((128, 128), clustered(4, (2, 2))),
+        ((144, 112), clustered(4, (3, 3))),  # 9x7 tokens: ragged windows both ways
+        ((112, 80), clustered(3, (3, 2), temperature=0.3, mode="replace")),
+        ((80, 160), clustered(2, (2, 3), topk=2)),  # the first block of the stage
+        ((48, 48), clustered(7, (3, 3))),  # a map smaller than one window, the last block only
     ],
 )
 def test_swin_expedited_equals_slow_loops(
@@ -60,7 +62,7 @@ def test_swin_expedited_equals_slow_loops(
 
 @pytest.mark.parametrize("alpha", [0, 1, 2, 5, 7, 8])
 def test_swin_expedited_has_plain_shapes(alpha: int) -> None:
-    plain, expedited = tiny(), tiny(Reduction(alpha, (0.5, 0.75)))
+    plain, expedited = tiny(), tiny(clustered(alpha, (0.5, 0.75)))
     for size in ((32, 32), (33, 47), (95, 130)):
         x = images(*size, batch=1)
         with torch.no_grad():
@@ -73,7 +75,7 @@ def test_swin_expedited_has_plain_shapes(alpha: int) -> None:
 
 
 def test_swin_disabled_is_bit_equal() -> None:
-    plain, model = tiny(), tiny(Reduction(4, (2, 2)))
+    plain, model = tiny(), tiny(clustered(4, (2, 2)))
     x = images(100, 144)
     with torch.no_grad():
         model(x)
@@ -83,7 +85,7 @@ def test_swin_disabled_is_bit_equal() -> None:
 
 
 def test_swin_expedited_changes_no_state_dict() -> None:
-    plain, model = tiny(), tiny(Reduction(4, (2, 2)))
+    plain, model = tiny(), tiny(clustered(4, (2, 2)))
     with torch.no_grad():
         model(images(64, 64))
     assert list(plain.state_dict()) == list(model.state_dict())
@@ -95,7 +97,7 @@ def test_swin_expedited_changes_no_state_dict() -> None:
 
 
 def test_swin_bias_follows_loaded_weights() -> None:
-    model, other = tiny(Reduction(4, (2, 2))), tiny(Reduction(4, (2, 2)), mlp_ratio=4.0)
+    model, other = tiny(clustered(4, (2, 2))), tiny(clustered(4, (2, 2)), mlp_ratio=4.0)
     x = images(64, 64)
     with torch.no_grad():
         model(x)
@@ -120,22 +122,22 @@ def test_swin_position_resampling_hits_table_at_integers() -> None:
 
 
 def test_swin_calibrated_equals_automatic_on_one_image() -> None:
-    model = tiny(Reduction(4, (2, 2)))
+    model = tiny(clustered(4, (2, 2)))
     x = images(96, 112, batch=1)
     with torch.no_grad():
         automatic = model(x)["res5"]
-        temperature = calibrate(model, [x])
-        assert model.reduction == Reduction(4, (2, 2), temperature=temperature)
+        temperature = calibrate(model, [x]).cluster.temperature
+        assert model.reduction == clustered(4, (2, 2), temperature=temperature)
         torch.testing.assert_close(model(x)["res5"], automatic, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("reduction", "message"),
     [
-        (Reduction(9, (2, 2)), "alpha must be less than the backbone's 9 blocks, got 9"),
-        (Reduction(4, (4, 4)), "smaller than the 4x4 window, got 4x4"),
-        (Reduction(4, (2, 5)), "smaller than the 4x4 window, got 2x5"),
-        (Reduction(4, (0.9, 0.9)), "smaller than the 4x4 window, got 4x4"),
+        (clustered(9, (2, 2)), "alpha must be less than the backbone's 9 blocks, got 9"),
+        (clustered(4, (4, 4)), "smaller than the 4x4 window, got 4x4"),
+        (clustered(4, (2, 5)), "smaller than the 4x4 window, got 2x5"),
+        (clustered(4, (0.9, 0.9)), "smaller than the 4x4 window, got 4x4"),
     ],
 )
 def test_swin_refuses_bad_reduction(reduction: Reduction, message: str) -> None:

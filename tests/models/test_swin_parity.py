@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from settings_cases import clustered
 from swin_cases import images, tiny
 from torch import Tensor, nn
 
 from expedite_d2.config import add_expedite_config
 from expedite_d2.d2 import BACKBONE_REGISTRY, build_backbone, get_cfg
-from expedite_d2.hourglass import Reduction
 from expedite_d2.models.backbones.swin import ExpeditedSwinTransformer
 
 
@@ -267,7 +267,7 @@ def test_swin_is_built_from_config() -> None:
     cfg.MODEL.EXPEDITE.CLUSTERS = [0.5, 0.5]
     cfg.MODEL.EXPEDITE.TEMPERATURE = 0.25
     backbone = build_backbone(cfg)
-    assert backbone.reduction == Reduction(3, (0.5, 0.5), temperature=0.25)
+    assert backbone.reduction == clustered(3, (0.5, 0.5), temperature=0.25)
     assert list(backbone.output_shape()) == ["res3", "res5"]
     assert backbone.cluster_window == (7, 7)
 

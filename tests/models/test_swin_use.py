@@ -9,16 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from settings_cases import clustered
 from swin_cases import images, tiny
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
 
-from expedite_d2.hourglass import Reduction
+from expedite_d2.reducers import Reduction
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("reduction", [None, Reduction(4, (3, 2))])
+@pytest.mark.parametrize("reduction", [None, clustered(4, (3, 2))])
 def test_swin_image_does_not_depend_on_batch(reduction: Reduction | None, version: int) -> None:
     model = tiny(reduction, version=version)
     x = images(96, 112, batch=3) * torch.tensor([1.0, 5.0, 0.2]).view(3, 1, 1, 1)
@@ -32,7 +33,7 @@ def test_swin_image_does_not_depend_on_batch(reduction: Reduction | None, versio
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_swin_survives_deepcopy_and_pickle(version: int) -> None:
-    model = tiny(Reduction(4, (2, 3)), version=version)
+    model = tiny(clustered(4, (2, 3)), version=version)
     x = images(64, 96)
     with torch.no_grad():
         expected = model(x)["res5"]
@@ -41,7 +42,7 @@ def test_swin_survives_deepcopy_and_pickle(version: int) -> None:
 
 
 def test_swin_threads_do_not_disturb_each_other() -> None:
-    model = tiny(Reduction(4, (2, 2)))
+    model = tiny(clustered(4, (2, 2)))
     inputs = [images(64 + 16 * i, 144 - 16 * i) for i in range(6)]
 
     def run(x: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def test_swin_threads_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("reduction", [None, Reduction(4, (2, 2))])
+@pytest.mark.parametrize("reduction", [None, clustered(4, (2, 2))])
 def test_swin_checkpointing_gives_same_gradients(reduction: Reduction | None, version: int) -> None:
     x = images(64, 80)
     gradients = []
@@ -71,7 +72,7 @@ def test_swin_checkpointing_gives_same_gradients(reduction: Reduction | None, ve
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", [None, Reduction(4, (2, 2))])
+@pytest.mark.parametrize("reduction", [None, clustered(4, (2, 2))])
 def test_swin_runs_under_autocast(
     reduction: Reduction | None, dtype: torch.dtype, version: int
 ) -> None:
@@ -91,7 +92,7 @@ def test_swin_runs_under_autocast(
 def test_swin_compiles_without_breaks(backend: str, version: int) -> None:
     torch.compiler.reset()
     stages = {"depths": [1, 3], "num_heads": [1, 2], "out_features": ["res2", "res3"]}
-    model = tiny(Reduction(2, (2, 2)), version=version, **stages)
+    model = tiny(clustered(2, (2, 2)), version=version, **stages)
     x = images(72, 64, batch=1)
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
     with torch.no_grad():
@@ -103,7 +104,7 @@ def test_swin_compiles_without_breaks(backend: str, version: int) -> None:
 def test_convolutions_do_not_change_how_compiled_maps_lie_in_memory() -> None:
     torch.compiler.reset()
     stages = {"depths": [1, 2], "num_heads": [1, 2], "out_features": ["res3"]}
-    model = tiny(Reduction(2, (2, 2)), **stages)
+    model = tiny(clustered(2, (2, 2)), **stages)
     head = nn.Conv2d(32, 8, 1)
 
     def run(x: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def test_convolutions_do_not_change_how_compiled_maps_lie_in_memory() -> None:
 def test_sizes_compile_once(dynamic: bool) -> None:
     torch.compiler.reset()
     stages = {"depths": [1, 2], "num_heads": [1, 2], "out_features": ["res2", "res3"]}
-    model = tiny(Reduction(1, (2, 2)), **stages)
+    model = tiny(clustered(1, (2, 2)), **stages)
     graphs = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=dynamic)
     # Multiples of the windows, three or more a side: one, or padding, has a graph of its own.

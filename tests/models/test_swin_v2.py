@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from settings_cases import clustered
 from swin_cases import assert_expedited_equals_slow_loops, images, slow_attention, tiny
 from torch import Tensor
 
-from expedite_d2.hourglass import Reduction
+from expedite_d2.reducers import Reduction
 
 
 def slow_block(block: Any, x: Tensor, window: int, m: tuple[int, int]) -> Tensor:
@@ -40,10 +41,10 @@ def slow_block(block: Any, x: Tensor, window: int, m: tuple[int, int]) -> Tensor
 @pytest.mark.parametrize(
     ("size", "reduction"),
     [
-        ((128, 128), Reduction(4, (2, 2))),
-        ((144, 112), Reduction(5, (3, 3))),  # 9x7 tokens: ragged windows both ways
-        ((112, 80), Reduction(3, (3, 2), temperature=0.3, reconstruction="replace")),
-        ((48, 48), Reduction(7, (3, 3))),  # a map smaller than one window, the last block only
+        ((128, 128), clustered(4, (2, 2))),
+        ((144, 112), clustered(5, (3, 3))),  # 9x7 tokens: ragged windows both ways
+        ((112, 80), clustered(3, (3, 2), temperature=0.3, mode="replace")),
+        ((48, 48), clustered(7, (3, 3))),  # a map smaller than one window, the last block only
     ],
 )
 def test_swin_v2_expedited_equals_slow_loops(
@@ -58,7 +59,7 @@ def test_swin_v2_expedited_equals_slow_loops(
 
 @pytest.mark.parametrize("alpha", [0, 1, 2, 5, 7, 8])
 def test_swin_v2_expedited_has_plain_shapes(alpha: int) -> None:
-    plain, expedited = tiny(version=2), tiny(Reduction(alpha, (0.5, 0.75)), version=2)
+    plain, expedited = tiny(version=2), tiny(clustered(alpha, (0.5, 0.75)), version=2)
     for size in ((32, 32), (95, 130)):
         x = images(*size, batch=1)
         with torch.no_grad():
@@ -71,7 +72,7 @@ def test_swin_v2_expedited_has_plain_shapes(alpha: int) -> None:
 
 
 def test_swin_v2_disabled_is_bit_equal_and_has_the_same_state_dict() -> None:
-    plain, model = tiny(version=2), tiny(Reduction(4, (2, 2)), version=2)
+    plain, model = tiny(version=2), tiny(clustered(4, (2, 2)), version=2)
     assert list(plain.state_dict()) == list(model.state_dict())
     x = images(100, 144)
     with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings_cases import clustered
 from timm.layers import resample_abs_pos_embed
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -17,8 +18,9 @@ from transformers import BeitConfig, BeitModel
 
 from expedite_d2.config import add_expedite_config
 from expedite_d2.d2 import BACKBONE_REGISTRY, build_backbone, get_cfg
-from expedite_d2.hourglass import Reduction, calibrate, reconstruct, reduce
 from expedite_d2.models.backbones import ExpeditedViT
+from expedite_d2.reducers import reconstruct, reduce
+from expedite_d2.tools.calibrate import calibrate
 
 
 def randomised(cls: Any, **settings: Any) -> Any:
@@ -169,7 +171,7 @@ def test_vit_hybrid_shows_its_stem() -> None:
 
 
 def test_vit_expedited_equals_hand_composition() -> None:
-    reduction = Reduction(1, (4, 3))
+    reduction = clustered(1, (4, 3))
     model, x = backbone(out_blocks=[0, 2, "last"]), images(32, 40)
     blocks, outputs = model.vit.blocks, []
     with torch.no_grad():
@@ -202,13 +204,13 @@ def test_vit_expedited_beit_reads_its_bias_at_clusters(size: tuple[int, int]) ->
         plain = model(x)["block3"]
         error = []
         for side in (0.3, 0.9):
-            model.reduction = Reduction(1, (side, side))
+            model.reduction = clustered(1, (side, side))
             error.append((model(x)["block3"] - plain).square().mean() / plain.square().mean())
     assert error[1] < 0.5 * error[0]
 
 
 def test_vit_keeps_clusters_for_heads_that_reconstruct() -> None:
-    x, reduction = images(32, 40), Reduction(1, (4, 3), reconstruction="replace")
+    x, reduction = images(32, 40), clustered(1, (4, 3), mode="replace")
     model = backbone(reduction=reduction)
     with torch.no_grad():
         expected = model(x)["last"]
@@ -226,11 +228,11 @@ def test_vit_keeps_clusters_for_heads_that_reconstruct() -> None:
 
 
 def test_vit_reconstructs_only_what_is_read() -> None:
-    from expedite_d2.hourglass import ObservedOperator
+    from expedite_d2.ops.observe import ObservedOperator
 
     operator = torch.ops.expedite_d2.token_reconstruct.default
     for outputs, count in ((["last"], 1), ([0, 1, 3], 2), ([0, 2], 1), ([0], 0)):
-        model = backbone(out_blocks=outputs, reduction=Reduction(1, (4, 3)))
+        model = backbone(out_blocks=outputs, reduction=clustered(1, (4, 3)))
         with torch.no_grad(), ObservedOperator(operator, lambda args, out: None) as observed:
             model(images(32, 40))
         assert len(observed.kept) == count
@@ -238,13 +240,13 @@ def test_vit_reconstructs_only_what_is_read() -> None:
 
 def test_vit_copies_pickles_and_calibrates() -> None:
     x = images(32, 40, batch=1)
-    model = backbone(out_blocks=[1, "last"], reduction=Reduction(1, (4, 3)))
+    model = backbone(out_blocks=[1, "last"], reduction=clustered(1, (4, 3)))
     with torch.no_grad():
         expected = model(x)["last"]
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other(x)["last"], expected)
-        temperature = calibrate(nn.Sequential(model), [x])
-        assert model.reduction == Reduction(1, (4, 3), temperature=temperature)
+        temperature = calibrate(nn.Sequential(model), [x]).cluster.temperature
+        assert model.reduction == clustered(1, (4, 3), temperature=temperature)
         torch.testing.assert_close(model(x)["last"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -253,7 +255,7 @@ def test_vit_trains_with_and_without_checkpointing() -> None:
     for use in (False, True):
         transformer = vit(Beit, use_rel_pos_bias=True)
         model = backbone(transformer, out_blocks=[2], use_checkpoint=use).train()
-        model.reduction = Reduction(1, (4, 3))
+        model.reduction = clustered(1, (4, 3))
         model(images(32, 40))["block2"].square().sum().backward()
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -269,7 +271,7 @@ def test_vit_compiles_without_breaks() -> None:
     torch.compiler.reset()
     x = images(32, 40)
     for transformer in (vit(), vit(Beit, use_rel_pos_bias=True)):
-        model = backbone(transformer, out_blocks=[2, "last"], reduction=Reduction(1, (4, 3)))
+        model = backbone(transformer, out_blocks=[2, "last"], reduction=clustered(1, (4, 3)))
         with torch.no_grad():
             compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
             for name, value in model(x).items():
@@ -300,7 +302,7 @@ def test_vit_is_built_from_config() -> None:
     cfg.MODEL.EXPEDITE.ALPHA = 1
     cfg.MODEL.EXPEDITE.CLUSTERS = [0.5, 0.5]
     model = build_backbone(cfg)
-    assert model.reduction == Reduction(1, (0.5, 0.5)) and model.pos_interpolation == "bilinear"
+    assert model.reduction == clustered(1, (0.5, 0.5)) and model.pos_interpolation == "bilinear"
     assert {k: (v.channels, v.stride) for k, v in model.output_shape().items()} == {
         "block1": (32, 16),
         "last": (32, 16),
@@ -345,7 +347,7 @@ def test_vit_is_built_on_the_meta_device() -> None:
         ({"out_blocks": [4]}, r"out_blocks must be .*, got \[4\]"),
         ({"out_blocks": ["res5"]}, r"out_blocks must be .*, got \['res5'\]"),
         ({"pos_interpolation": "area"}, "pos_interpolation must be one of bicubic, bilinear, got"),
-        ({"reduction": Reduction(4, (3, 3))}, "alpha must be less than the 4 blocks of VisionT"),
+        ({"reduction": clustered(4, (3, 3))}, "alpha must be less than the 4 blocks of VisionT"),
         ({"vit": nn.Linear(2, 2)}, "needs timm's VisionTransformer or Beit, got Linear"),
     ],
 )

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from expedite_d2.patch import expedite
+from expedite_d2.adapters import expedite
 from expedite_d2.tools import count_multiply_adds, on_meta
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from expedite_d2.adapters import expedite
 from expedite_d2.d2 import BACKBONE_REGISTRY, PROVIDER, Backbone, ShapeSpec
-from expedite_d2.hourglass import Reduction
 from expedite_d2.models.backbones.settings import reduction_from_config
-from expedite_d2.patch import expedite
+from expedite_d2.reducers import Expeditable
 
 # They build upon MODEL.EXPEDITE.BACKBONE themselves.
 _BUILDERS = ("ExpeditedBackbone", "build_expedited_fpn_backbone")
@@ -44,9 +44,9 @@ def ExpeditedBackbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
     backbone.to(torch.get_default_device())
     reduction = reduction_from_config(cfg)
     # Backbones of this package read the settings themselves.
-    if reduction is None or isinstance(getattr(backbone, "reduction", None), Reduction):
+    if reduction is None or isinstance(backbone, Expeditable):
         return backbone
-    return expedite(backbone, **vars(reduction))
+    return expedite(backbone, reduction)
 
 
 def SwinTransformer(cfg: Any, input_shape: ShapeSpec) -> Backbone:

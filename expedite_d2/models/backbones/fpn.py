@@ -13,6 +13,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, CfgNode, ShapeSpec
 from expedite_d2.models.backbones.settings import OutputShapes
+from expedite_d2.reducers import Expeditable
 
 GROUPS = 32  # of every GroupNorm, as in Detectron2
 
@@ -152,7 +153,7 @@ def build_expedited_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Pyrami
             "MODEL.EXPEDITE.BACKBONE, e.g. ExpeditedSwinTransformer, got ''"
         )
     builder = BACKBONE_REGISTRY.get(name)
-    if not hasattr(builder, "reduction"):
+    if not (isinstance(builder, type) and issubclass(builder, Expeditable)):
         builder = BACKBONE_REGISTRY.get("ExpeditedBackbone")
     bottom_up = builder(cfg, input_shape)
     return PyramidBackbone(bottom_up, FeaturePyramid.from_config(cfg, bottom_up.output_shape()))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expedite_d2.d2 import ShapeSpec
-from expedite_d2.hourglass import Reduction
+from expedite_d2.reducers import Cluster, Reduction
 
 
 def reduction_from_config(cfg: Any) -> Reduction | None:
@@ -15,15 +15,15 @@ def reduction_from_config(cfg: Any) -> Reduction | None:
     expedite = cfg.MODEL.EXPEDITE
     if not expedite.ENABLED:
         return None
-    return Reduction(
-        alpha=expedite.ALPHA,
-        clusters=tuple(expedite.CLUSTERS),
+    cluster = Cluster(
+        at=expedite.ALPHA,
+        grid=tuple(expedite.CLUSTERS),
         iterations=expedite.ITERATIONS,
         neighbourhood=expedite.NEIGHBOURHOOD,
         topk=expedite.TOPK,
         temperature=expedite.TEMPERATURE,
-        reconstruction=expedite.RECONSTRUCTION,
     )
+    return Reduction((cluster,), expedite.RECONSTRUCTION)
 
 
 class OutputShapes(dict[str, ShapeSpec]):
@@ -69,8 +69,8 @@ def check_clusters(backbone: Any, size: Sequence[int], key: str) -> None:
     if reduction is None:
         return
     rows, columns = (math.ceil(length / side) for length in size)
-    if reduction.reduced(rows, columns) == (rows, columns):
-        clusters = reduction.grid(rows, columns)
+    if reduction.cluster.reduced(rows, columns) == (rows, columns):
+        clusters = reduction.cluster.cells(rows, columns)
         raise ValueError(
             f"MODEL.EXPEDITE.CLUSTERS must be fewer than the {rows}x{columns} tokens of {key} "
             f"{list(size)}, got {clusters[0]}x{clusters[1]}"

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expedite_d2.adapters.windows import relative_position_index
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
-from expedite_d2.hourglass import Reduction, profiler_range, reconstruct, reduce
 from expedite_d2.models.backbones.settings import OutputShapes, reduction_from_config
 from expedite_d2.models.backbones.swin_blocks import (
     PatchEmbed,
@@ -27,7 +27,8 @@ from expedite_d2.models.backbones.swin_v2_blocks import (
 )
 from expedite_d2.models.backbones.swin_windows import Windows, window_layout
 from expedite_d2.models.float32_products import use_float32_products
-from expedite_d2.patch.windows import relative_position_index
+from expedite_d2.profiling import profiler_range
+from expedite_d2.reducers import Expeditable, Reduction, reconstruct, reduce
 
 
 class SwinStage(nn.Module):
@@ -52,7 +53,7 @@ class SwinStage(nn.Module):
 
 
 @BACKBONE_REGISTRY.register()
-class ExpeditedSwinTransformer(Backbone):
+class ExpeditedSwinTransformer(Expeditable, Backbone):
     """Swin transformer, version 1 or 2, expedited when `reduction` is set.
 
     Parameters have the official names, and without a reduction every output is official Swin's.
@@ -202,14 +203,14 @@ class ExpeditedSwinTransformer(Backbone):
     def reduction(self, reduction: Reduction | None) -> None:
         positions = resample = None
         if reduction is not None:
-            blocks = [block for stage in self._stages() for block in stage.blocks]
+            blocks = self.reducible_blocks()
             if reduction.alpha >= len(blocks):
                 raise ValueError(
                     f"alpha must be less than the backbone's {len(blocks)} blocks, got "
                     f"{reduction.alpha}"
                 )
             side = self.window_size
-            rows, columns = reduction.grid(side, side)
+            rows, columns = reduction.cluster.cells(side, side)
             if rows > side or columns > side or rows * columns >= side * side:
                 raise ValueError(
                     f"clusters must be smaller than the {side}x{side} window, got {rows}x{columns}"
@@ -222,6 +223,10 @@ class ExpeditedSwinTransformer(Backbone):
         self.register_buffer("cluster_positions", positions, persistent=False)
         self.register_buffer("cluster_resample", resample, persistent=False)
         self._reduction = reduction
+
+    def reducible_blocks(self) -> list[nn.Module]:
+        """All blocks, across the stages."""
+        return [block for stage in self._stages() for block in stage.blocks]
 
     @property
     def cluster_window(self) -> tuple[int, int]:
@@ -253,7 +258,7 @@ class ExpeditedSwinTransformer(Backbone):
                     windows = stage.windows(x, self.cluster_window, self.token_positions)
                     x = self._run(blocks[:full], x, windows)
                 if reduction is not None and full < len(blocks):
-                    clusters = reduction.grid(*self.cluster_window)
+                    clusters = reduction.cluster.cells(*self.cluster_window)
                     low, clustering = reduce(x, reduction, self.cluster_window)
                     windows = stage.windows(
                         low, clusters, self.cluster_positions, self.cluster_resample

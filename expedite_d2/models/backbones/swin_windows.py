@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expedite_d2.patch.windows import shift_mask
+from expedite_d2.adapters.windows import shift_mask
 
 
 class Layout(NamedTuple):

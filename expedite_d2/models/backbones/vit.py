@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expedite_d2.adapters import clustering_of, expedite, restore
+from expedite_d2.adapters.family import inherits
+from expedite_d2.adapters.timm import beit_bias
 from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
-from expedite_d2.hourglass import Clustering, Reduction, profiler_range
 from expedite_d2.models.backbones.settings import OutputShapes, reduction_from_config
 from expedite_d2.models.float32_products import use_float32_products
 from expedite_d2.models.lazy_timm import import_timm
 from expedite_d2.ops._checks import integer
-from expedite_d2.patch import clustering_of, expedite, restore
-from expedite_d2.patch.adapter import inherits
-from expedite_d2.patch.timm_vit import beit_bias
-from expedite_d2.patch.travel import Travel, attach
+from expedite_d2.profiling import profiler_range
+from expedite_d2.reducers import Clustering, Expeditable, Reduction, State, attach
 
 PosInterpolation = Literal["bicubic", "bilinear"]
 
@@ -45,7 +45,7 @@ class ViTFeatures(NamedTuple):
 
 
 @BACKBONE_REGISTRY.register()
-class ExpeditedViT(Backbone):
+class ExpeditedViT(Expeditable, Backbone):
     """A timm VisionTransformer (also distilled, or hybrid) or Beit, expedited by `reduction`.
 
     The transformer is `vit`, with timm's parameter names below it. Its position embedding, and
@@ -140,8 +140,11 @@ class ExpeditedViT(Backbone):
             restore(self.vit)
             return
         outputs = () if self._keep_clusters else {self._depth - 1, *self._numbers()}
-        settings = vars(reduction)
-        expedite(self.vit, **settings, outputs=outputs)
+        expedite(self.vit, reduction, outputs=outputs)
+
+    def reducible_blocks(self) -> list[nn.Module]:
+        """The transformer's blocks up to the last that is read."""
+        return list(self.vit.blocks[: self._depth])
 
     @property
     def keep_clusters(self) -> bool:
@@ -275,7 +278,7 @@ class ExpeditedViT(Backbone):
         x = vit.pos_drop(x)
         if not self._is_beit:
             x = vit.norm_pre(vit.patch_drop(x))
-        return attach(x, Travel(grid)), grid, stem
+        return attach(x, State.of_image(*grid)), grid, stem
 
     def _position(self, grid: tuple[int, int]) -> Tensor | None:
         """Absolute position embedding of an image: (1, P + h * w, C) or (1, h * w, C)."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from expedite_d2.d2 import CfgNode, ImageList, Instances, build_backbone
-from expedite_d2.hourglass import profiler_range
 from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.backbones.fpn import FeaturePyramid
 from expedite_d2.models.backbones.settings import check_features
@@ -22,6 +21,7 @@ from expedite_d2.models.meta_arch.regions import (
     thing_ids,
 )
 from expedite_d2.models.meta_arch.sliding_window import refuse_sliding_window
+from expedite_d2.profiling import profiler_range
 
 
 class PyramidDetector(nn.Module):

@@ -14,7 +14,6 @@ from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTDepthEstimationHead, DPTNeck
 
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
-from expedite_d2.hourglass import profiler_range
 from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.backbones.settings import check_clusters
 from expedite_d2.models.backbones.vit import ExpeditedViT, ViTFeatures
@@ -25,6 +24,7 @@ from expedite_d2.models.meta_arch.dpt_loss import (
     stack_depths,
 )
 from expedite_d2.models.meta_arch.sliding_window import refuse_sliding_window
+from expedite_d2.profiling import profiler_range
 
 # Least inverse depth, as in the release: no depth beyond it is ever told apart.
 _LEAST_INVERSE = 1e-8

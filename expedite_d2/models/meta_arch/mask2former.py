@@ -21,7 +21,6 @@ from expedite_d2.d2 import (
     MetadataCatalog,
     build_backbone,
 )
-from expedite_d2.hourglass import profiler_range
 from expedite_d2.models.arithmetic import arithmetic, evaluation_arithmetic
 from expedite_d2.models.backbones.settings import check_features
 from expedite_d2.models.float32_products import use_float32_products
@@ -46,6 +45,7 @@ from expedite_d2.models.meta_arch.mask2former_loss import (
 )
 from expedite_d2.models.meta_arch.masked_decoder import predict_masks
 from expedite_d2.models.meta_arch.sliding_window import SlidingWindow
+from expedite_d2.profiling import profiler_range
 
 
 @META_ARCH_REGISTRY.register()

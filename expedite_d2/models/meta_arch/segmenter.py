@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expedite_d2.d2 import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
-from expedite_d2.hourglass import profiler_range, reconstruct
 from expedite_d2.models.arithmetic import evaluation_arithmetic
 from expedite_d2.models.backbones.settings import check_clusters
 from expedite_d2.models.float32_products import use_float32_products
@@ -20,6 +19,8 @@ from expedite_d2.models.meta_arch.mask2former_inference import resize_masks
 from expedite_d2.models.meta_arch.mask2former_loss import semantic_loss
 from expedite_d2.models.meta_arch.segmenter_decoders import LinearDecoder, MaskDecoder
 from expedite_d2.models.meta_arch.sliding_window import SlidingWindow
+from expedite_d2.profiling import profiler_range
+from expedite_d2.reducers import reconstruct
 
 #: Where an expedited Segmenter returns to full resolution.
 Placement = Literal["features", "paper"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from patch_cases import CASES, Case, images
+from family_cases import CASES, Case, images
 from torch import Tensor, nn
 
-from expedite_d2.patch import expedite, restore
+from expedite_d2.adapters import expedite, restore
 
 
 def bools(*shape: int, seen: bool = True) -> Tensor:
@@ -50,7 +50,7 @@ def called(model: Any, x: Tensor, **masks: Tensor) -> Tensor:
 @pytest.mark.parametrize("number", range(len(MASKS)))
 def test_attention_mask_is_refused_where_it_has_an_effect(number: int) -> None:
     name, keyword, without, effective = MASKS[number]
-    model, x = expedite(CASES[name].make(), 1, (4, 3)), images(24, 24, batch=1)
+    model, x = expedite(CASES[name].make(), alpha=1, clusters=(4, 3)), images(24, 24, batch=1)
     torch.testing.assert_close(called(model, x, **{keyword: without}), called(model, x))
     with pytest.raises(ValueError, match="takes no attention mask with an effect, got one of shap"):
         called(model, x, **{keyword: effective})
@@ -77,7 +77,7 @@ class Called(nn.Module):
 )
 def test_transformers_exports_though_it_makes_masks_of_its_own(name: str, attention: str) -> None:
     case = CASES[name]
-    model, x = expedite(case.make(), 2, (4, 3)), case.images()[:2]
+    model, x = expedite(case.make(), alpha=2, clusters=(4, 3)), case.images()[:2]
     model.set_attn_implementation(attention)
     with torch.no_grad():
         expected = case.run(model, x)
@@ -89,7 +89,7 @@ def test_transformers_exports_though_it_makes_masks_of_its_own(name: str, attent
 @pytest.mark.parametrize("seen", [True, False])
 def test_callers_mask_is_refused_while_exporting(name: str, seen: bool) -> None:
     keyword = "attn_mask" if name.startswith("timm") else "attention_mask"
-    model, x = expedite(CASES[name].make(), 1, (4, 3)), images(24, 24, batch=1)
+    model, x = expedite(CASES[name].make(), alpha=1, clusters=(4, 3)), images(24, 24, batch=1)
     with pytest.raises(ValueError, match="takes no attention mask, got one while the model is tr"):
         torch.export.export(model, (x,), {keyword: bools(*PAIRS, seen=seen)})
 
@@ -99,7 +99,11 @@ def test_gate_leaves_signature_and_comes_off(name: str) -> None:
     model = CASES[name].make()
     signature, before = inspect.signature(model.forward), dict(vars(model))
     expedited = pickle.loads(
-        pickle.dumps(copy.deepcopy(expedite(expedite(model, 1, (4, 3)), 1, (3, 3))))
+        pickle.dumps(
+            copy.deepcopy(
+                expedite(expedite(model, alpha=1, clusters=(4, 3)), alpha=1, clusters=(3, 3))
+            )
+        )
     )
     assert inspect.signature(expedited.forward) == signature
     assert len(expedited._forward_pre_hooks) == 1

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expedite_d2.patch.windows import relative_position_index
+from expedite_d2.adapters.windows import relative_position_index
 
 
 def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = None) -> Tensor:

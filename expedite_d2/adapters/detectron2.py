@@ -2,75 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from expedite_d2.hourglass import Reduction
-from expedite_d2.patch.adapter import BlockCall, inherits, refuse_oblong
-from expedite_d2.patch.override import Override
-from expedite_d2.patch.relative_position import read_offsets
+from expedite_d2.adapters.family import BlockCall, Family, NoPositions, refuse_oblong
+from expedite_d2.adapters.hourglass import Hourglass
+from expedite_d2.adapters.override import Override
+from expedite_d2.adapters.registry import register_family
+from expedite_d2.adapters.relative_position import read_offsets
+from expedite_d2.adapters.tokens import GridFromShape, TokenMap
+from expedite_d2.reducers import Reduction
 
 
-class Detectron2ViT:
-    """Its blocks take maps, (B, H, W, C), and pad them to whole windows by themselves."""
+class DecomposedPositions(NoPositions):
+    """Tables of the offsets along each axis, and windows of clusters in the place of tokens'."""
 
-    family = "Detectron2 ViT"
-
-    def matches(self, module: nn.Module) -> bool:
-        return inherits(module, "detectron2", "ViT")
-
-    def blocks(self, encoder: Any) -> Sequence[nn.Module]:
-        return list(encoder.blocks)
-
-    def stop(self, encoder: Any, alpha: int) -> int:
-        return len(encoder.blocks)
-
-    def read(self, encoder: Any) -> Collection[int] | None:
-        return ()
-
-    def window(self, encoder: Any) -> tuple[int, int] | None:
-        side = max(block.window_size for block in encoder.blocks)
-        return (side, side) if side else None
-
-    def fixed_grid(self, encoder: Any) -> tuple[int, int] | None:
-        return None
-
-    def check(self, encoder: Any, reduction: Reduction, outputs: Collection[int] | None) -> None:
-        window = self.window(encoder)
+    def check(self, encoder: Any, reduction: Reduction) -> None:
+        """Refuses oblong grids of clusters in windows."""
+        window = _window(encoder)
         if window is not None:
-            refuse_oblong(reduction.grid(*window), encoder)
+            refuse_oblong(reduction.cluster.cells(*window), encoder)
 
-    def overrides(self, encoder: Any, span: range) -> list[Override]:
-        attentions = [encoder.blocks[number].attn for number in span]
+    def overrides(self, hourglass: Hourglass) -> list[Override]:
+        """The attentions can be told how far clusters lie apart."""
+        attentions = [hourglass.encoder.blocks[number].attn for number in hourglass.span]
         return [_Attention(attn, "forward") for attn in attentions if attn.use_rel_pos]
 
-    def grid(self, block: nn.Module, x: Tensor) -> tuple[int, int] | None:
-        return x.shape[1], x.shape[2]
-
-    def to_map(
-        self, encoder: Any, x: Tensor, grid: tuple[int, int]
-    ) -> tuple[Tensor | None, Tensor]:
-        return None, x
-
-    def from_map(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
-        return tokens
-
     def run(self, call: BlockCall) -> Tensor:
+        """Runs the block in windows of clusters, or on all of them."""
         owner: Any = call.block.owner
-        window = self.window(call.encoder)
-        if window is None and call.cells == call.grid:
+        window, grid = _window(call.encoder), call.state.grid
+        if window is None and not call.reduced:
             return call.block.original(call.x, *call.args, **call.kwargs)
         changes: dict[str, Any] = {}
         if window is None:
-            spacing = _Spacing(call.grid, call.grid, call.cells)
+            spacing = _Spacing(grid, grid, call.cells)
         else:
-            clusters = call.encoder.reduction.grid(*window)
+            clusters = call.encoder.reduction.cluster.cells(*window)
             # Global blocks see the cells of all windows, as far apart as those of one.
-            spacing = _Spacing(call.grid, window, clusters)
+            spacing = _Spacing(grid, window, clusters)
             if owner.window_size:
                 spacing = _Spacing(window, window, clusters)
                 changes["window_size"] = clusters[0]
@@ -113,7 +86,7 @@ class _Spacing(NamedTuple):
 class _Attention(Override):
     """Reads its relative positions at the offsets between clusters, where it is told of them."""
 
-    def __call__(self, x: Tensor, spacing: _Spacing | None = None) -> Tensor:
+    def call(self, x: Tensor, spacing: _Spacing | None = None) -> Tensor:
         if spacing is None:
             return self.original(x)
         owner: Any = self.owner
@@ -123,3 +96,25 @@ class _Attention(Override):
             "rel_pos_w": spacing.read(owner.rel_pos_w, 1, columns),
         }
         return self.original_seeing(changes, x)
+
+
+def _window(encoder: Any) -> tuple[int, int] | None:
+    side = max(block.window_size for block in encoder.blocks)
+    return (side, side) if side else None
+
+
+VIT = register_family(
+    Family(
+        name="Detectron2 ViT",
+        library="detectron2",
+        classes=("ViT",),
+        blocks=lambda encoder: list(encoder.blocks),
+        # Its blocks take maps and pad them to whole windows by themselves.
+        tokens=TokenMap(),
+        grid=GridFromShape(),
+        positions=DecomposedPositions(),
+        window=_window,
+        inside=False,
+        attention=lambda block: (block.norm1, block.attn),
+    )
+)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from patch_cases import slow_bias
+from family_cases import slow_bias
 from timm.models.beit import RelativePositionBias
 
-from expedite_d2.patch.relative_position import read_offsets, relative_bias
+from expedite_d2.adapters.relative_position import read_offsets, relative_bias
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from types import ModuleType
 from typing import Any
 
+import official_shaped
 import pytest
 import torch
+from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2.hourglass import Reduction, calibrate
+from expedite_d2.adapters import expedite
 from expedite_d2.models.backbones.swin import ExpeditedSwinTransformer
-from expedite_d2.patch import expedite, restore
-
-pytestmark = pytest.mark.detectron2
-pytest.importorskip("detectron2", reason="needs the real Detectron2")
+from expedite_d2.reducers import Reduction
+from expedite_d2.tools.calibrate import calibrate
 
 SIZE: dict[str, Any] = {
     "embed_dim": 16,
@@ -42,8 +41,18 @@ def randomise(model: Any) -> Any:
     return model
 
 
-@pytest.fixture(params=["mask2former", "detectron2"])
-def official(request: pytest.FixtureRequest, mask2former_swin: ModuleType) -> Any:
+@pytest.fixture(
+    params=[
+        "shaped",
+        pytest.param("mask2former", marks=pytest.mark.detectron2),
+        pytest.param("detectron2", marks=pytest.mark.detectron2),
+    ]
+)
+def official(request: pytest.FixtureRequest) -> Any:
+    """Official-shaped modules of our own, and the official ones where they are."""
+    if request.param == "shaped":
+        return randomise(official_shaped.SwinTransformer(**SIZE))
+    mask2former_swin: ModuleType = request.getfixturevalue("mask2former_swin")
     if request.param == "mask2former":
         return randomise(mask2former_swin.SwinTransformer(**SIZE))
     from detectron2.modeling.backbone import SwinTransformer
@@ -69,19 +78,19 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     "reduction",
     [
-        Reduction(4, (4, 4)),
-        Reduction(2, (3, 3), reconstruction="replace", temperature=0.2),
-        Reduction(0, (4, 4), iterations=2, neighbourhood=3),
-        Reduction(7, (0.5, 0.5)),
-        Reduction(3, (1, 1), topk=1),
-        Reduction(8, (5, 5)),
+        clustered(4, (4, 4)),
+        clustered(2, (3, 3), mode="replace", temperature=0.2),
+        clustered(0, (4, 4), iterations=2, neighbourhood=3),
+        clustered(7, (0.5, 0.5)),
+        clustered(3, (1, 1), topk=1),
+        clustered(8, (5, 5)),
     ],
     ids=["odd block", "whole stage", "first stage", "last of a stage", "one cell", "last stage"],
 )
 def test_official_swin_equals_ours(official: Any, reduction: Reduction) -> None:
     # In float32 the two round differently, and a token's nearest centres may then be others.
     model = ours(official.double(), reduction)
-    assert expedite(official, **vars(reduction)) is official
+    assert expedite(official, reduction) is official
     assert official.reduction == reduction
     for size in SIZES:
         x = images(*size).double()
@@ -89,45 +98,18 @@ def test_official_swin_equals_ours(official: Any, reduction: Reduction) -> None:
             torch.testing.assert_close(theirs, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_official_swin_is_undone_by_restore(official: Any) -> None:
-    x = images(*SIZES[1])
-    before = {name: dict(vars(module)) for name, module in official.named_modules()}
-    state = {name: value.clone() for name, value in official.state_dict().items()}
-    plain = run(official, x)
-    expedited = run(expedite(official, 4, (4, 4)), x)
-    assert torch.equal(expedited[1], plain[1]) and not torch.equal(expedited[2], plain[2])
-    assert official.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[name]) for name, value in official.state_dict().items())
-    assert all(map(torch.equal, run(restore(official), x), plain))
-    for name, module in official.named_modules():
-        # Official Swin keeps the size of the last map on its blocks.
-        ours_now = {key: value for key, value in vars(module).items() if key not in ("H", "W")}
-        assert ours_now == {key: before[name][key] for key in ours_now}
-
-
-def test_official_swin_copies_and_changes_settings(official: Any) -> None:
-    x = images(*SIZES[2])
-    expected = run(expedite(copy.deepcopy(official), 5, (3, 3)), x)
-    expedite(expedite(official, 0, (2, 2), topk=1), 5, (3, 3))
-    other = copy.deepcopy(official)
-    for model in (official, other):
-        assert all(map(torch.equal, run(model, x), expected))
-    restored = run(restore(other), x)
-    assert not torch.equal(restored[2], expected[2])
-    assert all(map(torch.equal, run(official, x), expected))
-
-
 def test_official_swin_is_found_and_calibrated(official: Any) -> None:
     model = nn.Sequential(official)
-    expedite(model, 4, (4, 4))
-    reference = ours(official, Reduction(4, (4, 4)))
+    expedite(model, alpha=4, clusters=(4, 4))
+    reference = ours(official, clustered(4, (4, 4)))
     x = images(*SIZES[1])
-    assert calibrate(model, [x]) == pytest.approx(calibrate(reference, [x]), rel=1e-4)
+    found, expected = (calibrate(m, [x]).cluster.temperature for m in (model, reference))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_official_swin_passes_gradients(official: Any) -> None:
-    model = ours(official.double(), Reduction(4, (4, 4))).train()
-    expedite(official, 4, (4, 4)).train()
+    model = ours(official.double(), clustered(4, (4, 4))).train()
+    expedite(official, alpha=4, clusters=(4, 4)).train()
     for module in official.modules():
         if type(module).__name__ == "DropPath":
             module.drop_prob = 0.0

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from official_shaped import Detectron2ViT, SwinTransformer
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BeitConfig, BeitModel, DPTConfig, DPTModel, ViTConfig, ViTModel
 
-from expedite_d2.hourglass import Reduction, reconstruct, reduce
+from expedite_d2.reducers import Reduction, reconstruct, reduce
 
 SIZE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 0, "global_pool": ""}
 CONFIG = {
@@ -71,10 +72,20 @@ def slow_bias(table: Tensor, window: tuple[int, int], cells: tuple[int, int]) ->
 
 
 class Case:
-    """One family: how to make, feed and step through a model."""
+    """One kind of encoder: how to make, feed and step through it.
+
+    Attributes:
+        size: of its images.
+        others: further sizes that it takes: square, and with an odd number of patches a side.
+        alpha, clusters: settings that fit it.
+        prefixes: its class, distillation and register tokens.
+    """
 
     size = (32, 40)
     prefixes = 1
+    alpha, clusters = 1, (4, 3)
+
+    others: list[tuple[int, int]] = [(32, 32), (36, 52)]
 
     def __init__(self, make: Callable[[], nn.Module], **attributes: Any) -> None:
         self.make = make
@@ -224,11 +235,31 @@ def transformers_dpt(**changes: Any) -> Any:
     return randomised(DPTModel, DPTConfig(**{**CONFIG, **changes}), add_pooling_layer=False)
 
 
+class SwinCase(Case):
+    size = (104, 150)  # 7x10 tokens in the third stage: ragged windows
+    alpha, clusters = 4, (4, 4)
+    others = [(96, 96), (70, 134)]
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return [block for stage in model.layers for block in stage.blocks]
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        return model(x)["res4"]
+
+
+class Detectron2Case(Case):
+    alpha, clusters = 1, (3, 3)
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        return model(x)["last_feat"]
+
+
 CASES: dict[str, Case] = {
     "timm vit": Case(timm_vit),
     "timm vit, fixed size": Case(
         lambda: timm_vit(img_size=(32, 40), dynamic_img_size=False, class_token=False),
         prefixes=0,
+        others=[],
     ),
     "timm vit, registers and pre-norm": Case(
         lambda: timm_vit(reg_tokens=2, pre_norm=True, no_embed_class=True), prefixes=3
@@ -236,9 +267,13 @@ CASES: dict[str, Case] = {
     "timm vit, distilled": Case(
         lambda: timm_vit(VisionTransformerDistilled, global_pool="token"), prefixes=2
     ),
-    "timm beit, own bias": TimmBeitCase(lambda: timm_beit(use_rel_pos_bias=True), size=(24, 32)),
+    "timm beit, own bias": TimmBeitCase(
+        lambda: timm_beit(use_rel_pos_bias=True), size=(24, 32), others=[]
+    ),
     "timm beit, shared bias": TimmBeitCase(
-        lambda: timm_beit(use_shared_rel_pos_bias=True, use_abs_pos_emb=False), size=(24, 32)
+        lambda: timm_beit(use_shared_rel_pos_bias=True, use_abs_pos_emb=False),
+        size=(24, 32),
+        others=[],
     ),
     "transformers vit": TransformersCase(transformers_vit),
     "transformers dpt": DPTCase(transformers_dpt),
@@ -250,6 +285,16 @@ CASES: dict[str, Case] = {
             use_relative_position_bias=True, use_shared_relative_position_bias=True
         ),
         size=(24, 24),
+        others=[],
+    ),
+}
+# Those that `by_hand` can step through.
+SEQUENCES = dict(CASES)
+CASES |= {
+    "official swin": SwinCase(lambda: randomised(SwinTransformer)),
+    "detectron2 vit": Detectron2Case(lambda: randomised(Detectron2ViT)),
+    "detectron2 vit, global": Detectron2Case(
+        lambda: randomised(Detectron2ViT, window_block_indexes=())
     ),
 }
 CASES["timm vit, distilled"].run = lambda model, x: model.forward_features(x)  # type: ignore

@@ -1,0 +1,22 @@
+"""Expediting models that are not ours: their encoder's last blocks run on clusters of its tokens.
+
+Foreign classes are recognised by their names, so importing this imports no foreign library.
+"""
+
+from __future__ import annotations
+
+from expedite_d2.adapters import detectron2, swin, timm, transformers  # noqa: F401 (registration)
+from expedite_d2.adapters.core import expedite, is_expedited, restore
+from expedite_d2.adapters.family import Family
+from expedite_d2.adapters.registry import families, register_family
+from expedite_d2.reducers import clustering_of
+
+__all__ = [
+    "Family",
+    "clustering_of",
+    "expedite",
+    "families",
+    "is_expedited",
+    "register_family",
+    "restore",
+]

@@ -1,0 +1,239 @@
+"""`expedite`, `restore` and `is_expedited`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from torch import nn
+
+from expedite_d2.adapters.family import Family, to_encoder_end
+from expedite_d2.adapters.hourglass import ATTRIBUTE, Hourglass
+from expedite_d2.adapters.registry import find_encoder
+from expedite_d2.ops._checks import integer
+from expedite_d2.reducers import Cluster, Expeditable, Reconstruction, Reduction
+
+# Below this share of the blocks' work, settings are as good as none, and their user is told.
+LEAST_GAIN = 0.05
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def expedite(
+    model: Model,
+    reduction: Reduction | None = None,
+    *,
+    alpha: int | None = None,
+    clusters: tuple[int, int] | tuple[float, float] | None = None,
+    iterations: int | None = None,
+    neighbourhood: int | None = None,
+    topk: int | None = None,
+    temperature: float | None = None,
+    reconstruction: Reconstruction | None = None,
+    outputs: Collection[int] | None = None,
+) -> Model:
+    """Lets the last blocks of a model's encoder run on clusters of its tokens, in place.
+
+    No parameter or buffer comes, goes or changes, and the state dict stays as it is; so a model
+    that is saved and read again is the plain one. Expediting again replaces the settings, which are
+    found on the encoder as `reduction`. What a library returns beside the features, such as
+    attention maps, is of the clusters' size in the blocks that run on clusters.
+
+    Args:
+        model: the encoder, or a model that holds it.
+        reduction: all settings in one value; or, by keyword, those of one `Cluster`:
+        alpha: number of blocks that run at full resolution before the clustering.
+        clusters: rows and columns of clusters, or ratios of them.
+        iterations: rounds of soft k-means; 5 by default.
+        neighbourhood: odd side of the square of cells that a token may belong to; 5 by default.
+        topk: number of centres that each token is reconstructed from; 4 by default.
+        temperature: factor of squared distances; 0.0, the default, measures it for each image.
+        reconstruction: "residual" (default) or "replace".
+        outputs: numbers of the blocks whose outputs somebody reads. These and the last come out at
+            full resolution; with none, `()`, even the last stays on the clusters, see
+            `clustering_of`. None for whatever the model may read.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no encoder of a known family, several, or settings that do not fit it.
+    """
+    _expect_module(model)
+    keywords = {
+        "iterations": iterations,
+        "neighbourhood": neighbourhood,
+        "topk": topk,
+        "temperature": temperature,
+    }
+    settings = _settings(reduction, alpha, clusters, keywords, reconstruction)
+    family, encoder = find_encoder(model)
+    if family is None:
+        if outputs is not None:
+            raise ValueError(
+                f"outputs must be left out for {type(encoder).__name__}, which knows its own"
+            )
+        encoder.reduction = settings
+        return model
+    hourglass = _hourglass(family, encoder, settings, outputs)
+    restore(encoder)
+    hourglass.install(settings)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `expedite`, in place; a model that is not expedited is left alone.
+
+    Where something was put over a changed method since, such as another library's hook, that stays
+    and calls the original from now on.
+
+    Returns:
+        The model.
+    """
+    _expect_module(model)
+    for module in model.modules():
+        if isinstance(module, Expeditable):
+            module.reduction = None
+        elif ATTRIBUTE in vars(module):
+            vars(module)[ATTRIBUTE].remove()
+    return model
+
+
+def is_expedited(model: nn.Module) -> bool:
+    """Whether a model is, or holds, an encoder that runs on fewer tokens."""
+    return bool(expedited_encoders(model))
+
+
+def expedited_encoders(model: nn.Module) -> dict[str, Any]:
+    """The encoders in a model that run on fewer tokens, by name; each has its `reduction`."""
+    _expect_module(model)
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if any(not outer or name.startswith(f"{outer}.") for outer in found):
+            continue
+        own = isinstance(module, Expeditable) and module.reduction is not None
+        if own or ATTRIBUTE in vars(module):
+            found[name] = module
+    return found
+
+
+def _expect_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _settings(
+    reduction: Reduction | None,
+    alpha: int | None,
+    clusters: Any,
+    keywords: dict[str, Any],
+    reconstruction: Reconstruction | None,
+) -> Reduction:
+    """One value of what `expedite` was given."""
+    given = {name: value for name, value in keywords.items() if value is not None}
+    if reduction is not None:
+        if isinstance(reduction, Cluster):
+            raise ValueError(
+                f"reduction must be a Reduction, such as Reduction(Cluster(...)), got {reduction!r}"
+            )
+        if not isinstance(reduction, Reduction):
+            raise ValueError(
+                f"reduction must be a Reduction (alpha and clusters go by keyword), got "
+                f"{reduction!r}"
+            )
+        beside = {"alpha": alpha, "clusters": clusters, "reconstruction": reconstruction, **given}
+        twice = [name for name, value in beside.items() if value is not None]
+        if twice:
+            raise ValueError(
+                f"settings must be a reduction or keywords, got a reduction and {', '.join(twice)}"
+            )
+        return reduction
+    missing = [n for n, v in (("alpha", alpha), ("clusters", clusters)) if v is None]
+    if missing:
+        raise ValueError(f"expedite needs a reduction, or {' and '.join(missing)}")
+    assert alpha is not None
+    return Reduction((Cluster(alpha, clusters, **given),), reconstruction or "residual")
+
+
+def _hourglass(
+    family: Family, encoder: nn.Module, reduction: Reduction, outputs: Collection[int] | None
+) -> Hourglass:
+    """The changes that settings ask for, checked and not yet made."""
+    name, blocks = type(encoder).__name__, family.blocks(encoder)
+    if reduction.alpha >= len(blocks):
+        raise ValueError(
+            f"alpha must be less than the {len(blocks)} blocks of {name}, got {reduction.alpha}"
+        )
+    span = range(reduction.alpha, family.span(encoder, blocks, reduction.alpha))
+    late = [step.at for step in reduction.steps if step.at not in span]
+    if late:
+        raise ValueError(
+            f"steps must stand before blocks {span.start} to {span[-1]} of {name}, where the "
+            f"reduced span ends, got one before block {late[0]}"
+        )
+    _check_clusters(family, encoder, reduction, len(span) / len(blocks))
+    family.positions.check(encoder, reduction)
+    return Hourglass(encoder, family, span, _full(family, encoder, span, outputs, len(blocks)))
+
+
+def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, share: float) -> None:
+    """Refuses clusters that are no fewer than the tokens, and tells where hardly any are spared.
+
+    Args:
+        share: of all blocks, those that run on clusters.
+    """
+    (step, *others) = reduction.steps
+    if others or not isinstance(step, Cluster):
+        return
+    name, window = type(encoder).__name__, family.window(encoder)
+    size = family.grid.configured(encoder) if window is None else window
+    if size is None:
+        return
+    rows, columns = step.cells(*size)
+    fewer = rows <= size[0] and columns <= size[1] and rows * columns < size[0] * size[1]
+    tokens = f"{size[0]}x{size[1]}"
+    if not fewer and window is not None:
+        raise ValueError(f"clusters must be smaller than the {tokens} window, got {rows}x{columns}")
+    if not fewer and not family.grid.varies(encoder):
+        raise ValueError(
+            f"clusters must be fewer than the {tokens} tokens of the encoder's images, in rows "
+            f"and in columns, got {rows}x{columns}"
+        )
+    if not fewer:
+        warnings.warn(
+            f"{rows}x{columns} clusters are no fewer than the {tokens} tokens of the images that "
+            f"{name} was made for: only larger ones run faster",
+            stacklevel=4,
+        )
+        return
+    spared = share * (1 - rows * columns / (size[0] * size[1]))
+    if spared < LEAST_GAIN:
+        warnings.warn(
+            f"these settings spare {name} {100 * spared:.1f} % of what its blocks do: begin at an "
+            "earlier block (alpha), or with fewer clusters",
+            stacklevel=4,
+        )
+
+
+def _full(
+    family: Family,
+    encoder: nn.Module,
+    span: range,
+    outputs: Collection[int] | None,
+    blocks: int,
+) -> Collection[int]:
+    """Blocks of the span whose outputs are reconstructed."""
+    if outputs is None:
+        return span if family.inside else (span[-1],)
+    numbers = [integer(number) for number in outputs]
+    if not all(number is not None and 0 <= number < blocks for number in numbers):
+        raise ValueError(
+            f"outputs must be numbers of blocks, 0 to {blocks - 1}, got {list(outputs)}"
+        )
+    if not outputs and family.span is not to_encoder_end:
+        raise ValueError(
+            f"outputs must not be empty: a stage of {type(encoder).__name__} ends at full "
+            "resolution"
+        )
+    return frozenset({*numbers, span[-1]}) if numbers else ()  # type: ignore[arg-type]

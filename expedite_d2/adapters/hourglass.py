@@ -1,0 +1,120 @@
+"""An expedited encoder: its settings, its changed methods, and the blocks of its span."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+from expedite_d2.adapters.family import BlockCall, Family
+from expedite_d2.adapters.override import REPLICATE, Override, PassOn, Replicate, refuse_tracing
+from expedite_d2.reducers import Reduction, State, attach
+
+#: Attribute of an encoder that holds its Hourglass.
+ATTRIBUTE = "_hourglass"
+
+
+class Hourglass:
+    """What `expedite` did to one encoder.
+
+    Attributes:
+        encoder: its `reduction` holds the settings.
+        family: of the encoder.
+        span: numbers of the blocks that run on fewer tokens.
+        full: numbers of those whose outputs are reconstructed.
+        overrides: the changed methods.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, family: Family, span: range, full: Collection[int]
+    ) -> None:
+        self.encoder: Any = encoder
+        self.family = family
+        self.span = span
+        self.full = full
+        blocks = family.blocks(encoder)
+        self.overrides: list[Override] = [
+            *(PassOn(block, "forward") for block in blocks[: span.start]),
+            *(_SpanBlock(blocks[number], self, number) for number in span),
+            *family.grid.overrides(self),
+            *family.positions.overrides(self),
+        ]
+        self._replicate = Replicate(encoder)
+
+    def install(self, reduction: Reduction) -> None:
+        """Changes the encoder."""
+        setattr(self.encoder, ATTRIBUTE, self)
+        setattr(self.encoder, REPLICATE, self._replicate)
+        self.encoder.reduction = reduction
+        for override in self.overrides:
+            override.install()
+
+    def remove(self) -> None:
+        """Undoes `install`, whatever was put over a changed method in the meantime."""
+        for override in reversed(self.overrides):
+            override.remove()
+        for name in (ATTRIBUTE, REPLICATE, "reduction"):
+            vars(self.encoder).pop(name, None)
+
+    def encoder_of(self, block: nn.Module) -> Any:
+        """The encoder that a block belongs to: the expedited one, or a replica of it."""
+        if getattr(block, "_is_replica", False):
+            for replica in list(self._replicate.replicas):
+                if any(other is block for other in self.family.blocks(replica)):
+                    return replica
+        return self.encoder
+
+
+class _SpanBlock(Override):
+    """The forward of a block that runs on fewer tokens."""
+
+    def __init__(self, block: nn.Module, hourglass: Hourglass, number: int) -> None:
+        super().__init__(block, "forward")
+        self.hourglass = hourglass
+        self.number = number
+
+    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        hourglass = self.hourglass
+        family, encoder = hourglass.family, hourglass.encoder_of(self.owner)
+        x, state = self._enter(refuse_tracing(x), encoder)
+        low = family.positions.run(BlockCall(hourglass, encoder, self, x, state, args, kwargs))
+        if self.number not in hourglass.full:
+            return attach(low, state._replace(low=None))
+        prefix, tokens = family.tokens.split(encoder, low, state.layout)
+        out = family.tokens.join(prefix, state.reconstruct(tokens))
+        return attach(out, state._replace(low=low))
+
+    def _enter(self, x: Tensor, encoder: Any) -> tuple[Tensor, State]:
+        """The tokens that the block runs on, and their state."""
+        family = self.hourglass.family
+        first = self.number == self.hourglass.span.start
+        state = family.grid.state(x)
+        if state is None or bool(state.steps) == first:
+            raise self._lost("grid" if first else "reduced tokens", encoder)
+        if state.low is not None:
+            x = state.low
+        reduction: Reduction = encoder.reduction
+        if self.number in (step.at for step in reduction.steps):
+            prefix, tokens = family.tokens.split(encoder, x, state.layout)
+            tokens, state = reduction.enter(tokens, state, self.number, family.window(encoder))
+            x = family.tokens.join(prefix, tokens)
+        return x, state
+
+    def _lost(self, what: str, encoder: nn.Module) -> RuntimeError:
+        name = type(encoder).__name__
+        blocks = self.hourglass.family.blocks(self.hourglass.encoder)
+        ours = {id(override.owner) for override in self.hourglass.overrides}
+        foreign = [number for number, block in enumerate(blocks) if id(block) not in ours]
+        if foreign:
+            listed = ", ".join(map(str, foreign))
+            reason = f"its blocks {listed} were replaced or wrapped since: expedite it again"
+        else:
+            reason = (
+                "something replaced them on their way between the encoder's own modules (dropped "
+                "patches, or gradient checkpointing, which must have use_reentrant=False)"
+            )
+        return RuntimeError(
+            f"tokens reached block {self.number} of an expedited {name} without their {what}: "
+            f"{reason}"
+        )

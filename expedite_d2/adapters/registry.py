@@ -1,0 +1,83 @@
+"""The families of encoders that are known, and how one is found in a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from expedite_d2.adapters.family import Family
+from expedite_d2.reducers import Expeditable
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def families() -> tuple[Family, ...]:
+    """All known families, in the order in which an encoder is compared with them."""
+    return tuple(_FAMILIES.values())
+
+
+def register_family(family: Family) -> Family:
+    """Makes a family known to `expedite`; one of the same name is replaced.
+
+    A new family comes before those that were known, so that a more special one is found first.
+
+    Args:
+        family: the value that describes it.
+
+    Returns:
+        The family.
+
+    Raises:
+        ValueError: not a Family.
+    """
+    if not isinstance(family, Family):
+        raise ValueError(f"register_family takes a Family, got {family!r}")
+    known = {name: other for name, other in _FAMILIES.items() if name != family.name}
+    _FAMILIES.clear()
+    _FAMILIES.update({family.name: family, **known})
+    return family
+
+
+def family_named(name: str) -> Family:
+    """The family of a name, for models that were copied or pickled.
+
+    Raises:
+        ValueError: no family of this name is registered.
+    """
+    if name not in _FAMILIES:
+        raise ValueError(
+            f"the family {name!r} is not registered: call register_family before the model is "
+            "copied or read"
+        )
+    return _FAMILIES[name]
+
+
+def find_encoder(model: nn.Module) -> tuple[Family | None, Any]:
+    """The one encoder that a model is or holds, and its family; None for one of this project's.
+
+    Raises:
+        ValueError: none, or several.
+    """
+    found: dict[str, tuple[Family | None, Any]] = {}
+    for name, module in model.named_modules():
+        if any(not outer or name.startswith(f"{outer}.") for outer in found):
+            continue
+        if isinstance(module, Expeditable):
+            found[name] = None, module
+            continue
+        for family in families():
+            if family.recognises(module):
+                found[name] = family, module
+                break
+    if not found:
+        known = ", ".join(family.name for family in families())
+        raise ValueError(
+            f"{type(model).__name__} holds no encoder that can be expedited, known are: {known}"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} encoders, expedite one of them: "
+            f"{', '.join(found)}"
+        )
+    return next(iter(found.values()))

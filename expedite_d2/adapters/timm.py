@@ -1,0 +1,115 @@
+"""timm's VisionTransformer (plain, distilled, hybrid, with registers) and Beit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from expedite_d2.adapters.family import Attention, Family, Size
+from expedite_d2.adapters.positions import Table
+from expedite_d2.adapters.registry import register_family
+from expedite_d2.adapters.relative_position import relative_bias
+from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
+
+
+def _blocks(encoder: Any) -> list[nn.Module]:
+    return list(encoder.blocks)
+
+
+def _attention(block: Any) -> Attention | None:
+    # Of the blocks of VisionTransformer, those that run attention and MLP side by side have no
+    # norm of their own before the attention.
+    if type(block).__name__ != "Block":
+        return None
+    return block.norm1, block.attn
+
+
+def _configured(encoder: Any) -> Size:
+    rows, columns = encoder.patch_embed.grid_size
+    return rows, columns
+
+
+def _image_size(encoder: Any) -> Size:
+    height, width = encoder.patch_embed.img_size
+    return height, width
+
+
+def _grid(encoder: Any, x: Tensor) -> Size:
+    return (x.shape[1], x.shape[2]) if x.dim() == 4 else encoder.patch_embed.grid_size
+
+
+VISION_TRANSFORMER = Family(
+    name="timm VisionTransformer",
+    library="timm",
+    classes=("VisionTransformer",),
+    blocks=_blocks,
+    tokens=TokenSequence(lambda encoder: encoder.num_prefix_tokens),
+    grid=GridFromCall(
+        # Where the map of patches becomes a sequence.
+        place=lambda encoder, span: (encoder, "_pos_embed"),
+        read=_grid,
+        then=lambda encoder: [encoder.norm_pre],
+        configured=_configured,
+        varies=lambda encoder: encoder.dynamic_img_size,
+    ),
+    image_size=_image_size,
+    attention=_attention,
+)
+
+
+def beit_bias(encoder: Any, block: Any, grid: Size, cells: Size) -> Tensor | None:
+    """What timm Beit adds to the logits of one block, on a grid of clusters.
+
+    Args:
+        encoder: timm's Beit.
+        block: one of its blocks.
+        grid: rows and columns of the image's tokens, (H, W).
+        cells: rows and columns of its clusters, (h, w); the tokens' own for a bias between tokens.
+
+    Returns:
+        The sum of the block's own bias, (1, heads, 1 + h * w, 1 + h * w), and the shared one, which
+        has no first axis: timm's own shapes, so that attention takes the same path to the bit. None
+        for a model that has neither.
+    """
+    bias = None
+    for owner in (block.attn, encoder.rel_pos_bias):
+        table = None if owner is None else owner.relative_position_bias_table
+        if table is None:
+            continue
+        rows, columns = owner.window_size
+        offsets = table[:-3].view(2 * rows - 1, 2 * columns - 1, -1)
+        part = relative_bias(offsets, table[-3:], grid, cells)
+        if owner is block.attn:
+            bias = part[None]
+        else:
+            bias = part if bias is None else bias + part
+    return bias
+
+
+def _own_bias(block: Any) -> tuple[nn.Module, str] | None:
+    attention = block.attn
+    if attention.relative_position_bias_table is None:
+        return None
+    return attention, "_get_rel_pos_bias"
+
+
+BEIT = Family(
+    name="timm Beit",
+    library="timm",
+    classes=("Beit",),
+    blocks=_blocks,
+    tokens=TokenSequence(),
+    grid=GridFromCall(
+        # The dropout is the last module before the blocks.
+        place=lambda encoder, span: (encoder.pos_drop, "forward"),
+        read=lambda encoder, x: encoder.patch_embed.grid_size,
+        configured=_configured,
+        varies=lambda encoder: not encoder.patch_embed.strict_img_size,
+    ),
+    positions=Table(bias=beit_bias, argument="shared_rel_pos_bias", own=_own_bias),
+    image_size=_image_size,
+)
+
+for _family in (VISION_TRANSFORMER, BEIT):
+    register_family(_family)

@@ -1,0 +1,129 @@
+"""How an encoder's blocks take their tokens, and where the grid of these becomes known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from expedite_d2.adapters.override import Override, PassOn, refuse_tracing
+from expedite_d2.reducers.state import Grid, Points, State, attach, state_of
+
+if TYPE_CHECKING:
+    from expedite_d2.adapters.hourglass import Hourglass
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Blocks take (B, P + N, C): P prefix tokens (class, distillation, register), then the others.
+
+    Attributes:
+        prefixes: how many prefix tokens an encoder has.
+    """
+
+    prefixes: Callable[[Any], int] = lambda encoder: 1
+
+    def split(
+        self, encoder: nn.Module, x: Tensor, layout: Grid | Points
+    ) -> tuple[Tensor | None, Tensor]:
+        """(B, P + N, C) -> prefixes (B, P, C) or None, and (B, H, W, C) on a grid or (B, N, C)."""
+        count = self.prefixes(encoder)
+        prefix = x[:, :count] if count else None
+        tokens = x[:, count:]
+        return prefix, tokens.unflatten(1, layout) if isinstance(layout, Grid) else tokens
+
+    def join(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        tokens = tokens.flatten(1, -2)
+        return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Blocks take (B, H, W, C)."""
+
+    def split(
+        self, encoder: nn.Module, x: Tensor, layout: Grid | Points
+    ) -> tuple[Tensor | None, Tensor]:
+        """No prefixes, and the map."""
+        return None, x
+
+    def join(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return tokens
+
+
+@dataclass(frozen=True)
+class GridFromCall:
+    """The grid is read off one call within the encoder, and accompanies the tokens from there on.
+
+    Attributes:
+        place: the module and the name of its method, in an encoder and its span of reduced blocks.
+        read: rows and columns of the image's tokens, from the encoder and the call's arguments.
+        onto: the tensor of tokens, from the call's arguments and its result.
+        onto_input: whether that tensor is the first argument rather than in the result.
+        then: modules between there and the first block, which pass the state on.
+        configured: rows and columns of tokens of the images that the encoder was made for; None
+            where it was made for none.
+        varies: whether images may be of another size.
+    """
+
+    place: Callable[[Any, range], tuple[nn.Module, str]]
+    read: Callable[..., Size]
+    onto: Callable[[Any], Tensor] = lambda out: out
+    onto_input: bool = False
+    then: Callable[[Any], Sequence[nn.Module]] = lambda encoder: ()
+    configured: Callable[[Any], Size | None] = lambda encoder: None
+    varies: Callable[[Any], bool] = lambda encoder: True
+
+    def overrides(self, hourglass: Hourglass) -> list[Override]:
+        """What must change in the encoder for it."""
+        owner, method = self.place(hourglass.encoder, hourglass.span)
+        after = [PassOn(module, "forward") for module in self.then(hourglass.encoder)]
+        return [_ReadGrid(owner, method, hourglass), *after]
+
+    def state(self, x: Tensor) -> State | None:
+        """The state of tokens that enter a block; None if it was lost."""
+        return state_of(x)
+
+
+@dataclass(frozen=True)
+class GridFromShape:
+    """The blocks' maps (B, H, W, C) tell it."""
+
+    def overrides(self, hourglass: Hourglass) -> list[Override]:
+        """Nothing need change."""
+        return []
+
+    configured: Callable[[Any], Size | None] = lambda encoder: None
+
+    def varies(self, encoder: nn.Module) -> bool:
+        """Images may differ in size."""
+        return True
+
+    def state(self, x: Tensor) -> State | None:
+        """The state of tokens that enter a block."""
+        return state_of(x) or State.of_image(x.shape[1], x.shape[2])
+
+
+class _ReadGrid(Override):
+    """Attaches the state to the tokens of a call."""
+
+    def __init__(self, owner: nn.Module, name: str, hourglass: Hourglass) -> None:
+        super().__init__(owner, name)
+        self.hourglass = hourglass
+
+    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        source: Any = self.hourglass.family.grid
+        rows, columns = source.read(self.hourglass.encoder, refuse_tracing(x), *args, **kwargs)
+        state = State.of_image(rows, columns)
+        if source.onto_input:
+            return self.original(attach(x, state), *args, **kwargs)
+        out = self.original(x, *args, **kwargs)
+        attach(source.onto(out), state)
+        return out

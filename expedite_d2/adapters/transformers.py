@@ -1,0 +1,136 @@
+"""transformers' ViT, BEiT and DPT's ViT, each by itself or inside a model for some task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expedite_d2.adapters.family import BlockCall, Family, NoPositions, Size, refuse_masks
+from expedite_d2.adapters.hourglass import Hourglass
+from expedite_d2.adapters.override import Gate, Override
+from expedite_d2.adapters.positions import Table
+from expedite_d2.adapters.registry import register_family
+from expedite_d2.adapters.relative_position import relative_bias
+from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
+
+
+def _sides(size: Any) -> Size:
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return rows, columns
+
+
+def _grid(encoder: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Size:
+    # The embeddings of DPT's hybrid have no patches of their own.
+    patches = getattr(encoder.embeddings, "patch_embeddings", encoder.embeddings)
+    rows, columns = _sides(patches.patch_size)
+    return pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns
+
+
+def _configured(encoder: Any) -> Size:
+    height, width = _sides(encoder.config.image_size)
+    rows, columns = _sides(encoder.config.patch_size)
+    return height // rows, width // columns
+
+
+class _CallersMask(Gate):
+    """Refuses the caller's own mask, here where it can be told from the one that is made of it."""
+
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # After pixels, masked positions and interpolation, by place or by name.
+        for mask in (*args[3:], kwargs.get("attention_mask")):
+            # A mask of padding, (B, N), is 0 or not whatever its type.
+            padding = isinstance(mask, Tensor) and mask.dim() == 2
+            refuse_masks(mask.bool() if padding else mask)
+
+
+class _NoPositionsBesideMasks(NoPositions):
+    """The encoder makes a mask for its blocks while it is traced, also where it was given none."""
+
+    def overrides(self, hourglass: Hourglass) -> list[Override]:
+        return [_CallersMask(hourglass.encoder)]
+
+    def run(self, call: BlockCall) -> Tensor:
+        if not torch.compiler.is_compiling():
+            refuse_masks(*call.args, call.kwargs.get("attention_mask"))
+        # Of a mask that is traced the values cannot be seen: `_CallersMask` has refused every
+        # other than the encoder's own.
+        call = call.without_masks()
+        return call.block.original(call.x, *call.args, **call.kwargs)
+
+
+VIT = Family(
+    name="transformers ViTModel",
+    library="transformers",
+    classes=("ViTModel",),
+    blocks=lambda encoder: list(encoder.layers),
+    tokens=TokenSequence(),
+    grid=GridFromCall(
+        # Where the image becomes a sequence.
+        place=lambda encoder, span: (encoder.embeddings, "forward"),
+        read=_grid,
+        onto=lambda out: out if isinstance(out, Tensor) else out.last_hidden_states,
+        configured=_configured,
+    ),
+    positions=_NoPositionsBesideMasks(),
+    image_size=lambda encoder: _sides(encoder.config.image_size),
+    run=lambda encoder, images: encoder(images, interpolate_pos_encoding=True),
+    attention=lambda layer: (layer.layernorm_before, layer.attention),
+)
+DPT = replace(
+    VIT,
+    name="transformers DPTModel",
+    classes=("DPTModel",),
+    blocks=lambda encoder: list(encoder.encoder.layer),
+    positions=NoPositions(),  # its blocks take no mask at all
+    run=lambda encoder, images: encoder(images),
+)
+
+
+def _bias(encoder: Any, layer: Any, grid: Size, cells: Size) -> Tensor | None:
+    """What BEiT adds to the logits of one layer, (1, heads, 1 + h * w, 1 + h * w), if anything."""
+    bias = None
+    for owner in (layer.relative_position_bias, encoder.shared_position_bias):
+        if owner is None:
+            continue
+        rows, columns = owner.window_size
+        table = owner.relative_position_bias_table
+        # transformers takes the table for one of columns by rows; as a rule both are the same.
+        offsets = table[:-3].view(2 * columns - 1, 2 * rows - 1, -1)
+        part = relative_bias(offsets, table[-3:], grid, cells)[None]
+        bias = part if bias is None else bias + part
+    return bias
+
+
+def _own_bias(layer: Any) -> tuple[nn.Module, str] | None:
+    bias = layer.relative_position_bias
+    return None if bias is None else (bias, "forward")
+
+
+def _refuse_masks(call: BlockCall) -> None:
+    # The shared bias arrives as a mask.
+    if call.encoder.shared_position_bias is None and not torch.compiler.is_compiling():
+        refuse_masks(*call.args, call.kwargs.get("attention_mask"))
+
+
+class _TableBesideMasks(Table):
+    """BEiT's, and the gate for the caller's own masks."""
+
+    def overrides(self, hourglass: Hourglass) -> list[Override]:
+        return [_CallersMask(hourglass.encoder), *super().overrides(hourglass)]
+
+
+BEIT = replace(
+    VIT,
+    name="transformers BeitModel",
+    classes=("BeitModel",),
+    positions=_TableBesideMasks(
+        bias=_bias, argument="attention_mask", own=_own_bias, refuses=_refuse_masks
+    ),
+    run=lambda encoder, images: encoder(images),
+)
+
+for _family in (VIT, DPT, BEIT):
+    register_family(_family)

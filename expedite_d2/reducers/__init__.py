@@ -1,0 +1,88 @@
+"""The U shape of an expedited encoder: many tokens -> few tokens -> many tokens.
+
+A `Reduction` is a list of steps, each of which makes fewer tokens before one block of the encoder.
+The blocks after it run on these, and where the span ends, or somebody reads a block inside it, the
+steps are undone, last to first. What undoing takes accompanies the tensor (`State`); nothing is
+stored on a module.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from expedite_d2.reducers.cluster import Cluster, Clustering
+from expedite_d2.reducers.reduction import Expeditable, Reconstruction, Reduction, Step
+from expedite_d2.reducers.state import Grid, Points, State, Undo, attach, state_of
+
+__all__ = [
+    "Cluster",
+    "Clustering",
+    "Expeditable",
+    "Grid",
+    "Points",
+    "Reconstruction",
+    "Reduction",
+    "State",
+    "Step",
+    "Undo",
+    "attach",
+    "clustering_of",
+    "reconstruct",
+    "reduce",
+    "state_of",
+]
+
+
+def reduce(
+    tokens: Tensor, reduction: Reduction, window: tuple[int, int] | None = None
+) -> tuple[Tensor, Clustering]:
+    """Clusters a token map.
+
+    An image with no more tokens than the cluster grid has cells is left as it is, with a warning.
+
+    Args:
+        tokens: (B, H, W, C).
+        reduction: settings that hold one `Cluster`.
+        window: rows and columns of the windows that are clustered each by itself; None clusters the
+            image as a whole.
+
+    Returns:
+        The centres, (B, h, w, C), and what `reconstruct` needs.
+    """
+    residual = reduction.reconstruction == "residual"
+    low, _, clustering = reduction.cluster.reduce(tokens, window, residual)
+    return low, clustering
+
+
+def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
+    """Spreads what the clusters have become over the tokens.
+
+    Args:
+        low: (B, h, w, C), the centres after the low-resolution blocks.
+        clustering: what `reduce` gave beside them.
+
+    Returns:
+        (B, H, W, C).
+    """
+    return clustering.reconstruct(low)
+
+
+def clustering_of(x: Tensor) -> tuple[Tensor, Clustering] | None:
+    """The clusters behind the output of a block in the low-resolution span.
+
+    Args:
+        x: the very tensor that the block returned.
+
+    Returns:
+        The block's output on the clusters, (B, h, w, C) without prefix tokens, and the clustering,
+        for `reconstruct`; None for any other tensor.
+    """
+    state = state_of(x)
+    if state is None or len(state.steps) != 1 or not isinstance(state.steps[0], Clustering):
+        return None
+    assert isinstance(state.layout, Grid)  # a Clustering leaves one
+    low = x if state.low is None else state.low
+    if low.dim() == 3:  # (B, P + h * w, C)
+        rows, columns = state.layout
+        low = low[:, low.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+    return low, state.steps[0]

@@ -1,0 +1,160 @@
+"""What an encoder's blocks run on, and what that costs, with settings and without."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from expedite_d2.adapters.core import expedited_encoders, restore
+from expedite_d2.adapters.family import Family
+from expedite_d2.adapters.registry import find_encoder
+from expedite_d2.ops._checks import integer
+from expedite_d2.reducers import Reduction
+from expedite_d2.tools.cost import count_multiply_adds, on_meta
+
+# Side of the images in pixels, for encoders that were made for no size.
+SIDE = 512
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of an encoder, for one image.
+
+    Attributes:
+        name: of the module in the encoder.
+        tokens: on which it runs in the plain encoder, prefix tokens among them.
+        reduced_tokens: on which it runs with the settings.
+        multiply_adds: in the plain encoder.
+        reduced_multiply_adds: with the settings.
+    """
+
+    name: str
+    tokens: int
+    reduced_tokens: int
+    multiply_adds: int
+    reduced_multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """An encoder, block by block; as text, a table.
+
+    Attributes:
+        encoder: name of its class.
+        family: of the encoder, as `families()` lists it; "" for one of this project's.
+        size: height and width of the image in pixels.
+        reduction: the settings; None for a plain encoder, whose columns then are equal.
+        blocks: in their order.
+        multiply_adds: of the plain encoder, what is no block among them.
+        reduced_multiply_adds: with the settings.
+    """
+
+    encoder: str
+    family: str
+    size: tuple[int, int]
+    reduction: Reduction | None
+    blocks: tuple[Block, ...]
+    multiply_adds: int
+    reduced_multiply_adds: int
+
+    def __str__(self) -> str:
+        height, width = self.size
+        of = f" ({self.family})" if self.family else ""
+        lines = [f"{self.encoder}{of}, one image of {height}x{width}"]
+        if self.reduction is not None:
+            lines += [f"settings: {step}" for step in self.reduction.steps]
+        names = [block.name for block in self.blocks]
+        wide = max(map(len, ["the encoder", *names]))
+        lines.append(
+            f"{'block':<{wide}}  {'tokens':>7} {'reduced':>8}  {'G mult.-adds':>12} {'reduced':>8}"
+        )
+        for block in self.blocks:
+            lines.append(
+                f"{block.name:<{wide}}  {block.tokens:>7} {block.reduced_tokens:>8}  "
+                f"{block.multiply_adds / 1e9:>12.3f} {block.reduced_multiply_adds / 1e9:>8.3f}"
+            )
+        share = self.reduced_multiply_adds / max(self.multiply_adds, 1)
+        lines.append(
+            f"{'the encoder':<{wide}}  {'':>7} {'':>8}  {self.multiply_adds / 1e9:>12.3f} "
+            f"{self.reduced_multiply_adds / 1e9:>8.3f}  ({100 * share:.1f} %)"
+        )
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Description:
+    """Lists the blocks of a model's encoder: tokens and multiply-adds, plain and expedited.
+
+    Nothing is computed: a copy of the encoder runs on the `meta` device.
+
+    Args:
+        model: the encoder, or a model that holds it, expedited or not.
+        size: height and width of the image in pixels; by default those that the encoder was made
+            for, or 512x512.
+
+    Returns:
+        The description, whose text is a table.
+
+    Raises:
+        ValueError: no encoder of a known family, several, or a size that is none.
+    """
+    expedited = list(expedited_encoders(model).values())
+    family, encoder = find_encoder(expedited[0] if len(expedited) == 1 else model)
+    if size is None:
+        size = (family.image_size(encoder) if family is not None else None) or (SIDE, SIDE)
+    sides = [integer(side) for side in size] if isinstance(size, (tuple, list)) else []
+    if len(sides) != 2 or not all(side is not None and side >= 1 for side in sides):
+        raise ValueError(f"size must be two numbers of pixels, got {size!r}")
+    height, width = size
+    reduction: Reduction | None = encoder.reduction if expedited else None
+    plain, total = _count(encoder, family, size, plain=True)
+    fewer, reduced_total = _count(encoder, family, size, plain=False)
+    blocks = tuple(
+        Block(name, tokens, fewer[name][0], cost, fewer[name][1])
+        for name, (tokens, cost) in plain.items()
+    )
+    return Description(
+        type(encoder).__name__,
+        "" if family is None else family.name,
+        (height, width),
+        reduction,
+        blocks,
+        total,
+        reduced_total,
+    )
+
+
+def _count(
+    encoder: nn.Module, family: Family | None, size: Sequence[int], plain: bool
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """Tokens and multiply-adds of each block by name, and multiply-adds of the whole encoder."""
+    copied: Any = on_meta(encoder).eval()
+    if plain:
+        restore(copied)
+    blocks = copied.reducible_blocks() if family is None else family.blocks(copied)
+    names = {id(module): name for name, module in copied.named_modules()}
+    tokens: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(linear: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            tokens[name] = args[0].shape[:-1].numel()
+
+        return hook
+
+    for block in blocks:
+        # The last layer of the MLP: what goes in and out of a block may have been reconstructed.
+        last = [module for module in block.modules() if isinstance(module, nn.Linear)][-1]
+        last.register_forward_pre_hook(note(names[id(block)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an image that is too small: the table shows it
+        counts = count_multiply_adds(
+            copied,
+            torch.empty(1, 3, *size, device="meta"),
+            call=None if family is None else partial(family.run, copied),
+        )
+    return {name: (tokens[name], counts.total(name)) for name in tokens}, counts.total()

@@ -1,0 +1,189 @@
+"""What holds of every family: an expedited encoder is the same model on fewer tokens."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from family_cases import CASES, Case, images
+from torch import Tensor, nn
+
+from expedite_d2.adapters import expedite, families, is_expedited, restore
+from expedite_d2.adapters.registry import find_encoder
+
+kinds = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Of each mechanism one, for what takes seconds: none, table (two libraries), windows, decomposed.
+MECHANISMS = ["timm vit", "timm beit, own bias", "transformers beit, both biases"]
+MECHANISMS += ["transformers dpt", "official swin", "detectron2 vit"]
+mechanisms = pytest.mark.parametrize("case", [CASES[name] for name in MECHANISMS], ids=MECHANISMS)
+
+
+def expedited(case: Case) -> Any:
+    return expedite(case.make(), alpha=case.alpha, clusters=case.clusters)
+
+
+def lengths(case: Case, model: Any, x: Tensor) -> list[int]:
+    """Tokens in each block's attention or MLP: what it really runs on."""
+    seen: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].numel() // args[0].shape[-1] // len(x))
+
+    hooks = []
+    for block in case.blocks(model):
+        (linear,) = [m for m in list(block.modules()) if isinstance(m, nn.Linear)][-1:]
+        hooks.append(linear.register_forward_pre_hook(count))
+    with torch.no_grad():
+        case.run(model, x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_every_registered_family_is_tried() -> None:
+    tried = {find_encoder(case.make())[0].name for case in CASES.values()}  # type: ignore[union-attr]
+    assert tried == {family.name for family in families()}
+
+
+@kinds
+def test_blocks_of_the_span_run_on_fewer_tokens(case: Case) -> None:
+    model, x = case.make(), case.images()
+    plain = lengths(case, model, x)
+    expedite(model, alpha=case.alpha, clusters=case.clusters)
+    fewer = lengths(case, model, x)
+    assert len(plain) == len(fewer) == len(case.blocks(model))
+    span = vars(model)["_hourglass"].span
+    assert span.start == case.alpha
+    for number, (before, after) in enumerate(zip(plain, fewer, strict=True)):
+        assert after < 0.75 * before if number in span else after == before
+
+
+@kinds
+def test_outputs_keep_their_shapes_at_every_size(case: Case) -> None:
+    model, fast = case.make(), expedited(case)
+    with torch.no_grad():
+        for size in (case.size, *case.others):
+            x = images(*size, batch=2)
+            out, plain = case.run(fast, x), case.run(model, x)
+            assert out.shape == plain.shape and out.isfinite().all()
+            assert not torch.equal(out, plain)
+
+
+@kinds
+def test_a_batch_is_its_single_images(case: Case) -> None:
+    model, x = expedited(case), case.images()
+    with torch.no_grad():
+        together = case.run(model, x)
+        single = torch.cat([case.run(model, image[None]) for image in x])
+    torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_restored_is_plain_to_the_bit(case: Case) -> None:
+    model, x = case.make(), case.images()
+    names = {name: set(vars(module)) for name, module in model.named_modules()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        plain = case.run(model, x)
+        expedite(model, alpha=case.alpha, clusters=case.clusters)
+        assert is_expedited(model) and not torch.equal(case.run(model, x), plain)
+        now = model.state_dict()
+        assert list(now) == list(state) and all(torch.equal(now[name], state[name]) for name in now)
+        assert restore(model) is model and not is_expedited(model)
+        assert torch.equal(case.run(model, x), plain)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == names
+
+
+@kinds
+def test_copies_and_pickles_are_models_of_their_own(case: Case) -> None:
+    model, x = expedited(case), case.images()
+    with torch.no_grad():
+        expected = case.run(model, x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(case.run(other, x), expected)
+            for parameter in other.parameters():
+                parameter.mul_(0.5)
+            assert not torch.equal(case.run(other, x), expected)
+            assert torch.equal(case.run(model, x), expected)
+            restore(other)
+            assert is_expedited(model) and not is_expedited(other)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_and_autocast(case: Case, dtype: torch.dtype) -> None:
+    model, x = expedited(case), case.images()
+    with torch.no_grad():
+        expected = case.run(model, x)
+        with torch.autocast("cpu", dtype):
+            mixed = case.run(model, x)
+        half = case.run(copy.deepcopy(model).to(dtype), x.to(dtype))
+    assert half.dtype == dtype and half.isfinite().all()
+    scale = expected.abs().mean()
+    for other in (mixed, half):
+        assert (other.float() - expected).abs().mean() < 0.1 * scale
+
+
+@kinds
+def test_a_training_step_reaches_every_parameter(case: Case) -> None:
+    model, x = case.make().train(), case.images()
+
+    def reached() -> dict[str, bool]:
+        model.zero_grad()
+        case.run(model, x).square().mean().backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert all(grad is None or grad.isfinite().all() for grad in grads.values())
+        return {name: grad is not None for name, grad in grads.items()}
+
+    plain = reached()
+    expedite(model, alpha=case.alpha, clusters=case.clusters)
+    assert reached() == plain
+
+
+@kinds
+def test_nothing_of_a_pass_is_left_behind(case: Case) -> None:
+    model, x = expedited(case), case.images()
+    seen: list[weakref.ref] = []
+    for block in case.blocks(model):
+        block.register_forward_hook(lambda _, args, out: seen.append(weakref.ref(out)))
+    gc.disable()  # it would hide a cycle
+    try:
+        case.run(model, x).sum().backward()
+        with torch.no_grad():
+            case.run(model, x)
+        assert len(seen) == 2 * len(case.blocks(model)) and all(ref() is None for ref in seen)
+    finally:
+        gc.enable()
+
+
+@kinds
+@pytest.mark.slow
+def test_compiles_without_breaks(case: Case) -> None:
+    torch.compiler.reset()
+    model, x = expedited(case), case.images()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(case.run(compiled, x), case.run(model, x), rtol=1e-4, atol=1e-4)
+
+
+@mechanisms
+@pytest.mark.slow
+def test_exports(case: Case) -> None:
+    model, x = expedited(case), case.images()
+
+    class Run(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return case.run(self.model, x)
+
+    with torch.no_grad():
+        program = torch.export.export(Run(), (x,)).module()
+        torch.testing.assert_close(program(x), case.run(model, x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,279 @@
+"""Small encoders in the shape of official ones, whose libraries are in no package registry.
+
+Swin as Mask2Former and Detectron2 have it, and Detectron2's ViT: the same classes, attributes,
+parameter names and calls between the parts, as far as an adapter can see them, in lines of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- Swin ------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class WindowAttention(nn.Module):
+    """Among the tokens of windows (windows, N, C); a mask is (windows of an image, N, N)."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, dim: int, window_size: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        self.window_size, self.num_heads = window_size, num_heads
+        rows, columns = window_size
+        offsets = (2 * rows - 1) * (2 * columns - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        apart = places[:, None] - places + torch.tensor([rows - 1, columns - 1])
+        index = apart[..., 0] * (2 * columns - 1) + apart[..., 1]
+        self.register_buffer("relative_position_index", index)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        count, length, channels = x.shape
+        qkv = self.qkv(x).view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv
+        logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        area = self.window_size[0] * self.window_size[1]
+        index = self.relative_position_index.flatten()
+        bias = self.relative_position_bias_table[index].view(area, area, -1).permute(2, 0, 1)
+        logits = logits + bias
+        if mask is not None:
+            logits = logits.unflatten(0, (-1, len(mask))) + mask[:, None]
+            logits = logits.flatten(0, 1)
+        out = (logits.softmax(-1) @ value).transpose(1, 2).reshape(count, length, channels)
+        return self.proj(out)
+
+
+class SwinTransformerBlock(nn.Module):
+    """Is told the map's rows and columns by its stage, as H and W."""
+
+    H: int
+    W: int
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int) -> None:
+        super().__init__()
+        self.window_size, self.shift_size = window_size, shift_size
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, (window_size, window_size), num_heads)
+        self.mlp = Mlp(dim)
+        self.H = self.W = None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
+        rows, columns, side, shift = self.H, self.W, self.window_size, self.shift_size
+        maps = self.norm1(x).unflatten(1, (rows, columns))
+        maps = F.pad(maps, (0, 0, 0, -columns % side, 0, -rows % side))
+        if shift:
+            maps = maps.roll((-shift, -shift), (1, 2))
+        windows = maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+        out = self.attn(
+            windows.reshape(-1, side * side, x.shape[2]), mask_matrix if shift else None
+        )
+        maps = out.view(windows.shape).transpose(2, 3).reshape(maps.shape)
+        if shift:
+            maps = maps.roll((shift, shift), (1, 2))
+        x = x + maps[:, :rows, :columns].flatten(1, 2)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerging(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction, self.norm = nn.Linear(4 * dim, 2 * dim, bias=False), nn.LayerNorm(4 * dim)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        maps = F.pad(x.unflatten(1, (H, W)), (0, 0, 0, W % 2, 0, H % 2))
+        corners = [maps[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+        return self.reduction(self.norm(torch.cat(corners, -1).flatten(1, 2)))
+
+
+class BasicLayer(nn.Module):
+    """One stage; gives its output, that of the merging, and the sizes of both."""
+
+    def __init__(self, dim: int, depth: int, num_heads: int, window_size: int, last: bool) -> None:
+        super().__init__()
+        self.window_size, self.shift_size = window_size, window_size // 2
+        self.blocks = nn.ModuleList(
+            SwinTransformerBlock(dim, num_heads, window_size, i % 2 * self.shift_size)
+            for i in range(depth)
+        )
+        self.downsample = None if last else PatchMerging(dim)
+
+    def forward(self, x: Tensor, H: int, W: int) -> tuple[Tensor, int, int, Tensor, int, int]:
+        side, shift = self.window_size, self.shift_size
+        regions = torch.zeros(H + -H % side, W + -W % side)
+        for i, rows in enumerate((slice(-side), slice(-side, -shift), slice(-shift, None))):
+            for j, columns in enumerate((slice(-side), slice(-side, -shift), slice(-shift, None))):
+                regions[rows, columns] = 3 * i + j
+        windows = regions.unflatten(1, (-1, side)).unflatten(0, (-1, side)).transpose(1, 2)
+        region = windows.reshape(-1, side * side)
+        mask = torch.where(region[:, None] == region[:, :, None], 0.0, -100.0).to(x)
+        for block in self.blocks:
+            block.H, block.W = H, W
+            x = block(x, mask)
+        if self.downsample is None:
+            return x, H, W, x, H, W
+        return x, H, W, self.downsample(x, H, W), (H + 1) // 2, (W + 1) // 2
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
+        return self.norm(self.proj(F.pad(x, (0, right, 0, bottom))).permute(0, 2, 3, 1))
+
+
+class SwinTransformer(nn.Module):
+    """Gives "res2" to "res5", normalised."""
+
+    def __init__(
+        self,
+        embed_dim: int = 16,
+        depths: Sequence[int] = (1, 1, 6, 1),
+        num_heads: Sequence[int] = (1, 2, 2, 4),
+        window_size: int = 6,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(4, embed_dim)
+        self.pos_drop = nn.Dropout(0.0)
+        self.layers = nn.ModuleList(
+            BasicLayer(embed_dim * 2**i, depth, heads, window_size, i == len(depths) - 1)
+            for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True))
+        )
+        for i in range(len(depths)):
+            self.add_module(f"norm{i}", nn.LayerNorm(embed_dim * 2**i))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.patch_embed(x)
+        rows, columns = x.shape[1:3]
+        x, outputs = self.pos_drop(x.flatten(1, 2)), {}
+        for i, stage in enumerate(self.layers):
+            out, height, width, x, rows, columns = stage(x, rows, columns)
+            out = getattr(self, f"norm{i}")(out)
+            outputs[f"res{i + 2}"] = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return outputs
+
+
+# ---- Detectron2's ViT ------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Among all tokens of maps (B, H, W, C), with relative positions along each axis."""
+
+    def __init__(self, dim: int, num_heads: int, use_rel_pos: bool, side: int) -> None:
+        super().__init__()
+        self.num_heads, self.use_rel_pos = num_heads, use_rel_pos
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        if use_rel_pos:
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, rows, columns, channels = x.shape
+        qkv = self.qkv(x).view(batch, rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv
+        logits = query * self.scale @ key.transpose(-2, -1)
+        if self.use_rel_pos:
+            maps = query.unflatten(2, (rows, columns))
+            by_row = torch.einsum("bnyxc,yvc->bnyxv", maps, _positions(self.rel_pos_h, rows))
+            by_column = torch.einsum("bnyxc,xuc->bnyxu", maps, _positions(self.rel_pos_w, columns))
+            logits = logits + (by_row[..., None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
+        out = (logits.softmax(-1) @ value).transpose(1, 2).reshape(x.shape)
+        return self.proj(out)
+
+
+def _positions(table: Tensor, length: int) -> Tensor:
+    """(length, length, C): the table between two places; stretched if made for another length."""
+    if len(table) != 2 * length - 1:
+        table = F.interpolate(table.t()[None], size=2 * length - 1, mode="linear")[0].t()
+    place = torch.arange(length)
+    return table[place[:, None] - place + length - 1]
+
+
+class ViTBlock(nn.Module):
+    """In windows, or on the whole map where window_size is 0."""
+
+    def __init__(
+        self, dim: int, num_heads: int, use_rel_pos: bool, window_size: int, side: int
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, use_rel_pos, window_size or side)
+        self.mlp = Mlp(dim)
+        self.use_residual_block = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps, side = self.norm1(x), self.window_size
+        if side:
+            batch, rows, columns, _ = x.shape
+            maps = F.pad(maps, (0, 0, 0, -columns % side, 0, -rows % side))
+            windows = maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+            out = self.attn(windows.flatten(0, 2))
+            maps = out.view(windows.shape).transpose(2, 3).reshape(maps.shape)
+            maps = maps[:, :rows, :columns]
+        else:
+            maps = self.attn(maps)
+        x = x + maps
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Gives "last_feat", (B, C, H / 4, W / 4)."""
+
+    def __init__(
+        self,
+        img_size: int = 32,
+        patch_size: int = 4,
+        embed_dim: int = 16,
+        depth: int = 4,
+        num_heads: int = 2,
+        use_rel_pos: bool = True,
+        window_size: int = 6,
+        window_block_indexes: Sequence[int] = (1, 2),
+    ) -> None:
+        super().__init__()
+        self.patch_embed: Any = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.blocks = nn.ModuleList(
+            ViTBlock(
+                embed_dim,
+                num_heads,
+                use_rel_pos,
+                window_size if i in window_block_indexes else 0,
+                img_size // patch_size,
+            )
+            for i in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.patch_embed(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = block(x)
+        return {"last_feat": x.permute(0, 3, 1, 2)}
+
+
+class Detectron2ViT(ViT):
+    """Pickles by this name, while the class that it inherits from says it is Detectron2's."""
+
+
+# Families tell a library by the first part of its modules' names.
+ViT.__module__ = "detectron2.modeling.backbone.vit"

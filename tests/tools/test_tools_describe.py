@@ -1,0 +1,86 @@
+"""What `describe` says of encoders, foreign and our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from family_cases import CASES, Case
+from settings_cases import clustered
+from torch import nn
+
+from expedite_d2.adapters import expedite, restore
+from expedite_d2.models.backbones.swin import ExpeditedSwinTransformer
+from expedite_d2.tools import count_multiply_adds, describe
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_describe_lists_tokens_and_costs_by_block(case: Case) -> None:
+    model = case.make()
+    plain = describe(model, case.size)
+    assert plain.reduction is None and plain.size == case.size
+    assert all(b.tokens == b.reduced_tokens and b.multiply_adds > 0 for b in plain.blocks)
+    assert (
+        plain.multiply_adds
+        == plain.reduced_multiply_adds
+        > sum(block.multiply_adds for block in plain.blocks)
+    )
+    expedite(nn.Sequential(model), alpha=case.alpha, clusters=case.clusters)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    found = describe(nn.ModuleList([model]), case.size)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert found.reduction == model.reduction and found.multiply_adds == plain.multiply_adds
+    span = vars(model)["_hourglass"].span
+    for number, (block, same) in enumerate(zip(found.blocks, plain.blocks, strict=True)):
+        assert (block.name, block.tokens) == (same.name, same.tokens)
+        if number in span:
+            assert block.reduced_tokens < block.tokens
+        else:
+            assert block.reduced_tokens == block.tokens
+    with torch.no_grad():
+        counted = count_multiply_adds(model, case.images()[:1], call=lambda x: case.run(model, x))
+    assert found.reduced_multiply_adds == counted.total()
+    text = str(found)
+    assert "Cluster(at=" in text and f"{case.size[0]}x{case.size[1]}" in text
+    assert len(text.splitlines()) == 4 + len(found.blocks)
+
+
+def test_describe_knows_our_own_swin() -> None:
+    model = ExpeditedSwinTransformer(
+        embed_dim=16, depths=(1, 1, 4, 1), num_heads=(1, 2, 4, 8), window_size=6
+    ).eval()
+    plain = describe(model, (192, 192))
+    model.reduction = clustered(3, (4, 4))
+    found = describe(model, (192, 192))
+    assert [b.tokens for b in found.blocks] == [2304, 576, 144, 144, 144, 144, 36]
+    assert [b.reduced_tokens for b in found.blocks] == [2304, 576, 144, 64, 64, 64, 36]
+    assert found.multiply_adds == plain.multiply_adds > found.reduced_multiply_adds
+    assert model.reduction == clustered(3, (4, 4))
+
+
+def test_describe_takes_the_size_that_the_encoder_was_made_for() -> None:
+    assert describe(CASES["timm vit"].make()).size == (24, 24)
+    assert describe(CASES["transformers vit"].make()).size == (24, 24)
+    assert describe(CASES["official swin"].make()).size == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        (nn.Linear(2, 2), None, "Linear holds no encoder"),
+        ("vit", None, "model must be a torch.nn.Module, got str"),
+        (CASES["timm vit"].make(), (0, 24), r"size must be two numbers of pixels, got \(0, 24\)"),
+        (CASES["timm vit"].make(), 24, "size must be two numbers of pixels, got 24"),
+    ],
+)
+def test_describe_refuses(model: Any, size: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe(model, size)
+
+
+def test_describe_of_a_restored_model_is_that_of_the_plain_one() -> None:
+    model = CASES["timm vit"].make()
+    plain = describe(model)
+    restored = restore(expedite(model, alpha=1, clusters=(3, 3)))
+    assert describe(restored) == plain
