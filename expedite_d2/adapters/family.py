@@ -99,7 +99,7 @@ def to_encoder_end(encoder: Any, blocks: Sequence[nn.Module], first: int) -> int
     return len(blocks)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Family:
     """Encoders whose last blocks can run on fewer tokens.
 
@@ -146,6 +146,9 @@ class Family:
     def recognises(self, module: nn.Module) -> bool:
         """Whether a module is an encoder of this family, judged by the names of its classes."""
         return inherits(module, self.library, *self.classes) and self.matches(module)
+
+    def __repr__(self) -> str:
+        return f"Family({self.name!r})"
 
     def __reduce__(self) -> Any:
         from expedite_d2.adapters.registry import family_named

@@ -32,7 +32,7 @@ def test_example_of_the_guide_runs() -> None:
     torch.manual_seed(0)
     exec(text, names)
     assert names["features"].shape == (1, 96, 32)
-    assert families()[0].name == "my Encoder"
+    assert families()[0].name == "my Encoder" and repr(families()[0]) == "Family('my Encoder')"
     model = names["model"]
     assert not is_expedited(model)
     seen: list[int] = []
