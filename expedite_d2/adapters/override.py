@@ -40,7 +40,10 @@ class Override:
 
     def install(self) -> None:
         """Stands in for the method from now on."""
-        self.previous = self.owner.__dict__.get(self.name)
+        previous = self.owner.__dict__.get(self.name)
+        while isinstance(previous, Override) and not previous.active:  # left below a wrapper
+            previous = previous.previous
+        self.previous = previous
         self.active = True
         setattr(self.owner, self.name, self)
         if REPLICATE not in self.owner.__dict__:

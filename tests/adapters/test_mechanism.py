@@ -91,6 +91,10 @@ def test_restore_leaves_later_wrappers_alone(case: Case, number: int) -> None:
         assert torch.equal(case.run(model, x), plain) and block.calls == 2
         unhook(block)
         assert torch.equal(case.run(model, x), plain) and block.calls == 2
+        expedite(model, clustered(case.alpha, case.clusters))
+        assert torch.equal(case.run(model, x), expedited)
+        restore(model)
+        assert torch.equal(case.run(model, x), plain)
 
 
 @pytest.mark.parametrize("name", CASES)
