@@ -37,7 +37,7 @@ test: $(STAMP)
 	$(PYTHON) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # A package of its own, so that the build in use stays. The tests run in its folder, whose package
-# Python then finds first; those of compiling, exporting and of the twins tell nothing about the
+# Python then finds first; those of compiling, exporting and of the references tell nothing about the
 # kernels. python itself is not instrumented: the sanitizers must be loaded before it, its leaks are
 # not ours, and of its many allocations few are kept back.
 SANITIZED := build/sanitize/lib

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention for `benchmarks.operators`: shapes, inputs and work.
 
-Its twin is the chain of `grid_sample` calls that models without such a kernel run.
+Its reference is the chain of `grid_sample` calls that models without such a kernel run.
 """
 
 from __future__ import annotations

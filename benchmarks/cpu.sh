@@ -30,7 +30,7 @@ for section in "${sections[@]}"; do
   case "$section" in
     operators)
       benchmark operators operators --rounds 3 --cases swin_l_1152 vit_l_640 dpt_352x1216 \
-        mask2former_1024 --modes twin released
+        mask2former_1024 --modes reference released
       # Compiling takes longest: one case shows what it brings.
       benchmark operators-compiled operators --rounds 3 --cases swin_l_1152 --dtype float32 \
         --modes compiled

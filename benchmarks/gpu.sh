@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh tests               build, and all tests that run on the GPU
 #     benchmarks/gpu.sh sanitizers          the operators' tests under compute-sanitizer
-#     benchmarks/gpu.sh operators           kernels against twin, torch.compile, dense formulation
+#     benchmarks/gpu.sh operators           kernels against reference, torch.compile, dense formulation
 #     benchmarks/gpu.sh backbones           every backbone, baseline against expedited
 #     benchmarks/gpu.sh backbones-compiled  the same under torch.compile, Swin-L at 1152x1152 first
 #     benchmarks/gpu.sh models              whole models up to their logits, and transformers' own
@@ -113,7 +113,7 @@ case "$section" in
     done
     ;;
   operators)
-    benchmark operators operators --modes twin released "$@"
+    benchmark operators operators --modes reference released "$@"
     # Compiling takes longest, so it comes last.
     benchmark operators-compiled operators --modes compiled \
       --cases swin_l_1152 vit_l_640 swin_l_1152_batch8 dpt_352x1216 "$@"

@@ -33,7 +33,7 @@ class Operator(NamedTuple):
 
     Attributes:
         kernel: what is measured.
-        twin: the same in plain PyTorch, which in float64 is also the oracle.
+        reference: the same in plain PyTorch, which in float64 is also the oracle.
         arguments: of both, from the inputs of a case.
         work: of one call.
         dense: the call as the method's released code computes it, from the inputs; None where that
@@ -42,7 +42,7 @@ class Operator(NamedTuple):
     """
 
     kernel: Callable[..., Any]
-    twin: Callable[..., Any]
+    reference: Callable[..., Any]
     arguments: Callable[[Any], tuple[Any, ...]]
     work: Callable[[Any], Work]
     dense: Callable[[Any], Callable[[], Any] | None] = lambda inputs: None
@@ -283,7 +283,7 @@ def _hourglass(
 
 _NAMES = ("token_spread", "token_cluster", "token_match", "token_reconstruct")
 _kernels = {name: getattr(KERNELS, name).default for name in _NAMES}
-_twins = {name: getattr(reference, f"{name}_ref") for name in _NAMES}
+_references = {name: getattr(reference, f"{name}_ref") for name in _NAMES}
 
 TOKENS = Suite(
     CASES,
@@ -291,20 +291,20 @@ TOKENS = Suite(
     {
         "token_spread": Operator(
             _kernels["token_spread"],
-            _twins["token_spread"],
+            _references["token_spread"],
             lambda x: (x.tokens, *_grid(x.case), x.case.neighbourhood),
             _spread_work,
         ),
         "token_cluster": Operator(
             _kernels["token_cluster"],
-            _twins["token_cluster"],
+            _references["token_cluster"],
             lambda x: (x.tokens, *_cluster_settings(x.case), x.spread),
             _cluster_work,
             _dense_cluster,
         ),
         "token_match": Operator(
             _kernels["token_match"],
-            _twins["token_match"],
+            _references["token_match"],
             lambda x: (x.tokens, x.centres, *_match_settings(x.case), x.spread),
             _match_work,
             _dense_match,
@@ -312,14 +312,14 @@ TOKENS = Suite(
         ),
         "token_reconstruct": Operator(
             _kernels["token_reconstruct"],
-            _twins["token_reconstruct"],
+            _references["token_reconstruct"],
             lambda x: (x.refined, x.indices, x.weights, x.tokens, x.centres),
             _reconstruct_work,
             _dense_reconstruct,
         ),
         "all four": Operator(
             _hourglass(KERNELS.token_reduce.default, _kernels["token_reconstruct"]),
-            _hourglass(reference.token_reduce_ref, _twins["token_reconstruct"]),
+            _hourglass(reference.token_reduce_ref, _references["token_reconstruct"]),
             lambda x: (x.tokens, x.gained, x.case),
             _hourglass_work,
             _dense_hourglass,

@@ -4,11 +4,12 @@
     python -m benchmarks.operators --device cpu --dtype float32 --cases swin_l_1152 vit_l_640
 
 Compared are the kernel (on a GPU also replayed in a CUDA graph, which is its time on the device),
-its PyTorch twin, the twin under torch.compile, and the dense formulation of the method's released
-code (benchmarks/released.py). First all results are compared with the twin's in float64: where one
-differs, nothing is timed, and the run ends with an error. The floor is the time that the bytes or
-the multiply-adds of the operator alone would take at the bandwidth and the rate that this run
-measured with a copy and a matrix product. Inputs rotate through more memory than the cache holds.
+its reference in plain PyTorch, the reference under torch.compile, and the dense formulation of the
+method's released code (benchmarks/released.py). First all results are compared with the reference's
+in float64: where one differs, nothing is timed, and the run ends with an error. The floor is the
+time that the bytes or the multiply-adds of the operator alone would take at the bandwidth and the
+rate that this run measured with a copy and a matrix product. Inputs rotate through more memory than
+the cache holds.
 """
 
 from __future__ import annotations
@@ -83,10 +84,10 @@ def variants(
     arguments = [operator.arguments(inputs) for inputs in sets]
     calls: dict[str, list[Call]] = {}
     calls["kernel"] = [partial(operator.kernel, *args) for args in arguments]
-    calls["twin"] = [partial(operator.twin, *args) for args in arguments]
+    calls["reference"] = [partial(operator.reference, *args) for args in arguments]
     if "compiled" in modes:
         torch._dynamo.reset()  # the number of shapes that it keeps is limited
-        fast = compiled(operator.twin)
+        fast = compiled(operator.reference)
         calls["compiled"] = [partial(fast, *args) for args in arguments]
     dense = [operator.dense(inputs) for inputs in sets]
     if "released" in modes and None not in dense:
@@ -102,7 +103,7 @@ def check(
     Raises:
         ValueError: one is too large.
     """
-    expected = operator.twin(*in_float64(operator.arguments(inputs)))
+    expected = operator.reference(*in_float64(operator.arguments(inputs)))
     errors = {name: operator.difference(group[0](), expected) for name, group in calls.items()}
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}
     if wrong:
@@ -125,7 +126,7 @@ def time_operator(
 @cli
 def main(argv: Sequence[str] | None = None) -> None:
     cases = [name for suite in SUITES for name in suite.cases]
-    modes = ["twin", "compiled", "released"]
+    modes = ["reference", "compiled", "released"]
     arguments = parser(__doc__)
     arguments.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     arguments.add_argument("--cases", nargs="+", choices=cases)

@@ -19,7 +19,7 @@ from expedite_d2.files import replacing  # noqa: E402
 Row = Mapping[str, Any]
 
 _WHOLE = "all four"
-_VARIANTS = ("released", "twin", "compiled", "kernel", "floor")
+_VARIANTS = ("released", "reference", "compiled", "kernel", "floor")
 _DPI = 120
 
 

@@ -40,7 +40,7 @@ How the numbers come about:
 - What is compared runs in alternation in one process. Times are medians of the rounds, the spread
   is that of the fastest and the slowest one, and ratios are medians of the rounds' own ratios. On a
   GPU they are measured with events on the stream, on a CPU with `perf_counter`.
-- Before anything is timed its results are compared: operators with their PyTorch twin in float64,
+- Before anything is timed its results are compared: operators with their references in float64,
   ours with transformers' Mask2Former, compiled models with the ones that are not.
 - The floor of an operator is the time that its bytes (each input read once, each output written
   once) or its multiply-adds alone would take, whichever is longer, at the bandwidth of a copy and
@@ -149,7 +149,7 @@ def operator_section(device: str, rows: Sequence[Row]) -> str:
         body = []
         for row in (row for row in rows if row["dtype"] == dtype):
             times = row["variants"]
-            others = ("twin", "compiled", "released")
+            others = ("reference", "compiled", "released")
             body.append(
                 {
                     "case": row["case"],

@@ -31,7 +31,7 @@ needs_kernels = pytest.mark.skipif(not has_ext(), reason=f"no kernels to time: {
 QUICK = ["--quick", "--device", "cpu", "--rounds", "2"]
 # Runs that several tests look at: a benchmark and its arguments.
 RUNS: dict[str, tuple[Any, list[str]]] = {
-    "operators": (operators, ["--modes", "twin", "released"]),
+    "operators": (operators, ["--modes", "reference", "released"]),
     "backbones": (models, ["--part", "backbone", "--systems", "semantic", "segmenter"]),
     "models": (
         models,
@@ -148,7 +148,7 @@ def test_operators_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_operator_that_is_wrong_is_not_timed():
     inputs = make_inputs(CASES["quick_windows"], "cpu", torch.float32)
     good = TOKENS.operators["token_spread"]
-    bad = good._replace(kernel=lambda *args: good.twin(*args) * 1.01)
+    bad = good._replace(kernel=lambda *args: good.reference(*args) * 1.01)
     calls = operators.variants(bad, [inputs], [])
     with pytest.raises(ValueError, match="some label: results differ.*kernel"):
         operators.check("some label", bad, inputs, calls, "float32")
@@ -255,7 +255,7 @@ def test_report_takes_the_latest(tmp_path: Path):
     assert row["speedup"] == 2.0
     facts["benchmark"] = "operators"
     facts["gigabytes_per_second"] = 10
-    for name, rival, rate in [("d", "twin", 1), ("e", "compiled", 50)]:
+    for name, rival, rate in [("d", "reference", 1), ("e", "compiled", 50)]:
         row = {
             **{"case": "x", "operator": "y", "dtype": "float32"},
             **{"megabytes": 1, "megamultiplyadds": 100},
@@ -265,7 +265,7 @@ def test_report_takes_the_latest(tmp_path: Path):
         run = {**facts, **rates, "date": name, "results": [row]}
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
     (row,) = report.load(tmp_path.glob("*.json"))["a"]["operators"]
-    assert row["variants"].keys() == {"kernel", "twin", "compiled"}
+    assert row["variants"].keys() == {"kernel", "reference", "compiled"}
     assert row["share_of_floor"] == 0.5  # with the rate of the run that timed the kernel last
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(ValueError, match="c.json is not a result"):

@@ -1,7 +1,8 @@
 """The operators of token reduction, and the attention of the pixel decoder.
 
 Each is a dispatcher operator ``torch.ops.expedite_d2.<name>`` whose default implementation is its
-PyTorch twin in :mod:`expedite_d2.ops.reference`; the compiled extension adds CPU and CUDA kernels.
+reference in :mod:`expedite_d2.ops.reference`, in plain PyTorch; the compiled extension adds CPU and
+CUDA kernels.
 """
 
 from expedite_d2 import _ext as _ext  # loads the kernels

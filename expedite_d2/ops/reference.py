@@ -191,7 +191,7 @@ def _centred(z: Tensor, grid: _Grid) -> Tensor:
 def token_spread_ref(
     tokens: Tensor, clusters: Sequence[int], window: Sequence[int] | None, neighbourhood: int
 ) -> Tensor:
-    """Twin of :func:`expedite_d2.ops.token_spread`."""
+    """Reference of :func:`expedite_d2.ops.token_spread`."""
     with torch.no_grad(), no_autocast(tokens):
         height, width = tokens.shape[1:3]
         grid = _grid(tokens, clusters, window, neighbourhood)
@@ -232,7 +232,7 @@ def token_cluster_ref(
     temperature: float,
     spread: Tensor | None,
 ) -> Tensor:
-    """Twin of :func:`expedite_d2.ops.token_cluster`; the responsibilities are constants in it."""
+    """Reference of :func:`expedite_d2.ops.token_cluster`; responsibilities count as constants."""
     with no_autocast(tokens):
         rows, grid = token_cluster_assignments(
             tokens, clusters, window, iterations, neighbourhood, temperature, spread
@@ -277,7 +277,7 @@ def token_match_ref(
     temperature: float,
     spread: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Twin of :func:`expedite_d2.ops.token_match`."""
+    """Reference of :func:`expedite_d2.ops.token_match`."""
     with torch.no_grad(), no_autocast(tokens):
         grid = _grid(tokens, clusters, window, neighbourhood=1)
         windows = (grid.rows.windows, grid.columns.windows)
@@ -324,7 +324,7 @@ def token_reduce_ref(
     temperature: float,
     automatic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Twin of :func:`expedite_d2.ops.token_reduce`."""
+    """Reference of :func:`expedite_d2.ops.token_reduce`."""
     grid = (clusters, window)
     if automatic:
         spread = token_spread_ref(tokens, *grid, neighbourhood)
@@ -342,7 +342,7 @@ def token_reconstruct_ref(
     tokens: Tensor | None,
     centres: Tensor | None,
 ) -> Tensor:
-    """Twin of :func:`expedite_d2.ops.token_reconstruct`."""
+    """Reference of :func:`expedite_d2.ops.token_reconstruct`."""
     with no_autocast(refined):
         batch, channels = refined.shape[0], refined.shape[3]
         delta = precise(refined)

@@ -71,7 +71,7 @@ def ms_deform_attn_ref(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Twin of :func:`expedite_d2.ops.ms_deform_attn`; spatial_shapes as h0, w0, h1, w1 ..."""
+    """Reference of :func:`expedite_d2.ops.ms_deform_attn`; spatial_shapes as h0, w0, h1, w1 ..."""
     with no_autocast(value):
         batch, _, heads, channels = value.shape
         queries = sampling_locations.shape[1]

@@ -117,8 +117,8 @@ def test_instances_index_all_fields_together():
 
 def test_instances_survive_copy_and_pickle():
     objects = builtin.Instances((4, 6), scores=torch.tensor([0.5]))
-    for twin in (copy.deepcopy(objects), pickle.loads(pickle.dumps(objects))):
-        assert twin.image_size == (4, 6) and twin.scores.tolist() == [0.5]
+    for copied in (copy.deepcopy(objects), pickle.loads(pickle.dumps(objects))):
+        assert copied.image_size == (4, 6) and copied.scores.tolist() == [0.5]
 
 
 def test_instances_refuse_a_field_of_another_length():

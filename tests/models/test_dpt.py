@@ -150,10 +150,10 @@ def test_copies_stand_alone(copier) -> None:
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model.logits(images)
-        twin = copier(model)
+        copied = copier(model)
         for parameter in model.parameters():
             parameter.zero_()
-        assert torch.equal(twin.logits(images), expected)
+        assert torch.equal(copied.logits(images), expected)
 
 
 def test_half_precision_stays_close() -> None:

@@ -54,7 +54,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).remov
 
 
 class Sample(NamedTuple):
-    """Inputs of every operator for one case, each as the exact twin makes it from the previous."""
+    """Inputs of every operator for one case, each made in float64 from those before it."""
 
     case: Case
     tokens: Tensor
@@ -133,7 +133,7 @@ def _exact_sample(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def make_sample(
     case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, strided: bool = False
 ) -> Sample:
-    """Makes a sample; everything but the tokens comes from the twins in float64."""
+    """Makes a sample; everything but the tokens comes from the references in float64."""
     parts = [x.clone().to(device) for x in _exact_sample(case, dtype)]
     if strided:
         parts = [_strided(x) if x.dim() == 4 else x for x in parts]
@@ -141,7 +141,7 @@ def make_sample(
 
 
 def assert_kernel(name: str, device: str) -> None:
-    """Without this, a twin standing in for a missing kernel would be compared with itself."""
+    """Without this, a reference standing in for a missing kernel would be compared with itself."""
     assert _ext.has_ext(), _ext.ext_error()
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"expedite_d2::{name}", key), (

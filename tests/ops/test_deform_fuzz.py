@@ -1,4 +1,4 @@
-"""ms_deform_attn at random shapes, strides, types and values against its twin in float64."""
+"""ms_deform_attn at random shapes, strides, types and values against its reference in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random shapes, strides, types and values: every kernel against its twin in float64.
+"""Random shapes, strides, types and values: every kernel against its reference in float64.
 
 A seed decides a whole case. A failing test has it in its name, and prints the case.
 """
@@ -115,7 +115,7 @@ def make_tokens(fuzz: Fuzz, generator: torch.Generator) -> Tensor:
 
 
 class Data(NamedTuple):
-    """A case's arguments, each made by the exact twin from those before it, without bad tokens."""
+    """A case's arguments without bad tokens, each made in float64 from those before it."""
 
     tokens: Tensor
     spread: Tensor

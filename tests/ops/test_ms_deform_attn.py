@@ -62,7 +62,7 @@ def test_ms_deform_attn_literals(run, device):
 @each_case
 @each_dtype
 @pytest.mark.parametrize("layout", ["dense", "strided"])
-def test_ms_deform_attn_kernel_equals_twin(case, dtype, layout, device):
+def test_ms_deform_attn_kernel_equals_reference(case, dtype, layout, device):
     assert_kernel("ms_deform_attn", device)
     args = make_args(case, device, dtype)
     if layout == "strided":
@@ -193,7 +193,7 @@ def test_ms_deform_attn_gradcheck(device):
 
 @each_case
 @each_dtype
-def test_ms_deform_attn_gradient_is_the_twins(case, dtype, device):
+def test_ms_deform_attn_gradient_is_the_references(case, dtype, device):
     assert_kernel("_ms_deform_attn_backward", device)
     args = make_args(case, device, dtype)
     weight = output_weight(case, device).to(dtype).double()

@@ -143,7 +143,7 @@ def test_ms_deform_attn_side_stream_and_cuda_graph():
     assert torch.equal(out, KERNEL(*args))
 
 
-def test_ms_deform_attn_without_extension_the_twin_runs():
+def test_ms_deform_attn_without_extension_the_reference_runs():
     code = (
         "import torch; from expedite_d2 import _ext, ops\n"
         "assert not _ext.has_ext()\n"
@@ -163,7 +163,7 @@ def test_ms_deform_attn_without_extension_the_twin_runs():
 def test_ms_deform_attn_narrow_registers_agree():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [str(Path(__file__).with_name("test_ms_deform_attn.py"))]
-    command += ["-k", "cpu and float32 and kernel_equals_twin and dense"]
+    command += ["-k", "cpu and float32 and kernel_equals_reference and dense"]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

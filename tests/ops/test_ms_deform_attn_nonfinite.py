@@ -153,7 +153,7 @@ def test_ms_deform_attn_reach_of_nan_and_infinity(dtype, place, what, device):
         ):
             found = [run(*typed.args()), *backward(typed.grad, *typed.args())]
             check(inputs, expected, found, bad)
-        # What autograd makes of the twin, which is how float64 is differentiated.
+        # What autograd makes of the reference, which is how float64 is differentiated.
         exact = inputs.to(device, torch.float64)
         args = exact.args()
         found = [ms_deform_attn_ref(*args), *gradients(ms_deform_attn_ref, args, exact.grad)]

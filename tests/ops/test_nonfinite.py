@@ -1,4 +1,4 @@
-"""A NaN or infinity in any argument of a token operator: kernel and twin make the same of it."""
+"""A NaN or infinity in an argument of a token operator does the same in kernel and reference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_both(operator: str, args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]
 @pytest.mark.parametrize(
     "operator, what", [(name, what) for name, all_of in ARGUMENTS.items() for what in all_of]
 )
-def test_nan_and_infinity_reach_the_same_in_kernel_and_twin(operator, what, name, dtype, device):
+def test_nan_and_infinity_reach_the_same_as_in_reference(operator, what, name, dtype, device):
     assert_kernel(operator, device)
     for bad in BADS:
         sample = spoilt(make_sample(CASES[name], device, dtype), what, bad)
@@ -67,14 +67,14 @@ def test_nan_and_infinity_reach_the_same_in_kernel_and_twin(operator, what, name
                     assert found[1].isfinite().all()
 
 
-each_run = pytest.mark.parametrize("run", ["kernel", "twin"])
+each_run = pytest.mark.parametrize("run", ["kernel", "reference"])
 
 
 @each_run
 @each_bad
 def test_token_match_of_a_centre_that_is_not_finite(bad, run, device):
     """An infinite centre is infinitely far, on whichever side; one at NaN spoils who takes it."""
-    match = reference.token_match_ref if run == "twin" else torch.ops.expedite_d2.token_match
+    match = reference.token_match_ref if run == "reference" else torch.ops.expedite_d2.token_match
     tokens = torch.tensor([-3.0, -1, 0, 1, 2, 5], device=device).view(1, 1, 6, 1)
     centres = torch.tensor([bad, 1.0, 4.0], device=device).view(1, 1, 3, 1)
     for topk in (1, 2, 3):
@@ -94,7 +94,7 @@ def test_token_match_pads_with_nan_beside_nan(bad, run, device):
     """A window of one cell: the places that repeat it are NaN where its own weight is."""
     case = CASES["one_cluster"]
     args = spoilt(make_sample(case, device), "tokens", bad).match_args()
-    match = reference.token_match_ref if run == "twin" else torch.ops.expedite_d2.token_match
+    match = reference.token_match_ref if run == "reference" else torch.ops.expedite_d2.token_match
     weights = match(*args)[1]
     nan = weights.isnan()
     assert torch.equal(nan.any(-1), nan.all(-1)) and nan.any(-1).sum() == 1
@@ -107,7 +107,8 @@ def test_token_cluster_of_an_infinite_spread_is_the_mean_of_candidates(run, devi
     case = CASES["windows"]
     sample = make_sample(case, device)
     sample = sample._replace(spread=torch.full_like(sample.spread, math.inf))
-    cluster = reference.token_cluster_ref if run == "twin" else torch.ops.expedite_d2.token_cluster
+    kernel = torch.ops.expedite_d2.token_cluster
+    cluster = reference.token_cluster_ref if run == "reference" else kernel
     out = cluster(*sample.cluster_args())
     tokens, rest = sample.cluster_args()[0], sample.cluster_args()[1:5]
     expected = reference.token_cluster_ref(tokens.double(), *rest, 1e-30, None)

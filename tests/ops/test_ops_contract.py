@@ -67,7 +67,7 @@ def test_dispatcher_holds_the_kernel(name, device):
     assert_kernel(name, device)
 
 
-def test_without_extension_the_twins_run():
+def test_without_extension_the_references_run():
     code = (
         "import torch; from expedite_d2 import _ext, ops\n"
         "assert not _ext.has_ext() and 'EXPEDITE_D2_NO_EXT' in _ext.ext_error()\n"
@@ -149,10 +149,10 @@ def test_autocast_changes_nothing(device):
     tokens = make_sample(CASES["windows"], device).tokens
     plain = pipeline(tokens)
     sample = make_sample(CASES["windows"], device)
-    twin = reference.token_cluster_ref(*sample.cluster_args())
+    expected = reference.token_cluster_ref(*sample.cluster_args())
     with torch.autocast(device, torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(plain, pipeline(tokens), strict=True))
-        assert torch.equal(reference.token_cluster_ref(*sample.cluster_args()), twin)
+        assert torch.equal(reference.token_cluster_ref(*sample.cluster_args()), expected)
 
 
 def test_compile_fullgraph(device):
@@ -240,7 +240,7 @@ def test_narrow_registers_agree():
     """Runs the kernels' other instruction set, which this machine would not choose."""
     tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in KERNELS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    command += ["-k", "cpu and float32 and kernel_equals_twin and not strided"]
+    command += ["-k", "cpu and float32 and kernel_equals_reference and not strided"]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -68,7 +68,7 @@ def test_token_cluster_literals(literal, columns, device):
 @each_case
 @each_dtype
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-def test_token_cluster_kernel_equals_twin(case, dtype, strided, device):
+def test_token_cluster_kernel_equals_reference(case, dtype, strided, device):
     assert_kernel("token_cluster", device)
     sample = make_sample(case, device, dtype, strided)
     for iterations in (0, 1, 5):
@@ -80,7 +80,7 @@ def test_token_cluster_kernel_equals_twin(case, dtype, strided, device):
 
 
 @each_case
-def test_token_cluster_twin_float32_equals_float64(case):
+def test_token_cluster_reference_float32_equals_float64(case):
     args = make_sample(case).cluster_args()
     assert_centres_close(token_cluster_ref(*args), token_cluster_ref(*double(args)))
 
@@ -118,14 +118,14 @@ def test_token_cluster_empty_batch(device):
     assert out.shape == (0, 5, 4, 3)
 
 
-@pytest.mark.parametrize("run", ["kernel", "twin"])
+@pytest.mark.parametrize("run", ["kernel", "reference"])
 @pytest.mark.parametrize("name", ["windows", "image"])
 def test_token_cluster_nan_stays_in_its_window(name, run, device):
     case = CASES[name]
     tokens = make_tokens(case).to(device)
     tokens[1, 2, 3, 0] = torch.nan
     args = (case.clusters, case.window, 3, 5, TEMPERATURE, None)
-    function = token_cluster_ref if run == "twin" else torch.ops.expedite_d2.token_cluster
+    function = token_cluster_ref if run == "reference" else torch.ops.expedite_d2.token_cluster
     out = function(tokens, *args)
     spoilt = out.isnan().any(-1)
     assert not spoilt[0].any()
@@ -143,7 +143,7 @@ def test_token_cluster_of_many_windows(device):
 
 
 @each_case
-def test_token_cluster_gradient_is_the_twins(case, device):
+def test_token_cluster_gradient_is_the_references(case, device):
     sample = make_sample(case, device)
     exact = sample.tokens.double().requires_grad_()
     expected = token_cluster_ref(exact, *sample.cluster_args()[1:])

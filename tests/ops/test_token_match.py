@@ -77,7 +77,7 @@ def test_token_match_indices_of_windows_are_linear_in_the_map(device):
 @each_case
 @each_dtype
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-def test_token_match_kernel_equals_twin(case, dtype, strided, device):
+def test_token_match_kernel_equals_reference(case, dtype, strided, device):
     assert_kernel("token_match", device)
     sample = make_sample(case, device, dtype, strided)
     for topk in (1, 4, 11):
@@ -108,7 +108,7 @@ def _assert_distinct_where_enough(indices: torch.Tensor, weights: torch.Tensor) 
 
 
 @each_case
-def test_token_match_twin_float32_equals_float64(case):
+def test_token_match_reference_float32_equals_float64(case):
     args = make_sample(case).match_args()
     _, weights = token_match_ref(*args)
     torch.testing.assert_close(weights, token_match_ref(*double(args))[1], rtol=1e-3, atol=1e-4)
@@ -134,12 +134,12 @@ def test_token_match_empty_batch(device):
     assert indices.dtype == torch.int32 and weights.dtype == torch.float32
 
 
-@pytest.mark.parametrize("run", ["kernel", "twin"])
+@pytest.mark.parametrize("run", ["kernel", "reference"])
 @pytest.mark.parametrize("name", ["windows", "ragged", "image"])
 def test_token_match_nan(name, run, device):
     case = CASES[name]
     sample = make_sample(case, device)
-    function = token_match_ref if run == "twin" else torch.ops.expedite_d2.token_match
+    function = token_match_ref if run == "reference" else torch.ops.expedite_d2.token_match
     cells = case.map_size[0] * case.map_size[1]
     tokens = sample.tokens.clone()
     tokens[0, -1, -1] = torch.nan

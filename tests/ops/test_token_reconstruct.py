@@ -39,7 +39,7 @@ def test_token_reconstruct_unrefined_centres_change_nothing(device):
 @each_dtype
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("mode", ["residual", "replace"])
-def test_token_reconstruct_kernel_equals_twin(case, dtype, strided, mode, device):
+def test_token_reconstruct_kernel_equals_reference(case, dtype, strided, mode, device):
     assert_kernel("token_reconstruct", device)
     args = make_sample(case, device, dtype, strided).reconstruct_args()
     if mode == "replace":
@@ -103,7 +103,7 @@ def test_token_reconstruct_gradcheck(mode, device):
 
 @each_case
 @each_dtype
-def test_token_reconstruct_gradient_is_the_twins(case, dtype, device):
+def test_token_reconstruct_gradient_is_the_references(case, dtype, device):
     args = make_sample(case, device, dtype).reconstruct_args()
     weight = torch.linspace(-1, 1, args[3].numel(), device=device).view(args[3].shape)
 

@@ -59,7 +59,7 @@ def test_token_reduce_has_a_kernel():
 @each_case
 @each_dtype
 @each_temperature
-def test_token_reduce_equals_twin(case, dtype, automatic, device):
+def test_token_reduce_equals_reference(case, dtype, automatic, device):
     tokens = make_tokens(case).to(device, dtype)
     for iterations, topk in ((0, 1), (5, 4), (1, 11)):
         args = arguments(case, automatic, iterations, topk)

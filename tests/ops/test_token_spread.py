@@ -50,7 +50,7 @@ def test_token_spread_literals(tokens, clusters, window, neighbourhood, expected
 @each_case
 @each_dtype
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-def test_token_spread_kernel_equals_twin(case, dtype, strided, device):
+def test_token_spread_kernel_equals_reference(case, dtype, strided, device):
     assert_kernel("token_spread", device)
     args = make_sample(case, device, dtype, strided).spread_args()
     out = torch.ops.expedite_d2.token_spread(*args)
@@ -58,7 +58,7 @@ def test_token_spread_kernel_equals_twin(case, dtype, strided, device):
 
 
 @each_case
-def test_token_spread_twin_float32_equals_float64(case):
+def test_token_spread_reference_float32_equals_float64(case):
     args = make_sample(case).spread_args()
     torch.testing.assert_close(
         token_spread_ref(*args), token_spread_ref(*double(args)), rtol=1e-4, atol=1e-6
@@ -79,12 +79,12 @@ def test_token_spread_empty_batch(device):
     assert out.shape == (0,) and out.dtype == torch.float32
 
 
-@pytest.mark.parametrize("run", ["kernel", "twin"])
+@pytest.mark.parametrize("run", ["kernel", "reference"])
 def test_token_spread_nan_stays_in_its_image(run, device):
     case = CASES["windows"]
     tokens = make_tokens(case).to(device)
     tokens[1, 3, 4, 0] = torch.nan
-    function = token_spread_ref if run == "twin" else torch.ops.expedite_d2.token_spread
+    function = token_spread_ref if run == "reference" else torch.ops.expedite_d2.token_spread
     out = function(tokens, case.clusters, case.window, 5)
     assert out.isnan().tolist() == [False, True]
 
