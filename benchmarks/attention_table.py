@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.common import difference
 from benchmarks.operator_table import KERNELS, Operator, Suite, Work
-from expedite_d2.ops import reference_deform as reference
+from expedite_d2.ops import reference
 
 
 class Case(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import check_levels, check_like, check_map, check_samples
-from expedite_d2.ops.reference_deform import ms_deform_attn_backward_ref, ms_deform_attn_ref
+from expedite_d2.ops.reference import ms_deform_attn_backward_ref, ms_deform_attn_ref
 
 _NAME = "expedite_d2::ms_deform_attn"
 _BACKWARD = "expedite_d2::_ms_deform_attn_backward"

@@ -10,7 +10,7 @@ import torch
 from deform_cases import BACKWARD, KERNEL, Case, double, strided
 from op_cases import DTYPES, assert_kernel
 
-from expedite_d2.ops.reference_deform import ms_deform_attn_backward_ref, ms_deform_attn_ref
+from expedite_d2.ops.reference import ms_deform_attn_backward_ref, ms_deform_attn_ref
 
 SEEDS = range(60)
 

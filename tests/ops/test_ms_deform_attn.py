@@ -19,7 +19,7 @@ from op_cases import assert_kernel, each_dtype
 from torch import Tensor
 
 from expedite_d2.ops import ms_deform_attn
-from expedite_d2.ops.reference_deform import ms_deform_attn_backward_ref, ms_deform_attn_ref
+from expedite_d2.ops.reference import ms_deform_attn_backward_ref, ms_deform_attn_ref
 
 
 def close(out: Tensor, exact: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:

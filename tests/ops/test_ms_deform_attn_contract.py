@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from expedite_d2.ops import ms_deform_attn
-from expedite_d2.ops.reference_deform import ms_deform_attn_ref
+from expedite_d2.ops.reference import ms_deform_attn_ref
 
 
 @pytest.mark.parametrize("case", ["odd", "one_query", "mask2former"])

@@ -15,7 +15,7 @@ from deform_cases import BACKWARD, KERNEL, gradients
 from op_cases import assert_kernel, each_dtype
 from torch import Tensor
 
-from expedite_d2.ops.reference_deform import ms_deform_attn_backward_ref, ms_deform_attn_ref
+from expedite_d2.ops.reference import ms_deform_attn_backward_ref, ms_deform_attn_ref
 
 # Sides are powers of two: every place below is exact in each of the types.
 SHAPES = ((2, 4), (1, 2))

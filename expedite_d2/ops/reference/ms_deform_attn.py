@@ -1,4 +1,4 @@
-"""ms_deform_attn in plain PyTorch: oracle of the kernels, and fallback where none is built.
+"""Reference of ms_deform_attn and of its gradient.
 
 What numbers that are not finite do, here and in the kernels:
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expedite_d2.ops.reference import no_autocast, precise
+from expedite_d2.ops.reference._windows import no_autocast, precise
 
 
 class _Level(NamedTuple):
