@@ -11,24 +11,24 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import check_levels, check_like, check_map, check_samples
+from expedite_d2.ops._registration import define, for_type_of
 from expedite_d2.ops.reference import ms_deform_attn_backward_ref, ms_deform_attn_ref
 
-_NAME = "expedite_d2::ms_deform_attn"
-_BACKWARD = "expedite_d2::_ms_deform_attn_backward"
 # spatial_shapes as h0, w0, h1, w1 ...: schemas have no nested lists.
 _ARGUMENTS = (
     "Tensor value, SymInt[] spatial_shapes, SymInt[] level_start, Tensor sampling_locations, "
     "Tensor attention_weights"
 )
 
-torch.library.define(_NAME, f"({_ARGUMENTS}) -> Tensor")
-torch.library.impl(_NAME, "default", ms_deform_attn_ref)
+_ms_deform_attn = define("ms_deform_attn", f"({_ARGUMENTS}) -> Tensor", ms_deform_attn_ref)
+_ms_deform_attn_backward = define(
+    "_ms_deform_attn_backward",
+    f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    ms_deform_attn_backward_ref,
+)
 
-torch.library.define(_BACKWARD, f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-torch.library.impl(_BACKWARD, "default", ms_deform_attn_backward_ref)
 
-
-@torch.library.register_fake(_NAME)
+@torch.library.register_fake(_ms_deform_attn)
 def _fake(
     value: Tensor,
     spatial_shapes: Sequence[int],
@@ -40,7 +40,7 @@ def _fake(
     return value.new_empty((batch, sampling_locations.shape[1], heads * channels))
 
 
-@torch.library.register_fake(_BACKWARD)
+@torch.library.register_fake(_ms_deform_attn_backward)
 def _backward_fake(
     grad: Tensor,
     value: Tensor,
@@ -87,10 +87,7 @@ def _backward(ctx, grad: Tensor):
     return value, None, None, locations, weights
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
-
-_ms_deform_attn_backward = torch.ops.expedite_d2._ms_deform_attn_backward.default
-_ms_deform_attn = torch.ops.expedite_d2.ms_deform_attn.default
+torch.library.register_autograd(_ms_deform_attn, _backward, setup_context=_setup_context)
 
 
 def ms_deform_attn(
@@ -149,6 +146,5 @@ def ms_deform_attn(
         sampling_locations,
         "sampling_locations",
     )
-    # The kernels are for the types that models run in; float64 serves tests of gradients.
-    run = ms_deform_attn_ref if value.dtype == torch.float64 else _ms_deform_attn
+    run = for_type_of(value, _ms_deform_attn, ms_deform_attn_ref)
     return run(value, shapes, starts, sampling_locations, attention_weights)

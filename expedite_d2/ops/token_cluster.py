@@ -18,26 +18,26 @@ from expedite_d2.ops._checks import (
     check_temperature,
     map_size,
 )
+from expedite_d2.ops._registration import define, for_type_of
 from expedite_d2.ops.pairs import candidate_values
 from expedite_d2.ops.reference import token_cluster_backward_ref, token_cluster_ref
 
-_NAME = "expedite_d2::token_cluster"
-_BACKWARD = "expedite_d2::_token_cluster_backward"
 _SETTINGS = (
     "Tensor tokens, int[] clusters, int[]? window, int iterations, int neighbourhood, "
     "float temperature, Tensor? spread"
 )
 
-torch.library.define(_NAME, f"({_SETTINGS}) -> Tensor")
-torch.library.impl(_NAME, "default", token_cluster_ref)
-
+_token_cluster = define("token_cluster", f"({_SETTINGS}) -> Tensor", token_cluster_ref)
 # An operator of its own, so that compilers do not trace through all iterations. No kernel: models
 # are expedited for evaluation, training through it need not be fast.
-torch.library.define(_BACKWARD, f"(Tensor grad, {_SETTINGS}) -> Tensor")
-torch.library.impl(_BACKWARD, "default", token_cluster_backward_ref)
+_token_cluster_backward = define(
+    "_token_cluster_backward",
+    f"(Tensor grad, {_SETTINGS}) -> Tensor",
+    token_cluster_backward_ref,
+)
 
 
-@torch.library.register_fake(_NAME)
+@torch.library.register_fake(_token_cluster)
 def _fake(
     tokens: Tensor,
     clusters: Sequence[int],
@@ -51,7 +51,7 @@ def _fake(
     return tokens.new_empty((batch, *map_size(tokens, clusters, window), channels))
 
 
-@torch.library.register_fake(_BACKWARD)
+@torch.library.register_fake(_token_cluster_backward)
 def _backward_fake(grad: Tensor, tokens: Tensor, *settings: object) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
@@ -92,10 +92,7 @@ def _backward(ctx, grad: Tensor):
     return grad_tokens, None, None, None, None, None, None
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
-
-_token_cluster_backward = torch.ops.expedite_d2._token_cluster_backward.default
-_token_cluster = torch.ops.expedite_d2.token_cluster.default
+torch.library.register_autograd(_token_cluster, _backward, setup_context=_setup_context)
 
 
 def token_cluster(
@@ -144,6 +141,5 @@ def token_cluster(
     neighbourhood = check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
     tau = check_temperature(op, temperature)
     check_spread(op, spread, tokens)
-    # The kernels are for the types that models run in; float64 serves tests of gradients.
-    run = token_cluster_ref if tokens.dtype == torch.float64 else _token_cluster
+    run = for_type_of(tokens, _token_cluster, token_cluster_ref)
     return run(tokens, cells, side, iterations, neighbourhood, tau, spread)

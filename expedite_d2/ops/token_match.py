@@ -17,20 +17,20 @@ from expedite_d2.ops._checks import (
     check_temperature,
     map_size,
 )
+from expedite_d2.ops._registration import define, for_type_of, nondifferentiable
 from expedite_d2.ops.pairs import match_pairs
 from expedite_d2.ops.reference import token_match_ref
 
-_NAME = "expedite_d2::token_match"
-
-torch.library.define(
-    _NAME,
+_token_match = define(
+    "token_match",
     "(Tensor tokens, Tensor centres, int[] clusters, int[]? window, int topk, float temperature, "
     "Tensor? spread) -> (Tensor, Tensor)",
+    token_match_ref,
 )
-torch.library.impl(_NAME, "default", token_match_ref)
+nondifferentiable(_token_match)
 
 
-@torch.library.register_fake(_NAME)
+@torch.library.register_fake(_token_match)
 def _fake(
     tokens: Tensor,
     centres: Tensor,
@@ -57,19 +57,6 @@ def token_match_flops(
     """Twice the multiply-adds: a distance to each centre of the token's window."""
     batch, *grid, channels = tokens
     return 2 * batch * channels * match_pairs(grid, clusters, window or grid)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(*output)
-
-
-def _backward(ctx, *grads: Tensor):
-    return None, None, None, None, None, None, None
-
-
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
-
-_token_match = torch.ops.expedite_d2.token_match.default
 
 
 def token_match(
@@ -120,6 +107,5 @@ def token_match(
     topk = check_int(op, "topk", topk, 1)
     tau = check_temperature(op, temperature)
     check_spread(op, spread, tokens)
-    # The kernels are for the types that models run in; float64 serves tests of gradients.
-    run = token_match_ref if tokens.dtype == torch.float64 else _token_match
+    run = for_type_of(tokens, _token_match, token_match_ref)
     return run(tokens, centres, cells, side, topk, tau, spread)

@@ -10,26 +10,24 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import check_device, check_like, check_map
+from expedite_d2.ops._registration import define, for_type_of
 from expedite_d2.ops.reference import token_reconstruct_backward_ref, token_reconstruct_ref
 
-_NAME = "expedite_d2::token_reconstruct"
-_BACKWARD = "expedite_d2::_token_reconstruct_backward"
-
-torch.library.define(
-    _NAME,
+_token_reconstruct = define(
+    "token_reconstruct",
     "(Tensor refined, Tensor indices, Tensor weights, Tensor? tokens, Tensor? centres) -> Tensor",
+    token_reconstruct_ref,
 )
-torch.library.impl(_NAME, "default", token_reconstruct_ref)
-
 # An operator of its own, so that compilers do not trace through it. No kernel: models are expedited
 # for evaluation, training through it need not be fast.
-torch.library.define(
-    _BACKWARD, "(Tensor grad, Tensor indices, Tensor weights, int[] cells) -> Tensor"
+_token_reconstruct_backward = define(
+    "_token_reconstruct_backward",
+    "(Tensor grad, Tensor indices, Tensor weights, int[] cells) -> Tensor",
+    token_reconstruct_backward_ref,
 )
-torch.library.impl(_BACKWARD, "default", token_reconstruct_backward_ref)
 
 
-@torch.library.register_fake(_NAME)
+@torch.library.register_fake(_token_reconstruct)
 def _fake(
     refined: Tensor,
     indices: Tensor,
@@ -40,7 +38,7 @@ def _fake(
     return refined.new_empty((*indices.shape[:3], refined.shape[3]))
 
 
-@torch.library.register_fake(_BACKWARD)
+@torch.library.register_fake(_token_reconstruct_backward)
 def _backward_fake(grad: Tensor, indices: Tensor, weights: Tensor, cells: Sequence[int]) -> Tensor:
     return grad.new_empty((grad.shape[0], *cells, grad.shape[3]))
 
@@ -71,10 +69,7 @@ def _backward(ctx, grad: Tensor):
     return grad_refined, None, None, grad if needs_tokens else None, grad_centres
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
-
-_token_reconstruct_backward = torch.ops.expedite_d2._token_reconstruct_backward.default
-_token_reconstruct = torch.ops.expedite_d2.token_reconstruct.default
+torch.library.register_autograd(_token_reconstruct, _backward, setup_context=_setup_context)
 
 
 def _check_assignment(
@@ -137,6 +132,5 @@ def token_reconstruct(
         grid = (*indices.shape[:3], refined.shape[3])
         check_like(op, "tokens", tokens, grid, refined, "refined")
         check_like(op, "centres", centres, refined.shape, refined, "refined")
-    # The kernels are for the types that models run in; float64 serves tests of gradients.
-    run = token_reconstruct_ref if refined.dtype == torch.float64 else _token_reconstruct
+    run = for_type_of(refined, _token_reconstruct, token_reconstruct_ref)
     return run(refined, indices, weights, tokens, centres)

@@ -16,12 +16,11 @@ from expedite_d2.ops._checks import (
     check_temperature,
     map_size,
 )
+from expedite_d2.ops._registration import define, for_type_of
 from expedite_d2.ops.reference import token_reduce_ref
 from expedite_d2.ops.token_cluster import token_cluster_flops
 from expedite_d2.ops.token_match import token_match_flops
 from expedite_d2.ops.token_spread import token_spread_flops
-
-_NAME = "expedite_d2::token_reduce"
 
 
 class Reduced(NamedTuple):
@@ -33,14 +32,6 @@ class Reduced(NamedTuple):
     weights: Tensor
 
 
-torch.library.define(
-    _NAME,
-    "(Tensor tokens, int[] clusters, int[]? window, int iterations, int neighbourhood, int topk, "
-    "float temperature, bool automatic) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl(_NAME, "default")
 def _compose(
     tokens: Tensor,
     clusters: Sequence[int],
@@ -63,7 +54,15 @@ def _compose(
     return spread, centres, indices, weights
 
 
-@torch.library.register_fake(_NAME)
+_token_reduce = define(
+    "token_reduce",
+    "(Tensor tokens, int[] clusters, int[]? window, int iterations, int neighbourhood, int topk, "
+    "float temperature, bool automatic) -> (Tensor, Tensor, Tensor, Tensor)",
+    _compose,
+)
+
+
+@torch.library.register_fake(_token_reduce)
 def _fake(
     tokens: Tensor,
     clusters: Sequence[int],
@@ -121,9 +120,7 @@ def _backward(ctx, *grads: Tensor):
     return grad_tokens, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
-
-_token_reduce = torch.ops.expedite_d2.token_reduce.default
+torch.library.register_autograd(_token_reduce, _backward, setup_context=_setup_context)
 
 
 def token_reduce(
@@ -178,6 +175,5 @@ def token_reduce(
     neighbourhood = check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
     topk = check_int(op, "topk", topk, 1)
     tau = check_temperature(op, temperature)
-    # The kernels are for the types that models run in; float64 serves tests of gradients.
-    run = token_reduce_ref if tokens.dtype == torch.float64 else _token_reduce
+    run = for_type_of(tokens, _token_reduce, token_reduce_ref)
     return Reduced(*run(tokens, cells, side, iterations, neighbourhood, topk, tau, bool(automatic)))

@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from expedite_d2.ops._checks import check_clusters, check_int, check_map
+from expedite_d2.ops._registration import define, for_type_of, nondifferentiable
 from expedite_d2.ops.pairs import candidate_values
 from expedite_d2.ops.reference import token_spread_ref
 
-_NAME = "expedite_d2::token_spread"
-
-torch.library.define(
-    _NAME, "(Tensor tokens, int[] clusters, int[]? window, int neighbourhood) -> Tensor"
+_token_spread = define(
+    "token_spread",
+    "(Tensor tokens, int[] clusters, int[]? window, int neighbourhood) -> Tensor",
+    token_spread_ref,
 )
-torch.library.impl(_NAME, "default", token_spread_ref)
+nondifferentiable(_token_spread)
 
 
-@torch.library.register_fake(_NAME)
+@torch.library.register_fake(_token_spread)
 def _fake(
     tokens: Tensor, clusters: Sequence[int], window: Sequence[int] | None, neighbourhood: int
 ) -> Tensor:
@@ -38,19 +39,6 @@ def token_spread_flops(
 ) -> int:
     """Twice the multiply-adds: pooling, one a value, and a distance to each candidate."""
     return 2 * (math.prod(tokens) + candidate_values(tokens, clusters, window, neighbourhood))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(output)
-
-
-def _backward(ctx, grad: Tensor):
-    return None, None, None, None
-
-
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
-
-_token_spread = torch.ops.expedite_d2.token_spread.default
 
 
 def token_spread(
@@ -86,6 +74,5 @@ def token_spread(
     check_map(op, "tokens", tokens)
     cells, side = check_clusters(op, tokens, clusters, window)
     neighbourhood = check_int(op, "neighbourhood", neighbourhood, 1, odd=True)
-    # The kernels are for the types that models run in; float64 serves tests of gradients.
-    run = token_spread_ref if tokens.dtype == torch.float64 else _token_spread
+    run = for_type_of(tokens, _token_spread, token_spread_ref)
     return run(tokens, cells, side, neighbourhood)

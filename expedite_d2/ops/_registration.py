@@ -1,0 +1,47 @@
+"""Registration of the operators with PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+
+def define(name: str, schema: str, implementation: Callable[..., Any]) -> OpOverload:
+    """Defines an operator.
+
+    Args:
+        name: without the namespace, which is ``expedite_d2``.
+        schema: arguments and results, as ``torch.library.define`` takes them.
+        implementation: what runs on a device for which no kernel is registered.
+
+    Returns:
+        ``torch.ops.expedite_d2.<name>.default``.
+    """
+    torch.library.define(f"expedite_d2::{name}", schema)
+    torch.library.impl(f"expedite_d2::{name}", "default", implementation)
+    return getattr(torch.ops.expedite_d2, name).default
+
+
+def nondifferentiable(operator: OpOverload) -> None:
+    """Registers that an operator's results have no gradient, whatever its arguments require."""
+    no_gradients = (None,) * len(operator._schema.arguments)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return no_gradients
+
+    torch.library.register_autograd(operator, backward, setup_context=setup_context)
+
+
+def for_type_of(x: Tensor, operator: OpOverload, reference: Callable[..., Any]) -> Callable:
+    """Chooses between an operator and its reference by the type of its input.
+
+    The kernels are for the types that models run in; float64 serves tests of gradients.
+    """
+    return reference if x.dtype == torch.float64 else operator
