@@ -81,6 +81,14 @@ def test_without_extension_the_references_run():
     assert done.stdout.strip() == "[0.5, 5.0]"
 
 
+@pytest.mark.parametrize("case", ["windows", "ragged", "image"])
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_is_contiguous_like_the_fake(name, case):
+    sample = make_sample(CASES[case], strided=True)
+    out = getattr(reference, f"{name}_ref")(*op_args(name, sample))
+    assert all(x.is_contiguous() for x in (out if isinstance(out, tuple) else (out,)))
+
+
 def test_opcheck_of_backward(device):
     sample = make_sample(CASES["ragged"], device)
     library = torch.ops.expedite_d2

@@ -36,7 +36,7 @@ def token_reconstruct_ref(
             out = precise(tokens)
         for k in range(indices.shape[3]):
             out = out + weights[..., k, None] * table[at[..., k]]
-        return out.to(refined.dtype if tokens is None else tokens.dtype)
+        return out.to(refined.dtype if tokens is None else tokens.dtype).contiguous()
 
 
 def token_reconstruct_backward_ref(
