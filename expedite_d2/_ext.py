@@ -1,7 +1,7 @@
 """Loads the compiled extension, the only module that imports ``expedite_d2._C``.
 
 Importing the binary registers its CPU and CUDA kernels with the dispatcher. Where it is missing or
-does not load, the operators run their PyTorch references, and the reason is kept for whoever asks.
+does not load, the operators run their PyTorch references, and the reason is kept (see `ext_error`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Argument checks of the operators.
 
-Each message names the operator, the argument, what was expected and what came.
+Each message names the operator, the argument, what was expected and what was given.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMES = "float32, bfloat16, float16 or float64"
-# Kernels index cells and tokens of an axis in 32 bits, also the product of its two sizes.
+# Kernels index the tokens and cells of an axis, and products of both numbers, in 32 bits.
 _LIMIT = 2**31
 
 
@@ -25,7 +25,7 @@ def _got(value: object) -> str:
 
 
 def integer(value: object) -> int | None:
-    """A whole number as Python's own, numpy's among them; None for all else, a bool too."""
+    """Converts a whole number, such as numpy's, to an int; None for anything else, also a bool."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -33,7 +33,7 @@ def integer(value: object) -> int | None:
 
 
 def real(value: object) -> float | None:
-    """A number as Python's own float, numpy's among them; None for all else, a bool too."""
+    """Converts a number, such as numpy's, to a float; None for anything else, also a bool."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return float(value) if number else None  # type: ignore[arg-type]
 
@@ -80,7 +80,7 @@ def check_clusters(
 def map_size(
     tokens: Tensor, clusters: Sequence[int], window: Sequence[int] | None
 ) -> tuple[int, int]:
-    """Size (h', w') of the map of all windows' cells."""
+    """Returns the size (h', w') of the map that holds the cells of all windows."""
     height, width = tokens.shape[1:3]
     side_h, side_w = window if window is not None else (height, width)
     return (
@@ -90,7 +90,7 @@ def map_size(
 
 
 def check_int(op: str, name: str, value: int, least: int, *, odd: bool = False) -> int:
-    """Requires an integer of at least ``least``, odd where asked; returns it as Python's own."""
+    """Requires an integer of at least ``least``, odd where asked; returns it as an int."""
     number = integer(value)
     if number is None or number < least or (odd and number % 2 == 0):
         kind = "an odd integer" if odd else "an integer"
@@ -99,7 +99,7 @@ def check_int(op: str, name: str, value: int, least: int, *, odd: bool = False) 
 
 
 def check_temperature(op: str, temperature: float) -> float:
-    """Requires a finite positive number; returns it as Python's own."""
+    """Requires a finite positive number; returns it as a float."""
     number = real(temperature)
     if number is None:
         raise TypeError(f"{op}: expected temperature to be a number, got {_got(temperature)}")
@@ -120,7 +120,7 @@ def check_spread(op: str, spread: Tensor | None, tokens: Tensor) -> None:
         raise TypeError(f"{op}: expected spread of type float32, got {spread.dtype}")
     if spread.dim() != 1 or spread.shape[0] != tokens.shape[0]:
         raise ValueError(
-            f"{op}: expected spread of shape [{tokens.shape[0]}], one value an image, "
+            f"{op}: expected spread of shape [{tokens.shape[0]}], one value per image, "
             f"got {list(spread.shape)}"
         )
     check_device(op, "spread", spread, tokens, "tokens")
@@ -146,10 +146,10 @@ def check_device(op: str, name: str, x: Tensor, other: Tensor, of: str) -> None:
 
 
 def _integers(op: str, name: str, value: object, kind: str) -> list:
-    """Sizes of levels as a list, from a list or from a tensor in the CPU's memory."""
+    """Converts the sizes of levels to a list, from a list or from a tensor on the CPU."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.device.type != "cpu":
-            # From a device they could only be read by waiting for it.
+            # Reading them from a device would wait for all work on it.
             raise TypeError(
                 f"{op}: expected {name} to be {kind} or an integer tensor on the CPU, "
                 f"got {_got(value)}"
@@ -161,7 +161,7 @@ def _integers(op: str, name: str, value: object, kind: str) -> list:
 
 
 def _size(value: object) -> object:
-    """Sizes are tensors of no axes while a model is traced."""
+    """Converts a size that is a scalar tensor, as while a model is traced, to an int."""
     return int(value) if isinstance(value, Tensor) and value.dim() == 0 else value
 
 

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: a few points of feature maps, weighted, for every query."""
+"""Multi-scale deformable attention: each query sums weighted samples of several feature maps."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _flops(
 
 @register_flop_formula(torch.ops.expedite_d2._ms_deform_attn_backward)
 def _backward_flops(grad: Sequence[int], *arguments: Any, **_: object) -> int:
-    """Samples once more, what they give back to the maps, and their slopes along x and y."""
+    """Four times the forward: samples, gradients of the maps, and slopes along x and y."""
     return 4 * _flops(*arguments)
 
 
@@ -107,11 +107,11 @@ def ms_deform_attn(
     Args:
         value: (B, S, heads, D), the maps of all levels, each flattened row by row; float32,
             bfloat16, float16 or float64, of any stride.
-        spatial_shapes: (h, w) of each level, as integers. They are part of the call, so that no
-            kernel can read beyond a map and none has to be waited for: an integer tensor (levels,
-            2) is taken too, but only from the CPU's memory, and not under ``torch.compile``.
-        level_start: the row of ``value`` with which each level begins, in the same form; None:
-            the levels follow one another from the first row and fill ``value``.
+        spatial_shapes: (h, w) of each level, as integers. They are needed on the host, to check
+            that no kernel reads beyond a map: an integer tensor (levels, 2) is accepted too, but
+            only on the CPU, and not under ``torch.compile``.
+        level_start: the row of ``value`` at which each level begins, in the same form; None: the
+            levels follow one another from the first row and fill ``value``.
         sampling_locations: (B, Q, heads, levels, points, 2), x and y, from 0 to 1 over the map;
             float32 or of the type of ``value``. Half types cannot tell neighbouring pixels of a
             large map apart.
@@ -126,13 +126,14 @@ def ms_deform_attn(
 
     Note:
         Coordinates and sums are float32 (float64 for float64 values), also under autocast.
-        Deterministic, but for the gradient of ``value`` on CUDA, which adds in no fixed order and
-        says so to ``torch.use_deterministic_algorithms``.
+        Deterministic, except for the gradient of ``value`` on CUDA: it is summed in no fixed order,
+        which ``torch.use_deterministic_algorithms`` reports.
 
-        A NaN among the locations or weights of a query and head makes its output NaN. A NaN
-        location has NaN gradients, as has its weight, but no pixel has: it points to none. A sample
-        a pixel or more beyond its map, or infinitely far, has no gradient and adds to none, even
-        where its weight or the gradient that comes in is NaN.
+        A NaN among the locations or weights of a query and head makes its output NaN. The
+        gradients of a NaN location and of its weight are NaN, but it adds nothing to the gradient
+        of ``value``. A sample a pixel or more beyond its map, or infinitely far, has no gradient
+        and adds nothing to that of ``value``, even where its weight or the incoming gradient is
+        NaN.
     """
     op = "ms_deform_attn"
     check_map(op, "value", value, "(B, S, heads, D)")

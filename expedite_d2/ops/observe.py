@@ -1,4 +1,4 @@
-"""Sees what an operator is called with while a model runs."""
+"""Records the calls of an operator while a model runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class ObservedOperator(TorchFunctionMode):
-    """While entered, keeps something of each call of one operator in this thread.
+    """A context that records each call of one operator in this thread.
 
     Attributes:
-        kept: what was kept, in the order of the calls.
+        kept: the records, in the order of the calls.
     """
 
     def __init__(
@@ -22,7 +22,8 @@ class ObservedOperator(TorchFunctionMode):
         """
         Args:
             operator: such as `torch.ops.expedite_d2.token_reduce.default`.
-            keep: picks it from a call's arguments, by their names in the schema, and its result.
+            keep: makes the record of a call from its arguments, by their names in the schema, and
+                its result.
         """
         super().__init__()
         self.operator = operator

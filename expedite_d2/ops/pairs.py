@@ -1,4 +1,4 @@
-"""Pairs of tokens and centres, of which the work of clustering is made."""
+"""Numbers of pairs of tokens and centres, which determine the work of clustering."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Sequence
 def candidate_pairs(
     grid: Sequence[int], clusters: Sequence[int], window: Sequence[int], neighbourhood: int
 ) -> int:
-    """How many (token, candidate centre) pairs an image has; the axes are independent.
+    """Counts the (token, candidate centre) pairs of an image; the axes are independent.
 
     Args:
         grid: (H, W), the tokens of the image.
         clusters: (h, w), the cells of one window.
         window: (M_h, M_w), the tokens of one window; (H, W) for the image as a whole.
-        neighbourhood: Candidate cells of a token a side, odd.
+        neighbourhood: Side length, in cells, of the square of candidate cells around a token's
+            home cell; odd.
     """
     return math.prod(
         _candidates(*axis, neighbourhood) for axis in zip(grid, window, clusters, strict=True)
@@ -23,7 +24,7 @@ def candidate_pairs(
 
 
 def match_pairs(grid: Sequence[int], clusters: Sequence[int], window: Sequence[int]) -> int:
-    """How many (token, centre of its window) pairs an image has."""
+    """Counts the (token, centre of its window) pairs of an image."""
     return candidate_pairs(grid, clusters, window, 2 * max(clusters) + 1)
 
 
@@ -33,7 +34,7 @@ def candidate_values(
     window: Sequence[int] | None,
     neighbourhood: int,
 ) -> int:
-    """Multiply-adds of a distance for each candidate pair of a batch, as many as of a weighted sum.
+    """Counts the multiply-adds of one distance, or one weighted sum, per candidate pair of a batch.
 
     Args:
         tokens: (B, H, W, C), the shape of the batch.
@@ -44,7 +45,7 @@ def candidate_values(
 
 
 def _candidates(length: int, window: int, cells: int, neighbourhood: int) -> int:
-    """Pairs of a position and a candidate cell along one axis, ragged last window included."""
+    """Counts pairs of a position and a candidate cell along one axis, with a ragged last window."""
     reach = neighbourhood // 2
     pairs = 0
     for start in range(0, length, window):

@@ -1,4 +1,4 @@
-"""Soft k-means of tokens around the cells of a grid."""
+"""Soft k-means clustering of tokens around the cells of a grid."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _SETTINGS = (
 )
 
 _token_cluster = define("token_cluster", f"({_SETTINGS}) -> Tensor", token_cluster_ref)
-# An operator of its own, so that compilers do not trace through all iterations. No kernel: models
-# are expedited for evaluation, training through it need not be fast.
+# A separate operator, so that compilers do not trace through all iterations. It has no kernel:
+# models are expedited for evaluation, and training through them need not be fast.
 _token_cluster_backward = define(
     "_token_cluster_backward",
     f"(Tensor grad, {_SETTINGS}) -> Tensor",
@@ -73,7 +73,7 @@ def token_cluster_flops(
 
 @register_flop_formula(torch.ops.expedite_d2._token_cluster_backward)
 def _backward_flops(grad: Sequence[int], *arguments: Any, **_: object) -> int:
-    """The forward's once more, whose last sums are those of the gradient here."""
+    """As many as the forward: it runs again, with sums for the gradient as the last."""
     return token_cluster_flops(*arguments)
 
 
@@ -107,10 +107,10 @@ def token_cluster(
 ) -> Tensor:
     """Clusters the tokens of a grid, or of each of its windows, to a smaller grid of centres.
 
-    Centres start as the average of their cell's tokens. ``iterations`` times every token spreads
-    a mass of 1, softmax of -tau * ||z - s||^2, over the candidate cells around its home cell, and a
-    centre becomes the mean of the tokens weighted by what it got (arXiv 2210.01035, section 3.2).
-    A centre that gets nothing keeps its value.
+    Centres start as the average of their cell's tokens. In each iteration every token distributes
+    a mass of 1 over the candidate cells around its home cell, by the softmax of -tau * ||z - s||^2,
+    and a centre becomes the mean of the tokens weighted by the mass that it received (arXiv
+    2210.01035, section 3.2). A centre that receives nothing keeps its value.
 
     Args:
         tokens: (B, H, W, C), z, float32, bfloat16, float16 or float64, of any stride.
@@ -118,7 +118,8 @@ def token_cluster(
         window: (M_h, M_w), the tokens of one window. Windows tile from the top left; the last ones
             may be ragged, and then have only the cells that hold a real token. None: one grid.
         iterations: Rounds of soft k-means, kappa; 0 is average pooling.
-        neighbourhood: Candidate cells of a token a side, odd, clipped to its window.
+        neighbourhood: Side length, in cells, of the square of candidate cells around a token's
+            home cell; odd, clipped to its window.
         temperature: tau, the factor of squared distances, positive.
         spread: (B,), float32, from :func:`token_spread`: tau of image b is then temperature /
             spread[b].

@@ -1,4 +1,4 @@
-"""The nearest centres of every token and how much it belongs to each."""
+"""The nearest centres of every token, and their weights."""
 
 from __future__ import annotations
 
@@ -71,9 +71,8 @@ def token_match(
 ) -> tuple[Tensor, Tensor]:
     """Finds the ``topk`` nearest centres of each token in its image or window, and weights them.
 
-    The weights are the softmax of -tau * ||z - s||^2 over those centres: they sum to 1, whatever
-    the scale of the features. All centres of the window compete, not only the neighbourhood that
-    :func:`token_cluster` used.
+    The weights are the softmax of -tau * ||z - s||^2 over those centres, and sum to 1. All
+    centres of the window compete, not only the neighbourhood that :func:`token_cluster` used.
 
     Args:
         tokens: (B, H, W, C), z, as they were before clustering; float32, bfloat16, float16 or
@@ -81,7 +80,8 @@ def token_match(
         centres: (B, h', w', C), s, from :func:`token_cluster`, of the type of ``tokens``.
         clusters: (h, w), as given to :func:`token_cluster`.
         window: (M_h, M_w) or None, as given to :func:`token_cluster`.
-        topk: Centres a token. Where a window has fewer, its nearest is repeated with weight 0.
+        topk: Number of nearest centres kept per token. Where a window has fewer, the nearest one is
+            repeated with weight 0.
         temperature: tau, the factor of squared distances, positive.
         spread: (B,), float32: tau of image b is then temperature / spread[b].
 
@@ -95,7 +95,7 @@ def token_match(
 
     Note:
         Of centres at the same distance the lower index comes first. Centres at NaN or infinitely
-        far come last. A token that is not finite has NaN weights, as one has that is matched to a
+        far come last. A token that is not finite has NaN weights, and so has a token matched to a
         centre at NaN; an infinite centre has weight 0 beside a finite one. Computed in float32
         (float64 for float64 tokens), also under autocast; deterministic.
     """

@@ -1,4 +1,4 @@
-"""The high-resolution map from refined centres."""
+"""Reconstruction of the high-resolution map from refined centres."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _token_reconstruct = define(
     "(Tensor refined, Tensor indices, Tensor weights, Tensor? tokens, Tensor? centres) -> Tensor",
     token_reconstruct_ref,
 )
-# An operator of its own, so that compilers do not trace through it. No kernel: models are expedited
-# for evaluation, training through it need not be fast.
+# A separate operator, so that compilers do not trace through it. It has no kernel: models are
+# expedited for evaluation, and training through them need not be fast.
 _token_reconstruct_backward = define(
     "_token_reconstruct_backward",
     "(Tensor grad, Tensor indices, Tensor weights, int[] cells) -> Tensor",
@@ -47,7 +47,7 @@ def _backward_fake(grad: Tensor, indices: Tensor, weights: Tensor, cells: Sequen
     [torch.ops.expedite_d2.token_reconstruct, torch.ops.expedite_d2._token_reconstruct_backward]
 )
 def _flops(x: Sequence[int], indices: Sequence[int], *_: object, **__: object) -> int:
-    """Twice the multiply-adds: topk centres a token, C values each; ``x`` is refined or grad."""
+    """Twice the multiply-adds: topk centres per token, C values each; ``x`` is refined or grad."""
     return 2 * math.prod(indices) * x[3]
 
 
@@ -92,10 +92,10 @@ def token_reconstruct(
     tokens: Tensor | None = None,
     centres: Tensor | None = None,
 ) -> Tensor:
-    """Spreads refined centres over the tokens that belong to them.
+    """Distributes refined centres to the tokens that were matched to them.
 
     Without ``tokens`` and ``centres`` a token becomes the weighted sum of its refined centres y,
-    sum_i w_i y_i (arXiv 2210.01035, section 3.2). With both, it keeps its own detail and only gets
+    sum_i w_i y_i (arXiv 2210.01035, section 3.2). With both, it keeps its own detail and gains
     what the low-resolution blocks added to its centres: z + sum_i w_i (y_i - s_i).
 
     Args:

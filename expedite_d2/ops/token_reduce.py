@@ -1,4 +1,4 @@
-"""All that comes before the low-resolution blocks in one operator: spread, centres, match."""
+"""Spread, centres and matches in one operator: all that precedes the low-resolution blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from expedite_d2.ops.token_spread import token_spread_flops
 
 
 class Reduced(NamedTuple):
-    """What :func:`token_reduce` finds, and the operator gives as a tuple in this order."""
+    """Results of :func:`token_reduce`; the operator returns them as a tuple in this order."""
 
     spread: Tensor
     centres: Tensor
@@ -42,7 +42,7 @@ def _compose(
     temperature: float,
     automatic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By the three operators, with the kernels that they have."""
+    """Composes the three operators, each dispatched to its own kernel."""
     ops = torch.ops.expedite_d2
     grid = (clusters, window)
     if automatic:
@@ -96,7 +96,7 @@ def _flops(
     *,
     out_shape: Sequence[Sequence[int]],
 ) -> int:
-    """Those of the three, of which a fixed temperature needs no spread."""
+    """Sum over the three operators; a fixed temperature needs no spread."""
     spread = token_spread_flops(tokens, clusters, window, neighbourhood) if automatic else 0
     cluster = token_cluster_flops(tokens, clusters, window, iterations, neighbourhood)
     return spread + cluster + token_match_flops(tokens, out_shape[1], clusters, window)
@@ -137,16 +137,18 @@ def token_reduce(
     """Clusters the tokens of a grid or of its windows, and matches every token to the centres.
 
     The same as :func:`token_spread` (where ``automatic``), :func:`token_cluster` and
-    :func:`token_match` one after the other, which have the details. On CUDA, small windows share
-    what the three have in common: the distances between the tokens of a window.
+    :func:`token_match` one after the other, which describe the details. On CUDA, small windows
+    share what the three have in common: the distances between the tokens of a window.
 
     Args:
         tokens: (B, H, W, C), float32, bfloat16, float16 or float64, of any stride.
         clusters: (h, w), the cells of the grid, or of one window.
         window: (M_h, M_w), the tokens of one window; None: one grid.
         iterations: Rounds of soft k-means, kappa; 0 is average pooling.
-        neighbourhood: Candidate cells of a token a side, odd, clipped to its window.
-        topk: Centres a token. Where a window has fewer, its nearest is repeated with weight 0.
+        neighbourhood: Side length, in cells, of the square of candidate cells around a token's
+            home cell; odd, clipped to its window.
+        topk: Number of nearest centres kept per token. Where a window has fewer, the nearest one is
+            repeated with weight 0.
         temperature: tau, the factor of squared distances, positive.
         automatic: Divides the temperature by the spread of each image.
 

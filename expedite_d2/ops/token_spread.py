@@ -1,4 +1,4 @@
-"""How far tokens lie from their nearest initial centre: the scale of squared distances."""
+"""Mean squared distance of tokens to their nearest initial centre: the scale of distances."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def token_spread_flops(
     neighbourhood: int,
     **_: object,
 ) -> int:
-    """Twice the multiply-adds: pooling, one a value, and a distance to each candidate."""
+    """Twice the multiply-adds: pooling, one per value, and a distance to each candidate."""
     return 2 * (math.prod(tokens) + candidate_values(tokens, clusters, window, neighbourhood))
 
 
@@ -50,18 +50,20 @@ def token_spread(
 ) -> Tensor:
     """Measures the mean squared distance of an image's tokens to their nearest initial centre.
 
-    The initial centres are those of :func:`token_cluster`; each token looks at the cells within
-    ``neighbourhood // 2`` rows and columns of its home cell. A temperature of c / spread makes
-    clustering and matching independent of the scale of the features (the automatic temperature).
+    The initial centres are those of :func:`token_cluster`; the candidates of a token are the cells
+    within ``neighbourhood // 2`` rows and columns of its home cell. A temperature of c / spread
+    makes clustering and matching independent of the scale of the features (the automatic
+    temperature).
 
     Args:
         tokens: (B, H, W, C), float32, bfloat16, float16 or float64, of any stride.
         clusters: (h, w), the cells of the grid, or of one window.
         window: (M_h, M_w), the tokens of one window; None clusters the whole grid at once.
-        neighbourhood: Candidate cells of a token a side, odd.
+        neighbourhood: Side length, in cells, of the square of candidate cells around a token's
+            home cell; odd.
 
     Returns:
-        spread: (B,), float32, one value an image over all its windows; at least 1e-6 of the mean
+        spread: (B,), float32, one value per image over all its windows; at least 1e-6 of the mean
         squared distance to the image's mean token, and never 0. Not differentiable.
 
     Raises:

@@ -1,9 +1,9 @@
 """The U shape of an expedited encoder: many tokens -> few tokens -> many tokens.
 
-A `Reduction` is a list of steps, each of which makes fewer tokens before one block of the encoder.
-The blocks after it run on these, and where the span ends, or somebody reads a block inside it, the
-steps are undone, last to first. What undoing takes accompanies the tensor (`State`); nothing is
-stored on a module.
+A `Reduction` is a list of steps, each of which reduces the number of tokens before one block of the
+encoder. The blocks after it run on the reduced tokens. Where the span of these blocks ends, and
+where the output of a block inside it is read, the steps are undone, last to first. What is needed
+to undo them accompanies the tensor (`State`); nothing is stored on a module.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def reduce(
     Args:
         tokens: (B, H, W, C).
         reduction: settings that hold one `Cluster`.
-        window: rows and columns of the windows that are clustered each by itself; None clusters the
-            image as a whole.
+        window: rows and columns of the windows, each of which is clustered separately; None
+            clusters the image as a whole.
 
     Returns:
         The centres, (B, h, w, C), and what `reconstruct` needs.
@@ -55,11 +55,11 @@ def reduce(
 
 
 def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
-    """Spreads what the clusters have become over the tokens.
+    """Distributes the processed clusters to the tokens.
 
     Args:
         low: (B, h, w, C), the centres after the low-resolution blocks.
-        clustering: what `reduce` gave beside them.
+        clustering: the second result of `reduce`.
 
     Returns:
         (B, H, W, C).
@@ -68,10 +68,10 @@ def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
 
 
 def clustering_of(x: Tensor) -> tuple[Tensor, Clustering] | None:
-    """The clusters behind the output of a block in the low-resolution span.
+    """Returns the clusters behind the output of a block in the low-resolution span.
 
     Args:
-        x: the very tensor that the block returned.
+        x: the tensor that the block returned, not a copy or a view of it.
 
     Returns:
         The block's output on the clusters, (B, h, w, C) without prefix tokens, and the clustering,
@@ -80,7 +80,7 @@ def clustering_of(x: Tensor) -> tuple[Tensor, Clustering] | None:
     state = state_of(x)
     if state is None or len(state.steps) != 1 or not isinstance(state.steps[0], Clustering):
         return None
-    assert isinstance(state.layout, Grid)  # a Clustering leaves one
+    assert isinstance(state.layout, Grid)  # a Clustering produces one
     low = x if state.low is None else state.low
     if low.dim() == 3:  # (B, P + h * w, C)
         rows, columns = state.layout

@@ -17,9 +17,9 @@ from expedite_d2.ops.token_reduce import token_reduce
 from expedite_d2.profiling import profiler_range
 from expedite_d2.reducers.state import Grid
 
-# The automatic temperature is c / T, T the mean squared distance of the tokens to their nearest
-# initial centre. These c kept the most accuracy: windows hold few, similar tokens and want sharper
-# weights than whole images.
+# The automatic temperature is c / T, where T is the mean squared distance of the tokens to their
+# nearest initial centre. These c kept the most accuracy: windows hold few, similar tokens and need
+# sharper weights than whole images.
 SHARPNESS_IN_WINDOWS = 32.0
 SHARPNESS_ON_IMAGES = 8.0
 
@@ -29,12 +29,13 @@ class Cluster:
     """Clusters the tokens before one block; that block and those after it run on the centres.
 
     Attributes:
-        at: number of the block, counted from the first of the encoder: as many blocks run at full
-            resolution (alpha).
+        at: number of the block, counted from the first of the encoder, which is 0; so also the
+            number of blocks that run at full resolution (alpha).
         grid: rows and columns of the cluster grid of a window or, without windows, of the image;
             or two ratios in (0, 1) of the rows and columns of tokens.
         iterations: rounds of soft k-means (kappa); 0 keeps the average-pooled centres.
-        neighbourhood: odd side of the square of cells that a token may belong to (lambda).
+        neighbourhood: side length, in cells, of the square of candidate cells around a token's home
+            cell; odd (lambda).
         topk: number of centres that each token is reconstructed from.
         temperature: factor (tau) of squared distances; 0.0 measures it for each image.
     """
@@ -57,13 +58,13 @@ class Cluster:
         }
         if checked["neighbourhood"] % 2 == 0:
             raise ValueError(f"neighbourhood must be odd, got {self.neighbourhood}")
-        # Frozen: numpy's numbers become Python's own, and a list, as configuration files give it,
-        # the tuple that it stands for.
+        # The class is frozen. numpy's numbers become Python's own, and lists, such as those of
+        # configuration files, become tuples.
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     def cells(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of clusters for a window or an image of height x width tokens."""
+        """Returns rows and columns of clusters for a window or image of height x width tokens."""
         rows, columns = self.grid
         if isinstance(rows, float) or isinstance(columns, float):
             # int(): sizes are tensors while a model is traced.
@@ -71,7 +72,7 @@ class Cluster:
         return rows, columns
 
     def reduced(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns that are left of an image of height x width tokens, without windows.
+        """Returns rows and columns to which an unwindowed image of height x width is reduced.
 
         An image with no more tokens than the cluster grid has cells keeps them.
         """
@@ -88,12 +89,12 @@ class Cluster:
 
         Args:
             tokens: (B, H, W, C).
-            window: rows and columns of the windows that are clustered each by itself; None
+            window: rows and columns of the windows, each of which is clustered separately; None
                 clusters the image as a whole.
             residual: whether the tokens keep their own detail when they are reconstructed.
 
         Returns:
-            The centres (B, h, w, C), their grid, and the way back.
+            The centres (B, h, w, C), their grid, and what `Clustering.reconstruct` needs.
         """
         if tokens.dim() != 4:
             raise ValueError(
@@ -128,13 +129,13 @@ class Cluster:
 
 
 class Clustering(NamedTuple):
-    """The way back from clusters to tokens.
+    """What is needed to reconstruct the tokens from their clusters.
 
     Attributes:
         tokens: (B, H, W, C) before the clustering; None for "replace".
         centres: (B, h, w, C) after the clustering; None for "replace".
-        indices: (B, H, W, topk) int32, the centres that each token is rebuilt from; None if the map
-            was left as it was.
+        indices: (B, H, W, topk) int32, the centres that each token is reconstructed from; None if
+            the map was left as it was.
         weights: (B, H, W, topk) float32, their weights; None if the map was left as it was.
     """
 
@@ -144,7 +145,7 @@ class Clustering(NamedTuple):
     weights: Tensor | None
 
     def reconstruct(self, low: Tensor) -> Tensor:
-        """Spreads what the clusters have become over the tokens.
+        """Distributes the processed clusters to the tokens.
 
         Args:
             low: (B, h, w, C), the centres after the low-resolution blocks.
@@ -161,7 +162,7 @@ class Clustering(NamedTuple):
 
 
 def sharpness(window: Sequence[int] | None) -> float:
-    """The c of the automatic temperature c / T, in windows or on whole images."""
+    """Returns the c of the automatic temperature c / T, in windows or on whole images."""
     return SHARPNESS_ON_IMAGES if window is None else SHARPNESS_IN_WINDOWS
 
 
@@ -182,7 +183,7 @@ def _checked_temperature(value: object) -> float:
 
 
 def _checked_grid(grid: Any) -> tuple[Any, Any]:
-    # An array or a tensor of two numbers is as good as a list.
+    # Arrays and tensors of two numbers are accepted like lists.
     given = grid.tolist() if hasattr(grid, "tolist") else grid
     sides = given if isinstance(given, (tuple, list)) else (given,)
     sizes = [size for size in map(integer, sides) if size is not None and size >= 1]

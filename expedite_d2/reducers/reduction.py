@@ -17,7 +17,7 @@ from expedite_d2.reducers.state import Grid, Points, State, Undo
 
 Reconstruction = Literal["residual", "replace"]
 
-# Of the YAML files, raised when an older reader would misunderstand a newer file.
+# Version of the YAML files, incremented when an older reader would misunderstand a newer file.
 VERSION = 1
 
 
@@ -27,20 +27,20 @@ class Step(Protocol):
 
     @property
     def at(self) -> int:
-        """Number of the block, counted from the first of the encoder."""
+        """Number of the block, counted from the first of the encoder, which is 0."""
 
     def reduce(
         self, tokens: Tensor, window: tuple[int, int] | None, residual: bool
     ) -> tuple[Tensor, Grid | Points, Undo]:
-        """Makes fewer tokens.
+        """Reduces the number of tokens.
 
         Args:
-            tokens: (B, H, W, C) on a grid, or (B, N, C) after a step that left none.
+            tokens: (B, H, W, C) on a grid, or (B, N, C) after a step that left no grid.
             window: rows and columns of the windows that the encoder attends in, or None.
             residual: whether the tokens keep their own detail when the step is undone.
 
         Returns:
-            The tokens that are left, (B, h, w, C) or (B, n, C), how they lie, and the way back.
+            The reduced tokens, (B, h, w, C) or (B, n, C), their layout, and how the step is undone.
         """
 
 
@@ -49,9 +49,9 @@ class Reduction:
     """How, and from which block on, an encoder runs on fewer tokens.
 
     Attributes:
-        steps: the reductions in the order of their blocks; a single one may be given by itself.
-        reconstruction: "residual" adds to each token what its cluster gained, "replace" (the
-            paper) puts the cluster's value in its place.
+        steps: the reductions in the order of their blocks; a single one need not be in a tuple.
+        reconstruction: "residual" adds to each token what the blocks added to its clusters;
+            "replace", as in the paper, replaces the token by its clusters.
     """
 
     steps: tuple[Step, ...]
@@ -77,18 +77,18 @@ class Reduction:
 
     @property
     def alpha(self) -> int:
-        """Number of blocks that run at full resolution, which is the block of the first step."""
+        """Number of blocks that run at full resolution, those before the first step."""
         return self.steps[0].at
 
     def enter(
         self, tokens: Tensor, state: State, number: int, window: tuple[int, int] | None
     ) -> tuple[Tensor, State]:
-        """Takes the step that stands before a block, if one does.
+        """Runs the step that precedes a block, if there is one.
 
         Args:
             tokens: (B, H, W, C) or (B, N, C), without prefixes.
-            state: theirs.
-            number: the block's.
+            state: the state of the tokens.
+            number: the number of the block.
             window: rows and columns of the windows that the encoder attends in, or None.
         """
         for step in self.steps:
@@ -100,10 +100,10 @@ class Reduction:
 
     @property
     def cluster(self) -> Cluster:
-        """The only step, where it is a Cluster.
+        """The first step, which must be a Cluster.
 
         Raises:
-            ValueError: the steps are others.
+            ValueError: it is another step.
         """
         step = self.steps[0]
         if not isinstance(step, Cluster):
@@ -111,11 +111,11 @@ class Reduction:
         return step
 
     def with_temperature(self, temperature: float) -> Reduction:
-        """The same settings with another temperature of the Cluster."""
+        """Returns the same settings with another temperature of the Cluster."""
         return replace(self, steps=(replace(self.cluster, temperature=temperature),))
 
     def to_yaml(self) -> str:
-        """The settings as the text of a YAML file, which `from_yaml` reads."""
+        """Returns the settings as the text of a YAML file, which `from_yaml` reads."""
         import yaml
 
         steps = []
@@ -134,7 +134,7 @@ class Reduction:
         """Reads the text of a settings file.
 
         Raises:
-            ValueError: no YAML, another version, unknown keys, or settings that cannot be.
+            ValueError: not YAML, another version, unknown keys, or invalid settings.
         """
         import yaml
 
@@ -195,7 +195,7 @@ class Expeditable(ABC):
 
     @abstractmethod
     def reducible_blocks(self) -> Sequence[nn.Module]:
-        """All blocks, from the first of the encoder on."""
+        """Returns the blocks that a step may precede, from the first of the encoder on."""
 
 
 _STEPS: dict[str, type[Cluster]] = {"cluster": Cluster}
@@ -203,7 +203,7 @@ _STEP_NAMES: dict[type, str] = {kind: name for name, kind in _STEPS.items()}
 
 
 def _known(what: str, value: Any, keys: set[str]) -> Mapping[str, Any]:
-    """A mapping with no other than these keys."""
+    """Returns a value that is a mapping with no other keys than these."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{what} must be a mapping of {', '.join(sorted(keys))}, got {value!r}")
     unknown = [key for key in value if key not in keys]

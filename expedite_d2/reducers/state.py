@@ -1,7 +1,7 @@
-"""What accompanies a tensor between the blocks of an expedited encoder.
+"""State that accompanies a tensor between the blocks of an expedited encoder.
 
-It is an attribute of the tensor: nothing of a forward pass is kept on a module, and passes may
-nest, run in threads, be recomputed or be compiled. An operation on the tensor loses it.
+It is an attribute of the tensor, so that no module holds anything of a forward pass: passes may
+nest, run in threads, be recomputed or be compiled. The result of an operation does not have it.
 """
 
 from __future__ import annotations
@@ -14,46 +14,47 @@ _ATTRIBUTE = "_expedite_d2"
 
 
 class Grid(NamedTuple):
-    """Tokens on a grid, row by row: those of the image, or the clusters that are laid over them."""
+    """Layout of tokens on a grid, row by row: those of the image, or clusters laid over them."""
 
     rows: int
     columns: int
 
 
 class Points(NamedTuple):
-    """Tokens in a sequence that is no grid, each of which stands for one or more of the image's.
+    """Layout of tokens in a sequence without a grid, each for one or more tokens of the image.
 
     Attributes:
-        sizes: (B, N) float32, how many each stands for.
+        sizes: (B, N) float32, the number of tokens of the image that each stands for.
     """
 
     sizes: Tensor
 
 
 class Undo(Protocol):
-    """One step's way back, with the tensors that it takes."""
+    """Undoes one step, and holds the tensors that this needs."""
 
     def reconstruct(self, low: Tensor) -> Tensor:
-        """What the reduced tokens have become, spread over the tokens that the step took in.
+        """Distributes the processed reduced tokens to the tokens before the step.
 
         Args:
             low: (B, h, w, C) on a grid or (B, n, C), after the blocks that ran on them.
 
         Returns:
-            (B, H, W, C) or (B, N, C), as the step took them in.
+            (B, H, W, C) or (B, N, C), in the layout before the step.
         """
 
 
 class State(NamedTuple):
-    """Where in the hourglass a tensor is.
+    """Where a tensor is in the hourglass.
 
     Attributes:
         grid: rows and columns of the image's tokens.
-        layout: how the tensor's tokens lie, prefix tokens aside, or those of `low` where there is
-            one.
-        steps: what was reduced before, in that order; empty before the first step.
-        low: the same block output before it was reconstructed, in the block's own form; None where
-            the tensor itself was not reconstructed.
+        layout: layout of the tensor's tokens without prefix tokens, or of those of `low` if it is
+            not None.
+        steps: how the steps so far are undone, in the order in which they ran; empty before the
+            first step.
+        low: the same block output before it was reconstructed, in the block's own form; None if
+            the tensor was not reconstructed.
     """
 
     grid: Grid
@@ -63,7 +64,7 @@ class State(NamedTuple):
 
     @classmethod
     def of_image(cls, rows: int, columns: int) -> State:
-        """That of an image's tokens before the first step."""
+        """Returns the state of an image's tokens before the first step."""
         return cls(Grid(rows, columns), Grid(rows, columns))
 
     def reconstruct(self, low: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class State(NamedTuple):
             low: reduced tokens without prefixes, in `layout`.
 
         Returns:
-            (B, H, W, C), or (B, H * W, C) where the first step took in a sequence.
+            (B, H, W, C), or (B, H * W, C) if the first step was given a sequence.
         """
         for step in reversed(self.steps):
             low = step.reconstruct(low)
@@ -81,11 +82,11 @@ class State(NamedTuple):
 
 
 def attach(x: Tensor, state: State) -> Tensor:
-    """Lets a state accompany a tensor, which is returned."""
+    """Attaches a state to a tensor, and returns the tensor."""
     setattr(x, _ATTRIBUTE, state)
     return x
 
 
 def state_of(x: Tensor) -> State | None:
-    """The state that accompanies a tensor, if one does."""
+    """Returns the state that accompanies a tensor, or None."""
     return getattr(x, _ATTRIBUTE, None)

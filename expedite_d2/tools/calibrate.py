@@ -1,4 +1,4 @@
-"""Settings that are measured on a few unlabelled images."""
+"""Calibration: settings that are measured on a few unlabelled images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from expedite_d2.reducers.cluster import sharpness
 def calibrate(model: nn.Module, images: Iterable[Any]) -> Reduction:
     """Measures the temperature on a few images and stores it in the encoder's settings.
 
-    The images pass through the model with the automatic temperature, and the spread that each
-    clustering measures is observed on the way.
+    The images pass through the model with the automatic temperature, which measures the spread
+    of the tokens in each clustering.
 
     Args:
-        model: holds one expedited encoder: a backbone of this project, or what `expedite` was
-            given.
-        images: inputs of the model, each of them one call.
+        model: is or holds one expedited encoder: a backbone of this project, or a model that
+            was given to `expedite`.
+        images: inputs of the model, one per call.
 
     Returns:
-        The encoder's new settings, with the temperature c / T, T averaged over all images.
+        The new settings of the encoder, with the temperature c / T, T being the mean over all
+        images.
 
     Raises:
         ValueError: no expedited encoder or several, no images, or none that was clustered.

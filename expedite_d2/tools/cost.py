@@ -1,11 +1,11 @@
 """Multiply-adds of a model's forward pass.
 
-Counted by ``torch.utils.flop_counter`` while the model runs, best on the ``meta`` device, where
-nothing is computed. torch counts two for each multiply-add, which is halved here. To its products
-come the conventions of Detectron2's ``analyze_model``, by which the costs of published models are
-told: 5 for each value that a layer or group norm normalises, 4 for each value sampled bilinearly,
-and a few more; other elementwise arithmetic, activations and softmax count nothing. The operators
-of this package have their formulas beside them, with the work that the sparse formulation does.
+They are counted by ``torch.utils.flop_counter`` while the model runs, best on the ``meta`` device,
+where nothing is computed. torch counts two operations per multiply-add, which is halved here. For
+all but products, the conventions of Detectron2's ``analyze_model`` apply, in which the costs of
+published models are given: 5 per value that a layer or group norm normalises, 4 per value sampled
+bilinearly, and a few more; other elementwise arithmetic, activations and softmax count nothing. The
+operators of this package define their formulas beside them, for the work of the sparse formulation.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class MultiplyAdds:
     """Multiply-adds of one call of a model.
 
     Attributes:
-        modules: by module and operator. Modules are named as in ``named_modules()``, the model
-            itself is ""; operators as torch names them, such as "aten.addmm".
+        modules: counts by module and operator. Modules are named as in ``named_modules()``, with
+            "" for the model itself; operators as torch names them, such as "aten.addmm".
     """
 
     modules: Mapping[str, Mapping[str, int]]
 
     def total(self, module: str = "") -> int:
-        """All that ran inside of a module.
+        """Returns the sum over a module and its submodules.
 
         Raises:
             ValueError: the model has no such module.
@@ -51,7 +51,7 @@ class MultiplyAdds:
         return sum(self.by_operator(module).values())
 
     def by_operator(self, module: str = "") -> dict[str, int]:
-        """What ran inside of a module, by operator.
+        """Returns the counts of a module and its submodules, by operator.
 
         Raises:
             ValueError: the model has no such module.
@@ -61,7 +61,7 @@ class MultiplyAdds:
         return dict(self.modules[module])
 
     def by_module(self) -> dict[str, int]:
-        """The total of each module; a module's holds those of its submodules."""
+        """Returns the total of each module, which includes its submodules."""
         return {name: self.total(name) for name in self.modules}
 
 
@@ -69,19 +69,19 @@ class MultiplyAdds:
 def count_multiply_adds(
     model: nn.Module, *inputs: Any, call: Callable[..., Any] | None = None, **options: Any
 ) -> MultiplyAdds:
-    """Run a model once, and count its multiply-adds by submodule and operator.
+    """Runs a model once, and counts its multiply-adds by submodule and operator.
 
     The model runs as it is, on the device where it is, in training or evaluation mode. On ``meta``
     no memory is needed and nothing is computed; see `on_meta`. Operators that multiply and have no
     formula are named in a warning.
 
     Args:
-        model: whose submodules are told apart.
-        inputs, options: what it is called with, on its device.
-        call: what is called with them in the model's place, such as a method of it.
+        model: the module whose submodules are counted separately.
+        inputs, options: its arguments, on its device.
+        call: what is called with them instead of the model, such as a method of it.
 
     Note:
-        Attention runs without its fused kernels meanwhile, so that every device counts alike.
+        Attention runs without fused kernels meanwhile, so that all devices give the same count.
     """
     root = _Root(model, model if call is None else call)
     counter = FlopCounterMode(display=False, custom_mapping=_conventions())
@@ -102,7 +102,7 @@ def count_multiply_adds(
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters and buffers are on ``meta``, where they hold no memory."""
+    """Returns a copy of a model with its tensors on ``meta``, where they take no memory."""
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         for parameter in model.parameters()
@@ -112,7 +112,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 class _Root(nn.Module):
-    """Lets torch's counter name all modules from the model down, whatever is called."""
+    """Makes torch's counter name all modules from the model down, whatever is called."""
 
     def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
@@ -125,9 +125,9 @@ class _Root(nn.Module):
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """The same operators on every device: fused ones have no formula, or pad what they are given.
+    """Selects the same operators on every device: fused ones have no formula, or pad their input.
 
-    Compiled models run eagerly, for torch.compile refuses to run under a dispatch mode.
+    Compiled models run eagerly, since torch.compile refuses to run under a dispatch mode.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -139,7 +139,10 @@ def _plain_kernels() -> Iterator[None]:
 
 
 class _Uncounted(TorchDispatchMode):
-    """Notes operators that multiply and that the counter entered after it has no formula for."""
+    """Records operators that multiply, but for which the counter has no formula.
+
+    It is entered before the counter.
+    """
 
     def __init__(self, counter: FlopCounterMode) -> None:
         super().__init__()
@@ -155,7 +158,7 @@ class _Uncounted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Words in the names of ATen's operators that are matrix products, or are made of them.
+# Words in the names of ATen's operators that are matrix products or consist of them.
 _PRODUCTS = frozenset(
     "addbmm addmm addmv attention baddbmm bilinear bmm cdist cholesky conv convolution det dot eig "
     "eigh eigvals encoder euclidean fft inv inverse ldl linear lstsq lu matmul matrix mm mv pdist "
@@ -164,18 +167,18 @@ _PRODUCTS = frozenset(
 
 
 def _multiplies(operator: str) -> bool:
-    """Whether an operator without a formula is missed: nothing is known of other namespaces'."""
+    """Whether an operator may multiply; nothing is known of those of other namespaces."""
     namespace, _, name = operator.partition(".")
     if namespace == "aten":
         return not _PRODUCTS.isdisjoint(name.split("_"))
     return namespace not in ("prim", "prims", "profiler")
 
 
-# Formulas as torch's counter has them: of shapes, two for each multiply-add.
+# Formulas in the form of torch's counter: functions of shapes, two operations per multiply-add.
 
 
 def _values(scale: int) -> Formula:
-    """So many multiply-adds for each value that comes out."""
+    """Makes the formula of an operator with so many multiply-adds per value of its output."""
     return lambda *_, out_shape, **__: 2 * scale * math.prod(out_shape)
 
 
@@ -201,14 +204,14 @@ def _pooled(x: Shape, *_: Any, **__: Any) -> int:
 def _roi_align(
     x: Shape, rois: Shape, scale: float, height: int, width: int, ratio: int, *_, out_shape, **__
 ) -> int:
-    """Each value that comes out is the mean of samples, each of them blended from four values."""
-    # 0 lets the size of each region decide; two samples a side are what Detectron2's regions get.
+    """Each value of the output is the mean of samples, each interpolated from four values."""
+    # 0 leaves the number to the size of each region; Detectron2's take two samples per side.
     samples = (ratio if ratio > 0 else 2) ** 2
     return 2 * 4 * samples * math.prod(out_shape)
 
 
 def _times_vector(a: Shape, *_: Any, **__: Any) -> int:
-    """Of a matrix, or a vector."""
+    """Product of a matrix or a vector with a vector."""
     return 2 * math.prod(a)
 
 
@@ -217,7 +220,7 @@ def _addbmm(added: Shape, a: Shape, b: Shape, **_: Any) -> int:
 
 
 _FORMULAS: dict[str, Formula] = {
-    # Products that torch's counter leaves out.
+    # Products for which torch's counter has no formula.
     "aten.mv": _times_vector,
     "aten.dot": _times_vector,
     "aten.addmv": lambda added, a, b, **_: _times_vector(a),
@@ -234,20 +237,20 @@ _FORMULAS: dict[str, Formula] = {
     "aten.grid_sampler_2d": _values(4),
     "aten.cudnn_grid_sampler": _values(4),
     "torchvision.roi_align": _roi_align,
-    # Nothing, which their names do not tell.
+    # These count nothing, though their names suggest products.
     "aten.linalg_vector_norm": _values(0),
     "torchvision.nms": _values(0),
 }
 
 
 def _conventions() -> dict[Any, Formula]:
-    """The formulas of those operators that there are: torchvision may not have been imported."""
+    """Returns the formulas of all operators that exist: torchvision may not have been imported."""
     found: dict[Any, Formula] = {}
     for name, formula in _FORMULAS.items():
         namespace, _, operator = name.partition(".")
         packet = getattr(getattr(torch.ops, namespace), operator, None)
         if packet is not None:
             found[packet] = formula
-            # An overload that stands here is counted before it can be decomposed.
+            # An operator with a formula for its overload is counted before it can be decomposed.
             found |= {getattr(packet, overload): formula for overload in packet.overloads()}
     return found

@@ -1,4 +1,4 @@
-"""What an encoder's blocks run on, and what that costs, with settings and without."""
+"""Tokens and multiply-adds of an encoder's blocks, plain and expedited."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from expedite_d2.ops._checks import integer
 from expedite_d2.reducers import Reduction
 from expedite_d2.tools.cost import count_multiply_adds, on_meta
 
-# Side of the images in pixels, for encoders that were made for no size.
+# Side of the images in pixels, for encoders without a configured size.
 SIDE = 512
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of an encoder, for one image.
+    """One block of an encoder, and its numbers for one image.
 
     Attributes:
-        name: of the module in the encoder.
-        tokens: on which it runs in the plain encoder, prefix tokens among them.
-        reduced_tokens: on which it runs with the settings.
-        multiply_adds: in the plain encoder.
-        reduced_multiply_adds: with the settings.
+        name: name of the module in the encoder.
+        tokens: number of tokens in the plain encoder, including prefix tokens.
+        reduced_tokens: number of tokens with the settings.
+        multiply_adds: multiply-adds in the plain encoder.
+        reduced_multiply_adds: multiply-adds with the settings.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Description:
-    """An encoder, block by block; as text, a table.
+    """An encoder, block by block; its text is a table.
 
     Attributes:
         encoder: name of its class.
-        family: of the encoder, as `families()` lists it; "" for one of this project's.
+        family: name of its family, as `families()` lists it; "" for this project's own encoders.
         size: height and width of the image in pixels.
-        reduction: the settings; None for a plain encoder, whose columns then are equal.
-        blocks: in their order.
-        multiply_adds: of the plain encoder, what is no block among them.
-        reduced_multiply_adds: with the settings.
+        reduction: the settings; None for a plain encoder, whose two columns are equal.
+        blocks: the blocks in the order in which they run.
+        multiply_adds: multiply-adds of the whole plain encoder, also outside of its blocks.
+        reduced_multiply_adds: the same with the settings.
     """
 
     encoder: str
@@ -94,14 +94,14 @@ def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Descripti
 
     Args:
         model: the encoder, or a model that holds it, expedited or not.
-        size: height and width of the image in pixels; by default those that the encoder was made
-            for, or 512x512.
+        size: height and width of the image in pixels; by default those that the encoder is
+            configured for, or 512x512.
 
     Returns:
         The description, whose text is a table.
 
     Raises:
-        ValueError: no encoder of a known family, several, or a size that is none.
+        ValueError: no encoder of a known family, several, or an invalid size.
     """
     expedited = list(expedited_encoders(model).values())
     family, encoder = find_encoder(expedited[0] if len(expedited) == 1 else model)
@@ -132,7 +132,7 @@ def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Descripti
 def _count(
     encoder: nn.Module, family: Family | None, size: Sequence[int], plain: bool
 ) -> tuple[dict[str, tuple[int, int]], int]:
-    """Tokens and multiply-adds of each block by name, and multiply-adds of the whole encoder."""
+    """Counts tokens and multiply-adds of each block by name, and those of the whole encoder."""
     copied: Any = on_meta(encoder).eval()
     if plain:
         restore(copied)
@@ -147,11 +147,11 @@ def _count(
         return hook
 
     for block in blocks:
-        # The last layer of the MLP: what goes in and out of a block may have been reconstructed.
+        # The last layer of the MLP: the block's own input and output may be at full resolution.
         last = [module for module in block.modules() if isinstance(module, nn.Linear)][-1]
         last.register_forward_pre_hook(note(names[id(block)]))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an image that is too small: the table shows it
+        warnings.simplefilter("ignore")  # an image that is too small shows in the table
         counts = count_multiply_adds(
             copied,
             torch.empty(1, 3, *size, device="meta"),

@@ -1,6 +1,6 @@
 """What the references share: windows of a grid of tokens, and distances and weights within them.
 
-All windows of all images are worked on at once. Tokens are unfolded to ``(B, W, N, C)``: W windows
+All windows of all images are processed at once. Tokens are unfolded to ``(B, W, N, C)``: W windows
 of N = M_h * M_w positions, of which ragged windows use only a part; K = m_h * m_w cells per window.
 """
 
@@ -88,7 +88,7 @@ def window_grid(
 
 
 def unfold(x: Tensor, rows: int, columns: int, side: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) -> (B, rows * columns, side_h * side_w, C); what a ragged window lacks is 0."""
+    """(B, H, W, C) -> (B, rows * columns, side_h * side_w, C), ragged windows filled up with 0."""
     pad_h, pad_w = rows * side[0] - x.shape[1], columns * side[1] - x.shape[2]
     if pad_h or pad_w:
         x = torch.nn.functional.pad(x, (0, 0, 0, pad_w, 0, pad_h))
@@ -105,12 +105,12 @@ def fold(
 
 
 def precise(x: Tensor) -> Tensor:
-    """Float32 or better, the type of all distances and weights."""
+    """Converts to float32, or keeps float64: the type of all distances and weights."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """Distances must not be computed in low precision when an operator is called under autocast."""
+    """Switches autocast off: distances must not be computed in low precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -156,7 +156,7 @@ def masked_softmax(distances: Tensor, tau: Tensor, allowed: Tensor) -> Tensor:
     """
     infinity = torch.full_like(distances, torch.inf)
     least = torch.where(allowed, distances, infinity).amin(-1, keepdim=True)
-    # A finite stand-in for what is not allowed: least - infinity would make NaN of a product by 0.
+    # A finite value in place of what is not allowed, as 0 times an infinite one would be NaN.
     logits = -tau * (torch.where(allowed, distances, least) - least)
     return torch.where(allowed & ~(logits < _LEAST_EXPONENT), logits, -infinity).softmax(-1)
 

@@ -1,15 +1,15 @@
 """Reference of ms_deform_attn and of its gradient.
 
-What numbers that are not finite do, here and in the kernels:
+What non-finite numbers do, here and in the kernels:
 
-- A sample less than a pixel beyond its map reads those of the four pixels around it that exist,
-  be their share 0. What is not finite among these, its weight and the incoming gradient goes on to
-  whatever is made of it.
-- Any other sample reads 0. Its weight multiplies that, so a NaN there shows in the output. But it
-  has no pixel and no slope: the gradients of its location and weight are 0, and it adds to no
-  pixel's, whatever its weight and the incoming gradient are.
-- A sample whose location has a NaN could be anywhere: it makes the output of its query and head
-  NaN, and the gradients of its location and weight. It adds to no pixel's, as it points to none.
+- A sample within its map, or less than a pixel beyond it, reads those of the four pixels around it
+  that exist, even with a share of 0. A non-finite pixel, attention weight or incoming gradient
+  propagates to everything that is computed from it.
+- Any other sample reads 0. A NaN weight times this 0 makes the output NaN. But the gradients of the
+  sample's location and weight are 0, and it adds nothing to the gradient of any pixel, whatever its
+  weight and the incoming gradient are.
+- A sample with a NaN location makes the output of its query and head NaN, and the gradients of its
+  location and weight. It adds nothing to the gradient of any pixel.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from expedite_d2.ops.reference._windows import no_autocast, precise
 
 
 class _Level(NamedTuple):
-    """What one level adds to the samples of :func:`ms_deform_attn_ref`; R = B * heads."""
+    """Maps, samples and weights of one level; R = B * heads."""
 
     maps: Tensor  # (R, D, h, w)
-    grid: Tensor  # (R, Q, points, 2), as grid_sample has it
+    grid: Tensor  # (R, Q, points, 2), coordinates of grid_sample
     weights: Tensor  # (R, 1, Q, points)
     present: Tensor  # (R, Q, points): the sample has a pixel
     absent: Tensor  # (R, Q, points), the gradients of a sample that has none: NaN or 0
@@ -40,7 +40,7 @@ def _levels(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Iterator[_Level]:
-    """The levels one by one, in float32 or better."""
+    """Yields the levels one by one, in float32 or better."""
     value = precise(value)
     for level, start in enumerate(level_start):
         height, width = spatial_shapes[2 * level], spatial_shapes[2 * level + 1]
@@ -55,7 +55,7 @@ def _levels(
         absent = torch.where(unknown, weights * nan, 0.0)
         yield _Level(
             maps.unflatten(2, (height, width)),
-            # What is far outside or NaN would overflow grid_sample's integers; -1 is outside.
+            # Values far outside, and NaN, would overflow grid_sample's integers; -1 is outside.
             2 * torch.where(present[..., None], at, -1.0) - 1,
             # Detached, as no gradient passes through the weight of an absent sample.
             torch.where(present, weights, weights.detach() + absent)[:, None],

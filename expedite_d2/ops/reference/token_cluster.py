@@ -95,6 +95,6 @@ def _k_means(z: Tensor, grid: WindowGrid, tau: Tensor, iterations: int) -> Tenso
         q = masked_softmax(squared_distances(z, rows @ z), tau, grid.candidate)
         q = torch.where(grid.real[:, :, None], q, torch.zeros_like(q)).transpose(2, 3)
         mass = q.sum(3, keepdim=True)
-        # A centre that nobody wants keeps its value. NaN is not zero, so it goes on to the output.
+        # A centre without any mass keeps its value. NaN is not zero, so it reaches the output.
         rows = torch.where(mass == 0, rows, q / mass)
     return rows

@@ -39,7 +39,7 @@ def token_match_ref(
         mean = mean_token(z, grid.real)
         s = unfold(precise(centres), *windows, side) - mean
         distances = squared_distances(z - mean, s)
-        # What is infinite is infinitely far, also where its product with the other is NaN.
+        # An infinite token or centre is infinitely far, also where the product of the two is NaN.
         norms = (z - mean).square().sum(3)[..., None] + s.square().sum(3)[:, :, None]
         distances = torch.where(norms.isinf(), norms, distances)
         # The order puts NaN behind every number, and cells that do not exist behind NaN.
