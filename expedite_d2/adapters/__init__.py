@@ -1,6 +1,6 @@
-"""Expediting models that are not ours: their encoder's last blocks run on clusters of its tokens.
+"""Expediting third-party models: the last blocks of their encoder run on clusters of its tokens.
 
-Foreign classes are recognised by their names, so importing this imports no foreign library.
+Their classes are recognised by name, so importing this package imports no other library.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.ops._checks import integer
 from expedite_d2.reducers import Cluster, Expeditable, Reconstruction, Reduction
 
-# Below this share of the blocks' work, settings are as good as none, and their user is told.
+# Settings that save less than this share of the blocks' work cause a warning.
 LEAST_GAIN = 0.05
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,12 +33,12 @@ def expedite(
     reconstruction: Reconstruction | None = None,
     outputs: Collection[int] | None = None,
 ) -> Model:
-    """Lets the last blocks of a model's encoder run on clusters of its tokens, in place.
+    """Makes the last blocks of a model's encoder run on clusters of its tokens, in place.
 
-    No parameter or buffer comes, goes or changes, and the state dict stays as it is; so a model
-    that is saved and read again is the plain one. Expediting again replaces the settings, which are
-    found on the encoder as `reduction`. What a library returns beside the features, such as
-    attention maps, is of the clusters' size in the blocks that run on clusters.
+    No parameter or buffer is added, removed or changed, and the state dict stays the same; a model
+    that is loaded from it is the plain one. Expediting again replaces the settings, which are the
+    encoder's attribute `reduction`. What a library returns beside the features, such as attention
+    maps, has the size of the clusters in the blocks that run on clusters.
 
     Args:
         model: the encoder, or a model that holds it.
@@ -46,13 +46,14 @@ def expedite(
         alpha: number of blocks that run at full resolution before the clustering.
         clusters: rows and columns of clusters, or ratios of them.
         iterations: rounds of soft k-means; 5 by default.
-        neighbourhood: odd side of the square of cells that a token may belong to; 5 by default.
+        neighbourhood: side length, in cells, of the square of candidate cells around a token's home
+            cell; odd, 5 by default.
         topk: number of centres that each token is reconstructed from; 4 by default.
         temperature: factor of squared distances; 0.0, the default, measures it for each image.
         reconstruction: "residual" (default) or "replace".
-        outputs: numbers of the blocks whose outputs somebody reads. These and the last come out at
-            full resolution; with none, `()`, even the last stays on the clusters, see
-            `clustering_of`. None for whatever the model may read.
+        outputs: numbers of the blocks whose outputs are read. The outputs of these and of the last
+            block have full resolution; with none, `()`, even the last stays on the clusters, see
+            `clustering_of`. None for all outputs that the model may read.
 
     Returns:
         The model.
@@ -83,10 +84,10 @@ def expedite(
 
 
 def restore(model: Model) -> Model:
-    """Undoes `expedite`, in place; a model that is not expedited is left alone.
+    """Undoes `expedite`, in place; a model that is not expedited stays as it is.
 
-    Where something was put over a changed method since, such as another library's hook, that stays
-    and calls the original from now on.
+    What has wrapped a changed method since, such as another library's hook, stays and calls the
+    original from now on.
 
     Returns:
         The model.
@@ -106,7 +107,7 @@ def is_expedited(model: nn.Module) -> bool:
 
 
 def expedited_encoders(model: nn.Module) -> dict[str, Any]:
-    """The encoders in a model that run on fewer tokens, by name; each has its `reduction`."""
+    """Returns the encoders in a model that run on fewer tokens, by name; each has a `reduction`."""
     _expect_module(model)
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -130,7 +131,7 @@ def _settings(
     keywords: dict[str, Any],
     reconstruction: Reconstruction | None,
 ) -> Reduction:
-    """One value of what `expedite` was given."""
+    """Makes one value of the settings that `expedite` was given."""
     given = {name: value for name, value in keywords.items() if value is not None}
     if reduction is not None:
         if isinstance(reduction, Cluster):
@@ -159,7 +160,7 @@ def _settings(
 def _hourglass(
     family: Family, encoder: nn.Module, reduction: Reduction, outputs: Collection[int] | None
 ) -> Hourglass:
-    """The changes that settings ask for, checked and not yet made."""
+    """Checks settings, and returns the changes that they need, which are not yet made."""
     name, blocks = type(encoder).__name__, family.blocks(encoder)
     if reduction.alpha >= len(blocks):
         raise ValueError(
@@ -178,10 +179,10 @@ def _hourglass(
 
 
 def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, share: float) -> None:
-    """Refuses clusters that are no fewer than the tokens, and tells where hardly any are spared.
+    """Refuses clusters that are no fewer than the tokens, and warns if they hardly save any work.
 
     Args:
-        share: of all blocks, those that run on clusters.
+        share: share of the blocks that run on clusters.
     """
     (step, *others) = reduction.steps
     if others or not isinstance(step, Cluster):
@@ -223,7 +224,7 @@ def _full(
     outputs: Collection[int] | None,
     blocks: int,
 ) -> Collection[int]:
-    """Blocks of the span whose outputs are reconstructed."""
+    """Returns the blocks of the span whose outputs are reconstructed."""
     if outputs is None:
         return span if family.inside else (span[-1],)
     numbers = [integer(number) for number in outputs]

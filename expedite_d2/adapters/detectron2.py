@@ -18,7 +18,7 @@ from expedite_d2.reducers import Reduction
 
 
 class DecomposedPositions(NoPositions):
-    """Tables of the offsets along each axis, and windows of clusters in the place of tokens'."""
+    """Tables of offsets along each axis, and windows of clusters instead of tokens."""
 
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Refuses oblong grids of clusters in windows."""
@@ -27,7 +27,7 @@ class DecomposedPositions(NoPositions):
             refuse_oblong(reduction.cluster.cells(*window), encoder)
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
-        """The attentions can be told how far clusters lie apart."""
+        """Changes the attentions, which can then be told the distances between clusters."""
         attentions = [hourglass.encoder.blocks[number].attn for number in hourglass.span]
         return [_Attention(attn, "forward") for attn in attentions if attn.use_rel_pos]
 
@@ -42,22 +42,22 @@ class DecomposedPositions(NoPositions):
             spacing = _Spacing(grid, grid, call.cells)
         else:
             clusters = call.encoder.reduction.cluster.cells(*window)
-            # Global blocks see the cells of all windows, as far apart as those of one.
+            # Global blocks attend to the cells of all windows, at distances as within one.
             spacing = _Spacing(grid, window, clusters)
             if owner.window_size:
                 spacing = _Spacing(window, window, clusters)
                 changes["window_size"] = clusters[0]
         if owner.attn.use_rel_pos:
             changes["attn"] = partial(owner.attn, spacing=spacing)
-        return call.block.original_seeing(changes, call.x, *call.args, **call.kwargs)
+        return call.block.original_with(changes, call.x, *call.args, **call.kwargs)
 
 
 class _Spacing(NamedTuple):
-    """Where the cells that attend to each other lie.
+    """Positions of the cells that attend to each other.
 
     Attributes:
         tokens: rows and columns of the tokens beneath them.
-        square: rows and columns of tokens that a full grid of clusters is laid over.
+        square: rows and columns of tokens that a whole grid of clusters covers.
         clusters: rows and columns of this grid.
     """
 
@@ -66,13 +66,13 @@ class _Spacing(NamedTuple):
     clusters: tuple[int, int]
 
     def read(self, table: Tensor, axis: int, cells: int) -> Tensor:
-        """Read the table of one axis, of a row for each offset, at the offsets between cells.
+        """Reads the table of one axis, with a row for each offset, at the offsets between cells.
 
         Args:
-            table: (L, C / heads); where it was learnt for another size it is stretched first, as
-                Detectron2 does.
+            table: (L, C / heads); learnt for another size, it is resized first, as Detectron2
+                does.
             axis: 0 for rows, 1 for columns.
-            cells: how many there are along it.
+            cells: number of cells along this axis.
 
         Returns:
             (2 * cells - 1, C / heads).
@@ -84,7 +84,7 @@ class _Spacing(NamedTuple):
 
 
 class _Attention(Override):
-    """Reads its relative positions at the offsets between clusters, where it is told of them."""
+    """Reads relative positions at the offsets between clusters, if it is given their spacing."""
 
     def call(self, x: Tensor, spacing: _Spacing | None = None) -> Tensor:
         if spacing is None:
@@ -95,7 +95,7 @@ class _Attention(Override):
             "rel_pos_h": spacing.read(owner.rel_pos_h, 0, rows),
             "rel_pos_w": spacing.read(owner.rel_pos_w, 1, columns),
         }
-        return self.original_seeing(changes, x)
+        return self.original_with(changes, x)
 
 
 def _window(encoder: Any) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""A family of encoders: how they are recognised, and which mechanisms they are made of."""
+"""A family of encoders: how they are recognised, and which mechanisms they consist of."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Attention = tuple[nn.Module, nn.Module]
 
 
 class BlockCall(NamedTuple):
-    """One block of the span, and what it is called with.
+    """A call of one block of the span.
 
     Attributes:
-        hourglass: what the encoder was expedited by.
-        encoder: whose block it is: the expedited one, or the replica of it that runs.
+        hourglass: the changes to the encoder.
+        encoder: the encoder that the block belongs to: the expedited one, or its running replica.
         block: `owner` is the block, `original` its forward.
-        x: reduced tokens, as the block takes its tokens.
-        state: theirs.
-        args: what the block was given beside its tokens.
-        kwargs: the same by name.
+        x: reduced tokens, in the form in which the block takes its tokens.
+        state: the state of the tokens.
+        args: positional arguments of the block after its tokens.
+        kwargs: keyword arguments of the block.
     """
 
     hourglass: Hourglass
@@ -44,7 +44,7 @@ class BlockCall(NamedTuple):
 
     @property
     def cells(self) -> Grid:
-        """Rows and columns of clusters; the image's own where it was too small to be reduced."""
+        """Rows and columns of clusters; those of the image if it was too small to be reduced."""
         layout = self.state.layout
         if not isinstance(layout, Grid):
             family = self.hourglass.family.name
@@ -52,14 +52,14 @@ class BlockCall(NamedTuple):
         return layout
 
     def without_masks(self) -> BlockCall:
-        """The same call without what is a tensor beside the tokens: masks that have no effect."""
+        """Returns the same call without further tensors, which are masks that have no effect."""
         args = tuple(None if isinstance(value, Tensor) else value for value in self.args)
         kwargs = {k: None if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
         return self._replace(args=args, kwargs=kwargs)
 
     @property
     def reduced(self) -> bool:
-        """Whether there are fewer tokens than the image has."""
+        """Whether there are fewer tokens than in the image."""
         return self.state.layout != self.state.grid
 
 
@@ -67,27 +67,27 @@ class Positions(Protocol):
     """How the blocks of a family know where a token is, and how they run on reduced tokens."""
 
     def check(self, encoder: Any, reduction: Reduction) -> None:
-        """Raises ValueError for settings that these positions do not take."""
+        """Raises ValueError for settings that these positions do not support."""
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
-        """What must change in the encoder, beside the blocks of the span."""
+        """Returns the changes to the encoder that are needed beside those of the span's blocks."""
 
     def run(self, call: BlockCall) -> Tensor:
         """Runs one block on reduced tokens."""
 
 
 class NoPositions:
-    """None in the blocks: positions were added to the tokens before the first of them."""
+    """Blocks without positions: these were added to the tokens before the first block."""
 
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Accepts any settings."""
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
-        """Nothing need change."""
+        """Returns no changes."""
         return []
 
     def run(self, call: BlockCall) -> Tensor:
-        """Runs the block as it is."""
+        """Runs the block unchanged."""
         if call.reduced:
             refuse_masks(*call.args, call.kwargs.get("attn_mask"))
             call = call.without_masks()
@@ -95,7 +95,7 @@ class NoPositions:
 
 
 def to_encoder_end(encoder: Any, blocks: Sequence[nn.Module], first: int) -> int:
-    """The span of plain ViTs: all blocks from the first on."""
+    """Ends the span of a plain ViT, with its last block."""
     return len(blocks)
 
 
@@ -103,29 +103,29 @@ def to_encoder_end(encoder: Any, blocks: Sequence[nn.Module], first: int) -> int
 class Family:
     """Encoders whose last blocks can run on fewer tokens.
 
-    Every callable gets an encoder of the family. A family is found again by its name where a model
-    is copied or pickled.
+    Every callable is given an encoder of the family. Where a model is copied or pickled, its family
+    is found again by name.
 
     Attributes:
-        name: library and class, as messages name it; unique.
-        library: top-level package of the class; "" for files that are copied from project to
-            project.
-        classes: names of the encoder's class, any of which may be inherited from.
-        blocks: all blocks, from the first of the encoder on; each takes the tokens first.
-        tokens: how they take them.
-        grid: where rows and columns of tokens become known.
+        name: library and class, for messages; unique.
+        library: top-level package of the class; "" for a class whose file is copied from project
+            to project.
+        classes: names of the encoder's class, or of one that it inherits from.
+        blocks: all blocks, from the first of the encoder on; tokens are their first argument.
+        tokens: the form in which blocks take their tokens.
+        grid: where the rows and columns of tokens become known.
         positions: how the blocks know where a token is.
-        span: the number of the block at which full resolution is back, from the encoder, its blocks
-            and the number of the first block that runs on fewer tokens.
-        window: rows and columns of the windows that are clustered each by itself; None for one grid
-            an image.
-        inside: whether somebody may read the output of any block; if not, that of a span's last
-            block alone.
-        image_size: height and width of the images that an encoder was made for; None for none.
-        run: calls an encoder on images (B, 3, H, W) of any size that it takes.
-        attention: of a block, the norm before its attention and the attention; None where there
-            are none that could be told apart.
-        matches: what else an encoder must be, for classes whose name tells too little.
+        span: the number of the block after the span, which runs at full resolution again; from the
+            encoder, its blocks and the number of the first block that runs on fewer tokens.
+        window: rows and columns of the windows, each of which is clustered separately; None for
+            one grid per image.
+        inside: whether the output of any block may be read; if not, only that of a span's last
+            block.
+        image_size: height and width of the images that an encoder is configured for, or None.
+        run: calls an encoder on images (B, 3, H, W) of any size that it supports.
+        attention: the norm before the attention of a block, and the attention; None if the block
+            does not have these as separate modules.
+        matches: further condition on an encoder, for classes whose name is ambiguous.
     """
 
     name: str
@@ -157,12 +157,12 @@ class Family:
 
 
 def inherits(module: nn.Module, library: str, *names: str) -> bool:
-    """Whether a class of the library with one of these names is among a module's classes.
+    """Whether a module's class is, or inherits from, a class of a library with one of these names.
 
     Args:
         module: any module.
         library: a top-level package; "" for any.
-        names: of classes.
+        names: names of classes.
     """
     return any(
         kind.__name__ in names and library in ("", kind.__module__.partition(".")[0])
@@ -171,14 +171,14 @@ def inherits(module: nn.Module, library: str, *names: str) -> bool:
 
 
 def refuse_masks(*masks: Any) -> None:
-    """Raises for an attention mask that has an effect: it has rows for tokens, not for clusters.
+    """Raises for attention masks that have an effect: their rows are for tokens, not clusters.
 
     Args:
-        masks: added to the logits where they are floating point, else 0 where a token is not seen;
-            of any shape. What is no tensor is no mask.
+        masks: tensors of any shape, added to the logits if they are floating point, else 0 for a
+            masked token. Other values are ignored.
 
     Raises:
-        ValueError: a mask with an effect, or one whose values are not known because it is traced.
+        ValueError: a mask that has an effect, or whose values are unknown because it is traced.
     """
     for mask in masks:
         if not isinstance(mask, Tensor):
@@ -196,7 +196,7 @@ def refuse_masks(*masks: Any) -> None:
 
 
 def refuse_oblong(cells: Size, encoder: nn.Module) -> None:
-    """Raises for cluster grids of encoders that know a window by the length of its side."""
+    """Raises for oblong cluster grids, which encoders with square windows do not support."""
     rows, columns = cells
     if rows != columns:
         raise ValueError(

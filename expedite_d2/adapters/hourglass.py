@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from expedite_d2.adapters.family import BlockCall, Family
-from expedite_d2.adapters.override import REPLICATE, Override, PassOn, Replicate, refuse_tracing
+from expedite_d2.adapters.override import REPLICATE, Override, Propagate, Replicate, refuse_tracing
 from expedite_d2.reducers import Reduction, State, attach
 
 #: Attribute of an encoder that holds its Hourglass.
@@ -16,11 +16,11 @@ ATTRIBUTE = "_hourglass"
 
 
 class Hourglass:
-    """What `expedite` did to one encoder.
+    """The changes that `expedite` made to one encoder.
 
     Attributes:
-        encoder: its `reduction` holds the settings.
-        family: of the encoder.
+        encoder: the encoder; its `reduction` holds the settings.
+        family: the encoder's family.
         span: numbers of the blocks that run on fewer tokens.
         full: numbers of those whose outputs are reconstructed.
         overrides: the changed methods.
@@ -35,7 +35,7 @@ class Hourglass:
         self.full = full
         blocks = family.blocks(encoder)
         self.overrides: list[Override] = [
-            *(PassOn(block, "forward") for block in blocks[: span.start]),
+            *(Propagate(block, "forward") for block in blocks[: span.start]),
             *(_SpanBlock(blocks[number], self, number) for number in span),
             *family.grid.overrides(self),
             *family.positions.overrides(self),
@@ -51,14 +51,14 @@ class Hourglass:
             override.install()
 
     def remove(self) -> None:
-        """Undoes `install`, whatever was put over a changed method in the meantime."""
+        """Undoes `install`, also under what has wrapped a changed method in the meantime."""
         for override in reversed(self.overrides):
             override.remove()
         for name in (ATTRIBUTE, REPLICATE, "reduction"):
             vars(self.encoder).pop(name, None)
 
     def encoder_of(self, block: nn.Module) -> Any:
-        """The encoder that a block belongs to: the expedited one, or a replica of it."""
+        """Returns the encoder that a block belongs to: the expedited one, or a replica of it."""
         if getattr(block, "_is_replica", False):
             for replica in list(self._replicate.replicas):
                 if any(other is block for other in self.family.blocks(replica)):
@@ -86,7 +86,7 @@ class _SpanBlock(Override):
         return attach(out, state._replace(low=low))
 
     def _enter(self, x: Tensor, encoder: Any) -> tuple[Tensor, State]:
-        """The tokens that the block runs on, and their state."""
+        """Returns the tokens that the block runs on, and their state."""
         family = self.hourglass.family
         first = self.number == self.hourglass.span.start
         state = family.grid.state(x)
@@ -105,9 +105,9 @@ class _SpanBlock(Override):
         name = type(encoder).__name__
         blocks = self.hourglass.family.blocks(self.hourglass.encoder)
         ours = {id(override.owner) for override in self.hourglass.overrides}
-        foreign = [number for number, block in enumerate(blocks) if id(block) not in ours]
-        if foreign:
-            listed = ", ".join(map(str, foreign))
+        replaced = [number for number, block in enumerate(blocks) if id(block) not in ours]
+        if replaced:
+            listed = ", ".join(map(str, replaced))
             reason = f"its blocks {listed} were replaced or wrapped since: expedite it again"
         else:
             reason = (

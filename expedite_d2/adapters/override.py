@@ -1,8 +1,8 @@
-"""Instance attributes in the place of methods: how a foreign module is changed, and changed back.
+"""Changes to third-party modules: instance attributes that replace methods, and can be removed.
 
-A `forward` on the instance, rather than hooks: whoever hooks or records a block sees the tokens
-that go in and come out, whatever the order of hooks, and torch.compile notices an attribute that
-comes or goes, while it does not look at hooks again.
+A `forward` on the instance is used rather than hooks: hooks and recorders of a block then see the
+tokens that enter and leave it, whatever their order, and torch.compile notices when an attribute is
+set or deleted, while it does not check hooks again.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from expedite_d2.reducers.state import attach, state_of
 
-# How torch.nn.DataParallel makes the copy of a module that runs on one device.
+# Method by which torch.nn.DataParallel copies a module for one device.
 REPLICATE = "_replicate_for_data_parallel"
 
 
 class Override:
-    """Takes the place of one method of one module; copied and pickled along with it.
+    """Replaces one method of one module; copied and pickled along with it.
 
     Attributes:
         owner: the module.
-        name: of its method.
-        active: whether it still does its work; `remove` ends that, also where something put over
-            it later keeps it.
+        name: name of the method.
+        active: whether it still changes the method; `remove` ends that, also where a later wrapper
+            keeps a reference to it.
     """
 
     def __init__(self, owner: nn.Module, name: str) -> None:
@@ -39,7 +39,7 @@ class Override:
         self.active = False
 
     def install(self) -> None:
-        """Stands in for the method from now on."""
+        """Replaces the method from now on."""
         previous = self.owner.__dict__.get(self.name)
         while isinstance(previous, Override) and not previous.active:  # left below a wrapper
             previous = previous.previous
@@ -50,9 +50,9 @@ class Override:
             setattr(self.owner, REPLICATE, Replicate(self.owner))
 
     def remove(self) -> None:
-        """Leaves the module as it was.
+        """Restores the module.
 
-        Where a later wrapper has taken this one's place it is left there, to call the original.
+        A later wrapper around this override stays, and calls the original from now on.
         """
         self.active = False
         attributes = self.owner.__dict__
@@ -69,36 +69,37 @@ class Override:
         return (self.call if self.active else self.original)(*args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """What is done in the method's place."""
+        """Runs instead of the method."""
         return self.original(*args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The method that this one stands in for."""
+        """The method that is replaced."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)
 
-    def original_seeing(self, changes: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The class's own method, which sees other values of some of the module's attributes.
+    def original_with(self, changes: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the class's own method with other values of some of the module's attributes.
 
         Args:
-            changes: these attributes, for this call alone, also in the methods that it calls; the
-                module keeps its own.
-            args: arguments of the method.
-            kwargs: the same by name.
+            changes: these values by name, for this call and the methods that it calls; the module
+                itself does not change.
+            args: positional arguments of the method.
+            kwargs: keyword arguments of the method.
 
         Raises:
-            ValueError: the method was replaced on the module before; it would not see the values.
+            ValueError: the method was replaced on the module before, by one that would be skipped.
         """
         if self.previous is not None:
             raise ValueError(
                 f"{self.name} of a {type(self.owner).__name__} was replaced before the model was "
                 "expedited and would be left out: expedite the model first"
             )
-        return getattr(type(self.owner), self.name)(_View(self.owner, changes), *args, **kwargs)
+        view = _AttributeView(self.owner, changes)
+        return getattr(type(self.owner), self.name)(view, *args, **kwargs)
 
     def of(self, replica: nn.Module) -> Override:
-        """The same for a copy of the owner, with the copy's own parameters."""
+        """Returns the same override for a copy of the owner, which has its own parameters."""
         other = copy.copy(self)
         other.owner = replica
         if isinstance(self.previous, Override):
@@ -107,14 +108,14 @@ class Override:
 
     @property
     def _torchscript_modifier(self) -> Any:
-        # torch.jit.script asks every method for it before it reads the source.
+        # torch.jit.script reads it of every method before the source.
         raise ValueError(
             f"an expedited {type(self.owner).__name__} cannot be scripted: use torch.export or "
             "torch.compile, or script the model before it is expedited"
         )
 
 
-class PassOn(Override):
+class Propagate(Override):
     """Propagates the state that accompanies a module's input to its output."""
 
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -124,10 +125,10 @@ class PassOn(Override):
 
 
 class Gate(Override):
-    """Looks at what a whole encoder is called with, and may raise.
+    """Checks the arguments of an encoder's call.
 
-    A hook, and an attribute by which it is found: the encoder's forward itself stays what it is,
-    for its signature and code are read by pipelines and exporters.
+    It is a hook, with an attribute by which it is found. The encoder's forward is not replaced,
+    since pipelines and exporters read its signature and code.
     """
 
     def __init__(self, owner: nn.Module) -> None:
@@ -147,11 +148,11 @@ class Gate(Override):
         self.look(args, kwargs)
 
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises where the arguments of a call are not for an expedited encoder."""
+        """Raises if an expedited encoder does not support the arguments."""
 
 
 def refuse_tracing(x: Tensor) -> Tensor:
-    """The tensor itself; raises where torch.fx runs a model with stand-ins for tensors."""
+    """Returns the tensor itself, and raises if it is a proxy, by which torch.fx traces a model."""
     if isinstance(x, torch.fx.Proxy):
         raise ValueError(
             "an expedited encoder cannot be traced by torch.fx (symbolic_trace, "
@@ -161,8 +162,8 @@ def refuse_tracing(x: Tensor) -> Tensor:
     return x
 
 
-class _View:
-    """A module with other values of some attributes, for itself and for its own methods."""
+class _AttributeView:
+    """A module with other values of some attributes, which its methods see as well."""
 
     def __init__(self, module: nn.Module, changes: dict[str, Any]) -> None:
         self._module = module
@@ -181,11 +182,11 @@ class _View:
 
 
 class Replicate:
-    """Makes replicas whose overrides are their own.
+    """Makes replicas of a module that have their own overrides.
 
     Attributes:
         owner: the module that is copied.
-        replicas: those that are still there.
+        replicas: the replicas that still exist.
     """
 
     def __init__(self, owner: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Blocks that know relative positions by learnt tables, read at the offsets between clusters."""
+"""Relative positions from learnt tables, which are read at the offsets between clusters."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from expedite_d2.adapters.override import Override
 
 @dataclass(frozen=True)
 class Table(NoPositions):
-    """Biases of the logits for each pair of tokens: of each block, of all blocks, or both (BEiT).
+    """Biases of the logits for each pair of tokens: per block, shared by all, or both (BEiT).
 
     Attributes:
-        bias: what is added to the logits of one block on a grid of clusters, from the encoder, the
-            block, rows and columns of the image's tokens, and those of the clusters; None for
-            nothing.
-        argument: name of the block's argument that takes it.
-        own: of a block, the module and the name of its method that give the bias of the block's own
-            table, which is held back on clusters; None where it has none.
-        refuses: raises for masks among a call's arguments.
+        bias: the bias of one block on a grid of clusters, or None; from the encoder, the block,
+            rows and columns of the image's tokens, and those of the clusters.
+        argument: name of the block's argument for a bias.
+        own: the module in a block, and the name of its method, that return the bias of the block's
+            own table, which is left out on clusters; None if the block has no table.
+        refuses: raises for masks among the arguments of a call.
     """
 
     bias: Callable[[Any, Any, Size, Size], Tensor | None]
@@ -33,20 +32,20 @@ class Table(NoPositions):
     refuses: Callable[[BlockCall], None] = lambda call: refuse_masks(*call.args)
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
-        """The blocks' own tables are silenced."""
+        """Replaces the biases of the blocks' own tables by none."""
         blocks = hourglass.family.blocks(hourglass.encoder)
         own = [self.own(blocks[number]) for number in hourglass.span]
         return [_NoBias(*place) for place in own if place is not None]
 
     def run(self, call: BlockCall) -> Tensor:
-        """Gives the block what the tables say of clusters."""
+        """Runs the block with the bias between clusters."""
         self.refuses(call)
         bias = self.bias(call.encoder, call.block.owner, call.state.grid, call.cells)
         return call.block.original(call.x, **{**call.kwargs, self.argument: bias})
 
 
 class _NoBias(Override):
-    """No bias from a block's own table: the block is given what that says of clusters."""
+    """Leaves out the bias of a block's own table; the argument of the block includes it."""
 
     def call(self, *args: Any, **kwargs: Any) -> Tensor:
         owner: Any = self.owner

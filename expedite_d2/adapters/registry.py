@@ -1,4 +1,4 @@
-"""The families of encoders that are known, and how one is found in a model."""
+"""Registry of the families of encoders, and the search for an encoder in a model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def families() -> tuple[Family, ...]:
-    """All known families, in the order in which an encoder is compared with them."""
+    """Returns all registered families, in the order in which an encoder is compared with them."""
     return tuple(_FAMILIES.values())
 
 
 def register_family(family: Family) -> Family:
-    """Makes a family known to `expedite`; one of the same name is replaced.
+    """Registers a family for `expedite`, and replaces one of the same name.
 
-    A new family comes before those that were known, so that a more special one is found first.
+    A new family precedes those before it, so that a more specific one is found first.
 
     Args:
-        family: the value that describes it.
+        family: the description of the family.
 
     Returns:
         The family.
@@ -40,7 +40,7 @@ def register_family(family: Family) -> Family:
 
 
 def family_named(name: str) -> Family:
-    """The family of a name, for models that were copied or pickled.
+    """Returns the family of a name, for models that were copied or pickled.
 
     Raises:
         ValueError: no family of this name is registered.
@@ -54,7 +54,7 @@ def family_named(name: str) -> Family:
 
 
 def find_encoder(model: nn.Module) -> tuple[Family | None, Any]:
-    """The one encoder that a model is or holds, and its family; None for one of this project's.
+    """Finds the one encoder that a model is or holds, and its family, None for this project's own.
 
     Raises:
         ValueError: none, or several.

@@ -1,4 +1,4 @@
-"""Learnt biases of relative positions, read at the offsets between clusters."""
+"""Reads learnt biases of relative positions at the offsets between clusters."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from expedite_d2.adapters.windows import relative_position_index
 
 
 def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = None) -> Tensor:
-    """Read a table of the offsets between tokens at those between the cells laid over them.
+    """Reads a table of the offsets between tokens at the offsets between cells laid over them.
 
-    Cells lie tokens / cells apart, so offset d between two of them is d * tokens / cells; between
-    two entries the table is read linearly.
+    Neighbouring cells are tokens / cells apart, so that an offset of d cells is d * tokens / cells
+    tokens; between two entries of the table it is interpolated linearly.
 
     Args:
-        table: (2T - 1, ...), for offsets from 1 - T on; T is as a rule `tokens`.
-        tokens: tokens a side.
-        cells: cells laid over them.
-        length: cells a side of the map, where it is made of several such squares; None for `cells`.
+        table: (2T - 1, ...), for offsets from 1 - T to T - 1; T is usually `tokens`.
+        tokens: number of tokens per side.
+        cells: number of cells laid over these.
+        length: number of cells per side of a map that consists of several such squares; None for
+            `cells`.
 
     Returns:
         (2 * length - 1, ...).
@@ -32,7 +33,7 @@ def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = No
     lower = torch.div(offset, cells, rounding_mode="floor")
     fraction = (offset - lower * cells) / cells
     lower = lower + middle
-    # With fewer tokens than cells, or where the last square is not full, the outermost offsets are
+    # With fewer tokens than cells, or if the last square is not full, the largest offsets lie
     # beyond the table.
     before = table[lower.clamp(0, 2 * middle)]
     after = table[(lower + 1).clamp(0, 2 * middle)]
@@ -42,14 +43,15 @@ def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = No
 def relative_bias(
     table: Tensor, extra: Tensor, grid: tuple[int, int], cells: tuple[int, int]
 ) -> Tensor:
-    """BEiT's bias for each pair of positions on a grid of clusters, class token first.
+    """Returns BEiT's bias for each pair of positions on a grid of clusters, class token first.
 
     Args:
         table: (2M_h - 1, 2M_w - 1, heads), for the M_h x M_w tokens of pre-training.
         extra: (3, heads): from the class token to a token, from a token to it, from it to itself.
-        grid: rows and columns of the image's tokens, (H, W). Where they are not (M_h, M_w), the
-            table is resized first, bilinearly, as transformers does.
-        cells: rows and columns of its clusters, (h, w); the tokens' own for a bias between tokens.
+        grid: rows and columns of the image's tokens, (H, W). If they are not (M_h, M_w), the table
+            is resized first, bilinearly, as transformers does.
+        cells: rows and columns of the clusters, (h, w); for a bias between tokens, those of the
+            tokens.
 
     Returns:
         (heads, 1 + h * w, 1 + h * w).
@@ -68,7 +70,7 @@ def relative_bias(
 
 
 def _index(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Row of the flat table, with the three extras last, for each pair: (1 + h * w, 1 + h * w)."""
+    """Returns the row of the flat table, extras last, per pair: (1 + h * w, 1 + h * w)."""
     offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
     index = F.pad(relative_position_index(grid, device), (1, 0, 1, 0), value=offsets + 1)
     index[0, :] = offsets

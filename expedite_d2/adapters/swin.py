@@ -1,4 +1,4 @@
-"""Official Swin: Mask2Former's, Detectron2's and their copies in other projects."""
+"""Official Swin: those of Mask2Former and Detectron2, and their copies in other projects."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from expedite_d2.reducers import Reduction
 
 
 class WindowTable(NoPositions):
-    """Windows of clusters in the place of windows of tokens, and their table of relative positions.
+    """Windows of clusters instead of tokens, and their table of relative positions.
 
-    A block shifts its windows if it did before, by half of the new side, and is given the mask of
-    the new windows; the table is read at the offsets between clusters.
+    A block that shifts its windows now does so by half of the new side, with the mask of the new
+    windows; the table is read at the offsets between clusters.
     """
 
     def check(self, encoder: Any, reduction: Reduction) -> None:
@@ -31,7 +31,7 @@ class WindowTable(NoPositions):
         refuse_oblong(reduction.cluster.cells(side, side), encoder)
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
-        """The attentions can be told another side."""
+        """Changes the attentions, which can then be told another side of the window."""
         blocks: Sequence[Any] = hourglass.family.blocks(hourglass.encoder)
         return [_Attention(blocks[number].attn, "forward") for number in hourglass.span]
 
@@ -54,12 +54,12 @@ class WindowTable(NoPositions):
             "shift_size": shift,
             "attn": partial(owner.attn, side=side),
         }
-        # In the place of the stage's mask, which is for its tokens.
-        return call.block.original_seeing(changes, call.x, mask)
+        # Instead of the stage's mask, which is for tokens.
+        return call.block.original_with(changes, call.x, mask)
 
 
 class _Attention(Override):
-    """Attends in windows of another side, where it is told of it: those of clusters."""
+    """Attends in windows of clusters, if it is given their side."""
 
     def call(self, x: Tensor, mask: Tensor | None = None, side: int | None = None) -> Tensor:
         if side is None:
@@ -75,7 +75,7 @@ class _Attention(Override):
             "relative_position_bias_table": table.flatten(0, 1),
             "relative_position_index": relative_position_index((side, side), x.device),
         }
-        return self.original_seeing(changes, x, mask)
+        return self.original_with(changes, x, mask)
 
 
 def _is_stage(module: Any) -> bool:
@@ -83,14 +83,14 @@ def _is_stage(module: Any) -> bool:
 
 
 def _is_official(encoder: nn.Module) -> bool:
-    # The file was copied to many projects, so the library does not tell. timm, torchvision and
+    # The file was copied to many projects, so the library is not known. timm, torchvision and
     # transformers have a class of this name, too, but blocks that are not told the map's size.
     stages = getattr(encoder, "layers", None)
     return isinstance(stages, nn.ModuleList) and all(map(_is_stage, stages))
 
 
 def _stages(encoder: Any) -> Iterator[tuple[nn.Module, int]]:
-    """Each stage, and the number of the block after its last."""
+    """Yields each stage, and the number of the block after its last."""
     end = 0
     for stage in encoder.layers:
         end += len(stage.blocks)
@@ -98,7 +98,7 @@ def _stages(encoder: Any) -> Iterator[tuple[nn.Module, int]]:
 
 
 def _to_stage_end(encoder: Any, blocks: Sequence[nn.Module], first: int) -> int:
-    """The span ends with the stage that it begins in, before its norm and patch merging."""
+    """Ends the span with the stage in which it begins, before its norm and patch merging."""
     return next(end for _, end in _stages(encoder) if end > first)
 
 
@@ -121,7 +121,7 @@ SWIN = register_family(
         blocks=lambda encoder: [block for stage in encoder.layers for block in stage.blocks],
         tokens=TokenSequence(lambda encoder: 0),
         grid=GridFromCall(
-            # The stage is given the map's size.
+            # The size of the map is an argument of the stage.
             place=_stage_call,
             read=lambda encoder, x, H, W: (H, W),
             onto_input=True,

@@ -18,8 +18,8 @@ def _blocks(encoder: Any) -> list[nn.Module]:
 
 
 def _attention(block: Any) -> Attention | None:
-    # Of the blocks of VisionTransformer, those that run attention and MLP side by side have no
-    # norm of their own before the attention.
+    # Blocks of VisionTransformer that run attention and MLP in parallel have no separate norm
+    # before the attention.
     if type(block).__name__ != "Block":
         return None
     return block.norm1, block.attn
@@ -59,18 +59,19 @@ VISION_TRANSFORMER = Family(
 
 
 def beit_bias(encoder: Any, block: Any, grid: Size, cells: Size) -> Tensor | None:
-    """What timm Beit adds to the logits of one block, on a grid of clusters.
+    """Returns the bias of the logits in one block of timm's Beit, on a grid of clusters.
 
     Args:
         encoder: timm's Beit.
         block: one of its blocks.
         grid: rows and columns of the image's tokens, (H, W).
-        cells: rows and columns of its clusters, (h, w); the tokens' own for a bias between tokens.
+        cells: rows and columns of the clusters, (h, w); for a bias between tokens, those of the
+            tokens.
 
     Returns:
         The sum of the block's own bias, (1, heads, 1 + h * w, 1 + h * w), and the shared one, which
-        has no first axis: timm's own shapes, so that attention takes the same path to the bit. None
-        for a model that has neither.
+        has no first axis. These are timm's shapes, so that attention computes the same to the bit.
+        None for a model that has neither.
     """
     bias = None
     for owner in (block.attn, encoder.rel_pos_bias):

@@ -1,4 +1,4 @@
-"""How an encoder's blocks take their tokens, and where the grid of these becomes known."""
+"""The form in which blocks take their tokens, and where the grid of tokens becomes known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from expedite_d2.adapters.override import Override, PassOn, refuse_tracing
+from expedite_d2.adapters.override import Override, Propagate, refuse_tracing
 from expedite_d2.reducers.state import Grid, Points, State, attach, state_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class TokenSequence:
     """Blocks take (B, P + N, C): P prefix tokens (class, distillation, register), then the others.
 
     Attributes:
-        prefixes: how many prefix tokens an encoder has.
+        prefixes: number of prefix tokens of an encoder.
     """
 
     prefixes: Callable[[Any], int] = lambda encoder: 1
@@ -31,7 +31,7 @@ class TokenSequence:
     def split(
         self, encoder: nn.Module, x: Tensor, layout: Grid | Points
     ) -> tuple[Tensor | None, Tensor]:
-        """(B, P + N, C) -> prefixes (B, P, C) or None, and (B, H, W, C) on a grid or (B, N, C)."""
+        """Splits (B, P + N, C) into prefixes (B, P, C) or None, and (B, H, W, C) or (B, N, C)."""
         count = self.prefixes(encoder)
         prefix = x[:, :count] if count else None
         tokens = x[:, count:]
@@ -50,7 +50,7 @@ class TokenMap:
     def split(
         self, encoder: nn.Module, x: Tensor, layout: Grid | Points
     ) -> tuple[Tensor | None, Tensor]:
-        """No prefixes, and the map."""
+        """Returns no prefixes, and the map."""
         return None, x
 
     def join(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
@@ -60,16 +60,16 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class GridFromCall:
-    """The grid is read off one call within the encoder, and accompanies the tokens from there on.
+    """Reads the grid from one call within the encoder; it accompanies the tokens from there on.
 
     Attributes:
-        place: the module and the name of its method, in an encoder and its span of reduced blocks.
+        place: a module and the name of its method, from an encoder and its span of reduced blocks.
         read: rows and columns of the image's tokens, from the encoder and the call's arguments.
         onto: the tensor of tokens, from the call's arguments and its result.
         onto_input: whether that tensor is the first argument rather than in the result.
-        then: modules between there and the first block, which pass the state on.
-        configured: rows and columns of tokens of the images that the encoder was made for; None
-            where it was made for none.
+        then: modules between there and the first block, which propagate the state.
+        configured: rows and columns of tokens of the images that the encoder is configured for, or
+            None.
         varies: whether images may be of another size.
     """
 
@@ -82,32 +82,32 @@ class GridFromCall:
     varies: Callable[[Any], bool] = lambda encoder: True
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
-        """What must change in the encoder for it."""
+        """Returns the changes to the encoder that are needed to attach the state."""
         owner, method = self.place(hourglass.encoder, hourglass.span)
-        after = [PassOn(module, "forward") for module in self.then(hourglass.encoder)]
+        after = [Propagate(module, "forward") for module in self.then(hourglass.encoder)]
         return [_ReadGrid(owner, method, hourglass), *after]
 
     def state(self, x: Tensor) -> State | None:
-        """The state of tokens that enter a block; None if it was lost."""
+        """Returns the state of tokens that enter a block; None if it was lost."""
         return state_of(x)
 
 
 @dataclass(frozen=True)
 class GridFromShape:
-    """The blocks' maps (B, H, W, C) tell it."""
+    """Reads the grid from the shape of the blocks' maps (B, H, W, C)."""
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
-        """Nothing need change."""
+        """Returns no changes."""
         return []
 
     configured: Callable[[Any], Size | None] = lambda encoder: None
 
     def varies(self, encoder: nn.Module) -> bool:
-        """Images may differ in size."""
+        """Whether images may be of another size: always."""
         return True
 
     def state(self, x: Tensor) -> State | None:
-        """The state of tokens that enter a block."""
+        """Returns the state of tokens that enter a block."""
         return state_of(x) or State.of_image(x.shape[1], x.shape[2])
 
 

@@ -1,4 +1,4 @@
-"""transformers' ViT, BEiT and DPT's ViT, each by itself or inside a model for some task."""
+"""transformers' ViT, BEiT and DPT's ViT, each on its own or inside a model for a task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _sides(size: Any) -> Size:
 
 
 def _grid(encoder: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Size:
-    # The embeddings of DPT's hybrid have no patches of their own.
+    # The embeddings of DPT's hybrid have no separate module for patches.
     patches = getattr(encoder.embeddings, "patch_embeddings", encoder.embeddings)
     rows, columns = _sides(patches.patch_size)
     return pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns
@@ -36,18 +36,18 @@ def _configured(encoder: Any) -> Size:
 
 
 class _CallersMask(Gate):
-    """Refuses the caller's own mask, here where it can be told from the one that is made of it."""
+    """Refuses a mask from the caller, before the encoder makes its own mask of it."""
 
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # After pixels, masked positions and interpolation, by place or by name.
+        # The argument after pixels, masked positions and interpolation, by position or by name.
         for mask in (*args[3:], kwargs.get("attention_mask")):
-            # A mask of padding, (B, N), is 0 or not whatever its type.
+            # A padding mask, (B, N), is zero or non-zero in any type.
             padding = isinstance(mask, Tensor) and mask.dim() == 2
             refuse_masks(mask.bool() if padding else mask)
 
 
 class _NoPositionsBesideMasks(NoPositions):
-    """The encoder makes a mask for its blocks while it is traced, also where it was given none."""
+    """Blocks without positions. A traced encoder passes them a mask even if it was given none."""
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         return [_CallersMask(hourglass.encoder)]
@@ -55,8 +55,8 @@ class _NoPositionsBesideMasks(NoPositions):
     def run(self, call: BlockCall) -> Tensor:
         if not torch.compiler.is_compiling():
             refuse_masks(*call.args, call.kwargs.get("attention_mask"))
-        # Of a mask that is traced the values cannot be seen: `_CallersMask` has refused every
-        # other than the encoder's own.
+        # The values of a traced mask are unknown, but it is the encoder's own: `_CallersMask` has
+        # refused any other.
         call = call.without_masks()
         return call.block.original(call.x, *call.args, **call.kwargs)
 
@@ -90,14 +90,14 @@ DPT = replace(
 
 
 def _bias(encoder: Any, layer: Any, grid: Size, cells: Size) -> Tensor | None:
-    """What BEiT adds to the logits of one layer, (1, heads, 1 + h * w, 1 + h * w), if anything."""
+    """Returns the bias of the logits in one layer of BEiT, (1, heads, 1 + h * w, 1 + h * w)."""
     bias = None
     for owner in (layer.relative_position_bias, encoder.shared_position_bias):
         if owner is None:
             continue
         rows, columns = owner.window_size
         table = owner.relative_position_bias_table
-        # transformers takes the table for one of columns by rows; as a rule both are the same.
+        # transformers reads the table as columns by rows; usually both are equal.
         offsets = table[:-3].view(2 * columns - 1, 2 * rows - 1, -1)
         part = relative_bias(offsets, table[-3:], grid, cells)[None]
         bias = part if bias is None else bias + part
@@ -110,13 +110,13 @@ def _own_bias(layer: Any) -> tuple[nn.Module, str] | None:
 
 
 def _refuse_masks(call: BlockCall) -> None:
-    # The shared bias arrives as a mask.
+    # A shared bias is passed as a mask.
     if call.encoder.shared_position_bias is None and not torch.compiler.is_compiling():
         refuse_masks(*call.args, call.kwargs.get("attention_mask"))
 
 
 class _TableBesideMasks(Table):
-    """BEiT's, and the gate for the caller's own masks."""
+    """BEiT's tables, and the check for masks of the caller."""
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         return [_CallersMask(hourglass.encoder), *super().overrides(hourglass)]

@@ -1,18 +1,18 @@
-"""Windows of tokens that attend to each other: pairs of positions, and the seam of a rolled map."""
+"""Windows of tokens that attend to each other: relative positions, and masks of shifted windows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Added to the logits of pairs that a shifted window holds but the image does not hold side by side.
-# Official Swin adds -100, whose exponential is a denormal number: zero for the result, but a
+# Added to the logits of pairs in a shifted window that are not neighbours in the image. Official
+# Swin adds -100, whose exponential is a denormal number: that does not change the result, but a
 # product with it takes a CPU many times as long.
 MASKED = float("-inf")
 
 
 def relative_position_index(window: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Row of a (2h-1)(2w-1) table of offsets for each pair of positions in a window: (h*w, h*w)."""
+    """Returns the row of a (2h-1)(2w-1) table of offsets per pair of positions: (h*w, h*w)."""
     h, w = window
     rows = torch.arange(h, device=device).repeat_interleave(w)
     columns = torch.arange(w, device=device).repeat(h)
@@ -24,13 +24,13 @@ def relative_position_index(window: tuple[int, int], device: torch.device | None
 def shift_mask(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """What keeps the tokens of a rolled map from attending across the seam.
+    """Returns the mask that keeps tokens of a rolled map from attending across its seam.
 
     Args:
         grid: rows and columns of the map, already multiples of the window.
         window: rows and columns of a window.
         shift: rows and columns by which the map was rolled.
-        device: where the mask is made.
+        device: device of the mask.
 
     Returns:
         (windows, 1, N, N) float32: 0 within a region of the image, `MASKED` between two.

@@ -1,4 +1,4 @@
-"""Expediting foreign encoders: every family against its pass composed by hand."""
+"""Expediting third-party encoders: every family against its pass composed by hand."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def test_changed_attributes_are_seen_by_the_methods_that_forward_calls(compiled:
 
     class Changed(Override):
         def call(self, x: Tensor) -> Tensor:
-            return self.original_seeing({"table": 3.0}, x)
+            return self.original_with({"table": 3.0}, x)
 
     Changed(module, "forward").install()
     run = torch.compile(module, fullgraph=True, backend="eager") if compiled else module

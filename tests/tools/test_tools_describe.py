@@ -1,4 +1,4 @@
-"""What `describe` says of encoders, foreign and our own."""
+"""What `describe` says of encoders, third-party and our own."""
 
 from __future__ import annotations
 
