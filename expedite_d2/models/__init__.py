@@ -1,4 +1,4 @@
-"""Backbones and meta-architectures; importing this fills Detectron2's registries with them."""
+"""Backbones and meta-architectures; importing this registers them with Detectron2."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """16-bit layers on CPUs without instructions for 16-bit products.
 
-There a product of bfloat16 matrices takes two to four times as long as that of float32 ones, of
-float16 matrices ten to twenty times (Ice Lake, PyTorch 2.15). These layers take their products in
-float32 then, and round only what comes out.
+On these, a product of bfloat16 matrices takes two to four times as long as one of float32 matrices,
+and one of float16 matrices ten to twenty times (Ice Lake, PyTorch 2.15). These layers then multiply
+in float32, and round only the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def _slow_dtypes(capabilities: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
-    """What a CPU with these capabilities multiplies faster in float32."""
+    """Returns the types that a CPU with these capabilities multiplies faster in float32."""
     if capabilities.get("architecture") != "x86_64":
         return ()
     instructions = {
@@ -29,7 +29,7 @@ def _slow_dtypes(capabilities: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
     )
 
 
-# An older PyTorch does not tell: there all products are left as they are.
+# An older PyTorch does not report capabilities: all products are then left as they are.
 _SLOW = _slow_dtypes(torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {})
 
 
@@ -39,16 +39,16 @@ def multiply(
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """A layer's product, in float32 where the CPU is slow in the arithmetic at hand.
+    """Computes a layer's product, in float32 if the CPU is slow in its own type.
 
     Args:
-        function: of input, weight and bias, such as ``torch.nn.functional.linear``.
-        x: input.
-        weight: as ``function`` takes it.
-        bias: likewise, or None.
+        function: function of input, weight and bias, such as ``torch.nn.functional.linear``.
+        x: input of the layer.
+        weight: weight of the layer.
+        bias: bias of the layer, or None.
 
     Returns:
-        ``function(x, weight, bias)``, in the dtype that it would have without this.
+        ``function(x, weight, bias)``, in the type that it has without the detour.
     """
     dtype = x.dtype
     if x.device.type == "cpu" and dtype != torch.float64 and torch.is_autocast_enabled("cpu"):
@@ -76,12 +76,12 @@ class Conv2d(nn.Conv2d):
 
 
 def use_float32_products(model: nn.Module) -> None:
-    """Gives PyTorch's own linear layers and 2-D convolutions in a model these classes.
+    """Replaces PyTorch's linear layers and 2-D convolutions in a model by these classes.
 
-    Names, parameters and hooks stay; layers of other classes are left alone.
+    Names, parameters and hooks stay, and so do layers of other classes.
     """
     for module in model.modules():
-        # Another class for the same instance: a new module would draw initial weights again.
+        # The instance keeps its weights: a new module would draw initial weights again.
         if type(module) is nn.Linear:
             module.__class__ = Linear
         elif type(module) is nn.Conv2d:

@@ -1,4 +1,4 @@
-"""timm, imported by the first model that needs it."""
+"""Import of timm by the first model that needs it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from types import ModuleType
 
 
 def import_timm() -> ModuleType:
-    """The module `timm`, without what its import warns of.
+    """Returns the module `timm`.
 
-    Whoever uses no ViT need not wait for it, nor read that torch deprecates what timm still uses.
+    Defers a slow import, and silences timm's deprecation warnings.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)

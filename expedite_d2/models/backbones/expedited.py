@@ -1,6 +1,6 @@
-"""Any registered backbone, expedited; and builders for those that Detectron2 does not register.
+"""Any registered backbone, expedited, and builders for those that Detectron2 does not register.
 
-The registry takes a builder's name from its function: they are named after the classes.
+The registry uses the name of a builder's function, so that these are named after the classes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from expedite_d2.d2 import BACKBONE_REGISTRY, PROVIDER, Backbone, ShapeSpec
 from expedite_d2.models.backbones.settings import reduction_from_config
 from expedite_d2.reducers import Expeditable
 
-# They build upon MODEL.EXPEDITE.BACKBONE themselves.
+# Builders that read MODEL.EXPEDITE.BACKBONE themselves.
 _BUILDERS = ("ExpeditedBackbone", "build_expedited_fpn_backbone")
 
 
 @BACKBONE_REGISTRY.register()
 def ExpeditedBackbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
-    """The backbone that ``MODEL.EXPEDITE.BACKBONE`` names, itself: with its parameters' own names.
+    """Builds the backbone that ``MODEL.EXPEDITE.BACKBONE`` names; its parameters keep their names.
 
     Args:
         cfg: the whole config, from which that backbone is built. With ``MODEL.EXPEDITE.ENABLED``
-            it is expedited by the settings beside.
+            it is expedited with the settings of ``MODEL.EXPEDITE``.
         input_shape: channels of the images.
 
     Raises:
@@ -38,7 +38,7 @@ def ExpeditedBackbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
             "MODEL.EXPEDITE.BACKBONE must name a registered backbone, such as "
             f"D2SwinTransformer, got {name!r}"
         )
-    # Foreign constructors compute with values, which tensors on the meta device have none of.
+    # Third-party constructors compute with values, which tensors on the meta device do not have.
     with torch.device("cpu"):
         backbone = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
     backbone.to(torch.get_default_device())
@@ -50,7 +50,7 @@ def ExpeditedBackbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
 
 
 def SwinTransformer(cfg: Any, input_shape: ShapeSpec) -> Backbone:
-    """Detectron2's own ``SwinTransformer`` from ``MODEL.SWIN``.
+    """Builds Detectron2's own ``SwinTransformer`` from ``MODEL.SWIN``.
 
     Its outputs are "p0" to "p3" where ``MODEL.SWIN.OUT_FEATURES`` says "res2" to "res5".
     """
@@ -76,13 +76,13 @@ def SwinTransformer(cfg: Any, input_shape: ShapeSpec) -> Backbone:
         out_indices=sorted(int(name.removeprefix("res")) - 2 for name in swin.OUT_FEATURES),
         use_checkpoint=swin.USE_CHECKPOINT,
     )
-    # Detectron2 sets it under a misspelt name, so that its own property fails.
+    # Detectron2 sets this attribute under a misspelt name, so that its own property fails.
     backbone._size_divisibility = 32
     return backbone
 
 
 def ViT(cfg: Any, input_shape: ShapeSpec) -> Backbone:
-    """Detectron2's own ``ViT`` from ``MODEL.VIT``; its output is "last_feat"."""
+    """Builds Detectron2's own ``ViT`` from ``MODEL.VIT``; its output is "last_feat"."""
     from detectron2.modeling import backbone as detectron2
 
     vit = cfg.MODEL.VIT

@@ -15,14 +15,14 @@ from expedite_d2.d2 import BACKBONE_REGISTRY, Backbone, CfgNode, ShapeSpec
 from expedite_d2.models.backbones.settings import OutputShapes
 from expedite_d2.reducers import Expeditable
 
-GROUPS = 32  # of every GroupNorm, as in Detectron2
+GROUPS = 32  # groups of every GroupNorm, as in Detectron2
 
 
 def normalisation(name: str, key: str) -> Callable[[int], nn.Module] | None:
-    """The layer that a ``NORM`` key names: "" for none, "GN" for GroupNorm.
+    """Returns the layer that a ``NORM`` key names: "" for none, "GN" for GroupNorm.
 
     Raises:
-        ValueError: another name; ``key`` is whose value it is.
+        ValueError: another name; ``key`` is the config key, for the message.
     """
     if name not in ("", "GN"):
         raise ValueError(f"{key} must be '' or 'GN', got {name!r}")
@@ -34,7 +34,7 @@ class FeaturePyramid(FeaturePyramidNetwork):
 
     Args:
         shapes: channels and stride of the backbone's outputs.
-        in_features: which of them, by rising stride; each stride twice the one before.
+        in_features: names of the outputs to use, by rising stride; each stride is twice the last.
         out_channels: width of every map.
         norm: normalisation after each convolution, "" or "GN".
 
@@ -78,7 +78,7 @@ class FeaturePyramid(FeaturePyramidNetwork):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> FeaturePyramid:
-        """The pyramid that ``MODEL.FPN`` describes."""
+        """Builds the pyramid that ``MODEL.FPN`` describes."""
         fpn = cfg.MODEL.FPN
         if fpn.FUSE_TYPE != "sum":
             raise ValueError(f"MODEL.FPN.FUSE_TYPE must be 'sum', got {fpn.FUSE_TYPE!r}")
@@ -129,13 +129,13 @@ class PyramidBackbone(Backbone):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """The same as Detectron2's ImageList reads it."""
+        """``size_divisibility`` in the form that Detectron2's ImageList reads."""
         return {"size_divisibility": self.size_divisibility, "square_size": 0}
 
 
 @BACKBONE_REGISTRY.register()
 def build_expedited_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
-    """A feature pyramid on the backbone that ``MODEL.EXPEDITE.BACKBONE`` names.
+    """Builds a feature pyramid on the backbone that ``MODEL.EXPEDITE.BACKBONE`` names.
 
     A backbone that does not itself read ``MODEL.EXPEDITE`` is built by ``ExpeditedBackbone``.
 

@@ -1,4 +1,4 @@
-"""Settings that every backbone reads alike."""
+"""Settings that all backbones read in the same way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from expedite_d2.reducers import Cluster, Reduction
 
 
 def reduction_from_config(cfg: Any) -> Reduction | None:
-    """What ``MODEL.EXPEDITE`` asks for; None where it is not enabled."""
+    """Returns the settings of ``MODEL.EXPEDITE``; None if it is not enabled."""
     expedite = cfg.MODEL.EXPEDITE
     if not expedite.ENABLED:
         return None
@@ -27,15 +27,15 @@ def reduction_from_config(cfg: Any) -> Reduction | None:
 
 
 class OutputShapes(dict[str, ShapeSpec]):
-    """What a backbone offers, by name; one that it does not is answered by a sentence.
+    """Outputs of a backbone by name; an unknown name raises an error that lists the known ones.
 
-    Detectron2's own heads index it with names out of the config.
+    Detectron2's own heads index it with names from the config.
     """
 
     def __init__(self, backbone: object, shapes: Mapping[str, ShapeSpec]) -> None:
         """
         Args:
-            backbone: whose outputs they are.
+            backbone: the backbone.
             shapes: channels and stride of each.
         """
         super().__init__(shapes)
@@ -49,21 +49,21 @@ class OutputShapes(dict[str, ShapeSpec]):
 
 
 def check_features(key: str, names: Sequence[str], shapes: Mapping[str, ShapeSpec]) -> None:
-    """Raise a ValueError where ``key`` names maps that there are not."""
+    """Raises a ValueError if the config key ``key`` names maps that do not exist."""
     if not names or any(name not in shapes for name in names):
         raise ValueError(f"{key} must be among {list(shapes)}, got {list(names)}")
 
 
 def check_clusters(backbone: Any, size: Sequence[int], key: str) -> None:
-    """Raise where images have no more tokens than an expedited ViT makes clusters of them.
+    """Raises if images have no more tokens than an expedited ViT has clusters.
 
     Args:
-        backbone: with `reduction` and, for patches' side, `size_divisibility`.
+        backbone: the ViT; its `size_divisibility` is the side of a patch.
         size: height and width of the images.
-        key: the setting that says so.
+        key: config key of the size, for the message.
 
     Raises:
-        ValueError: such images would run unreduced, one and all.
+        ValueError: all images of this size would run unreduced.
     """
     reduction, side = backbone.reduction, backbone.size_divisibility
     if reduction is None:

@@ -1,4 +1,4 @@
-"""Swin transformer whose last blocks of one stage may run on clusters of tokens."""
+"""Swin transformer in which the last blocks of one stage may run on clusters of tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from expedite_d2.reducers import Expeditable, Reduction, reconstruct, reduce
 
 
 class SwinStage(nn.Module):
-    """Blocks of one resolution, and the merging that leads to the next."""
+    """Blocks of one resolution, and the patch merging that leads to the next."""
 
     def __init__(self, blocks: Sequence[SwinBlock], downsample: nn.Module | None) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class SwinStage(nn.Module):
         positions: Tensor,
         resample: Tensor | None = None,
     ) -> Windows:
-        """Geometry of the windows on a map (B, H, W, C) of tokens or clusters."""
+        """Returns the geometry of the windows on a map (B, H, W, C) of tokens or clusters."""
         shift = (size[0] // 2, size[1] // 2)
         plain, shifted = (window_layout(x, size, by) for by in ((0, 0), shift))
         return Windows(size, (x.shape[1], x.shape[2]), plain, shifted, positions, resample)
@@ -56,9 +56,9 @@ class SwinStage(nn.Module):
 class ExpeditedSwinTransformer(Expeditable, Backbone):
     """Swin transformer, version 1 or 2, expedited when `reduction` is set.
 
-    Parameters have the official names, and without a reduction every output is official Swin's.
-    With one, the blocks from number `alpha` to the end of the stage that holds it run on clusters,
-    each M x M window of tokens having become an m x m window.
+    Parameters have the official names, and without a reduction every output equals official Swin's.
+    With one, the blocks from number `alpha` to the end of its stage run on clusters: each M x M
+    window of tokens becomes an m x m window.
 
     Attributes:
         reduction: the settings; None runs every block on all tokens. May be set at any time.
@@ -93,7 +93,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
         pretrained_window_sizes: Sequence[int] | None = None,
         reduction: Reduction | None = None,
     ) -> None:
-        """Args as in official Swin; what differs or is easily mistaken:
+        """Arguments are those of official Swin. These are new, different or easily mistaken:
 
         Args:
             pretrain_img_size: side of the pre-training images, for the absolute position embedding.
@@ -102,8 +102,8 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             out_features: names of the outputs, "res2" for the first stage.
             use_checkpoint: whether to recompute each block's activations in the backward pass.
             version: 1 or 2. Version 2 learns the scale of its logits: it takes no qk_scale.
-            pretrained_window_sizes: version 2: for each stage the window that its coordinates are
-                measured in, where the weights come from smaller windows; 0 for window_size.
+            pretrained_window_sizes: version 2: for each stage the window in which coordinates are
+                measured, if the weights come from smaller windows; 0 for window_size.
             reduction: settings of the expedited backbone; None for the plain one.
         """
         super().__init__()
@@ -155,7 +155,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             last = i == len(depths) - 1
             downsample = None if last else parts.merging(self.num_features[i])
             self.layers.append(SwinStage(blocks, downsample))
-        # One for all blocks: that of a 32x32 window has 8 MB.
+        # Shared by all blocks: for a 32x32 window it has 8 MB.
         positions = relative_position_index((window_size, window_size))
         self.register_buffer("token_positions", positions, persistent=False)
         for i, channels in enumerate(self.num_features):
@@ -168,7 +168,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """Constructor arguments from Mask2Former's MODEL.SWIN and from MODEL.EXPEDITE."""
+        """Returns constructor arguments from Mask2Former's MODEL.SWIN and from MODEL.EXPEDITE."""
         swin = cfg.MODEL.SWIN
         return {
             "pretrain_img_size": swin.PRETRAIN_IMG_SIZE,
@@ -188,7 +188,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             "patch_norm": swin.PATCH_NORM,
             "out_features": swin.OUT_FEATURES,
             "use_checkpoint": swin.USE_CHECKPOINT,
-            # A config made by Mask2Former alone lacks these two.
+            # Mask2Former's own config function does not add these two.
             "version": swin.get("VERSION", 1),
             "pretrained_window_sizes": swin.get("PRETRAINED_WINDOW_SIZES"),
             "reduction": reduction_from_config(cfg),
@@ -225,16 +225,16 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
         self._reduction = reduction
 
     def reducible_blocks(self) -> list[nn.Module]:
-        """All blocks, across the stages."""
+        """Returns all blocks, across the stages."""
         return [block for stage in self._stages() for block in stage.blocks]
 
     @property
     def cluster_window(self) -> tuple[int, int]:
-        """Rows and columns of the windows of tokens that are clustered each by itself."""
+        """Returns rows and columns of the windows of tokens that are clustered separately."""
         return self.window_size, self.window_size
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Encode images.
+        """Encodes images.
 
         Args:
             images: (B, 3, H, W), any H and W.
@@ -290,12 +290,12 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """What Detectron2 pads images to, so that each stage halves the one before."""
+        """Multiple to which Detectron2 pads images, so that each stage halves the map exactly."""
         return 32
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """The same as Detectron2's ImageList reads it."""
+        """``size_divisibility`` in the form that Detectron2's ImageList reads."""
         return {"size_divisibility": self.size_divisibility, "square_size": 0}
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
 
 
 class _Parts(NamedTuple):
-    """What the versions of Swin build their stages of; an attention for each stage."""
+    """Classes of which a version of Swin builds its stages; one attention per stage."""
 
     block: type[SwinBlock]
     attentions: Sequence[Callable[..., nn.Module]]

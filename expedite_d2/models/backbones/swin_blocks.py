@@ -1,12 +1,12 @@
 """The parts of a Swin transformer: patch embedding, window attention, block, patch merging.
 
-What its second version does differently is in ``swin_v2_blocks``.
+The parts that differ in its second version are in ``swin_v2_blocks``.
 
-Token maps are channels-last, (B, H, W, C). Blocks take them as (B, H * W, C): where a convolution
-follows, torch.compile lays tensors of four dimensions out anew, as if their H were the channels.
+Token maps are channels-last, (B, H, W, C). Blocks take them as (B, H * W, C): if a convolution
+follows, torch.compile changes the layout of four-dimensional tensors, as if their H were channels.
 
-A block learns the geometry of its windows from the caller with each call, so the same parameters
-serve 12x12 windows of tokens and 8x8 windows of clusters, and nothing of a forward pass stays on a
+A block is given the geometry of its windows with each call, so that the same parameters work in
+12x12 windows of tokens and in 8x8 windows of clusters, and nothing of a forward pass stays on a
 module.
 """
 
@@ -29,7 +29,7 @@ from expedite_d2.models.backbones.swin_windows import (
 
 
 def _linear_weights(window: int, clusters: int) -> Tensor:
-    """Linear interpolation of a table of 2M-1 offsets at the 2m-1 offsets i * M / m."""
+    """Returns weights that interpolate a table of 2M-1 offsets at the 2m-1 offsets i * M / m."""
     offsets = torch.arange(1 - clusters, clusters, dtype=torch.float64)
     position = offsets * window / clusters + window - 1  # within [0, 2M-2] for m <= M
     distance = (position[:, None] - torch.arange(2 * window - 1)[None, :]).abs()
@@ -37,9 +37,9 @@ def _linear_weights(window: int, clusters: int) -> Tensor:
 
 
 def position_resampling(window: int, clusters: tuple[int, int]) -> Tensor:
-    """Matrix that reads a window's bias table bilinearly at the offsets between clusters.
+    """Returns the matrix that reads a window's bias table bilinearly at offsets between clusters.
 
-    The cells of an m x m map laid over an M x M window are M/m tokens apart.
+    Cells of an m x m map laid over an M x M window are M/m tokens apart.
 
     Args:
         window: side M of the window that the table was trained for.
@@ -54,7 +54,7 @@ def position_resampling(window: int, clusters: tuple[int, int]) -> Tensor:
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(windows, N, 3C) -> query, key and value, each (windows, heads, N, C / heads)."""
+    """Splits (windows, N, 3C) into query, key and value, each (windows, heads, N, C / heads)."""
     count, positions, channels = qkv.shape
     qkv = qkv.view(count, positions, 3, heads, channels // (3 * heads))
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -86,23 +86,23 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Official checkpoints hold this constant; ours do not.
+        # A constant that official checkpoints contain, and ours do not.
         state_dict.pop(prefix + "relative_position_index", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def resampling(self, clusters: tuple[int, int]) -> Tensor:
-        """Matrix that reads the bias table at the offsets between clusters of a window."""
+        """Returns the matrix that reads the bias table at offsets between clusters of a window."""
         return position_resampling(self.window_size, clusters)
 
     def position_bias(self, windows: Windows) -> Tensor:
-        """Bias of each head for each pair of positions in a window: (heads, N, N)."""
+        """Returns the bias of each head for each pair of positions in a window: (heads, N, N)."""
         table: Tensor = self.relative_position_bias_table
         if windows.resample is not None:
             table = windows.resample.to(table.dtype) @ table
         return bias_of_pairs(table, windows.positions)
 
     def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:
-        """Attend within each window: (windows, N, C) -> the same shape.
+        """Attends within each window: (windows, N, C) -> the same shape.
 
         Args:
             x: windows of tokens.
@@ -151,7 +151,7 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """One block on the tokens of a map, (B, H * W, C) -> the same shape, for any H and W."""
+        """Runs the block on the tokens of a map: (B, H * W, C) -> same shape, for any H and W."""
         x = x + self.drop_path(self._attend(self.norm1(x), windows))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -162,17 +162,17 @@ class SwinBlock(nn.Module):
 
 
 def concatenate_neighbours(x: Tensor) -> Tensor:
-    """Two by two neighbours into one: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C)."""
+    """Concatenates 2 x 2 neighbours: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C)."""
     height, width, channels = x.shape[1:]
     if height % 2 or width % 2:
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-    # The neighbours in official order: column by column.
+    # Neighbours are in the official order, column by column.
     x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
     return x.reshape(*x.shape[:3], 4 * channels)
 
 
 class PatchMerging(nn.Module):
-    """Halve the map: four neighbours are concatenated and projected to twice the channels."""
+    """Halves the map: four neighbours are concatenated and projected to twice the channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class PatchMerging(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Project patches of the image to tokens."""
+    """Projects patches of the image to tokens."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm: bool) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""What the second version of Swin does differently: attention, block and patch merging.
+"""Parts of Swin that differ in its second version: attention, block and patch merging.
 
-Attention compares directions (cosines, times a learnt scale) and takes the bias of a relative
-position from a small network on its log-spaced coordinates, so that a model carries over to other
-windows. Blocks and merging normalise what they computed, not what they read.
+Attention compares directions (cosines, times a learnt scale), and a small network computes the bias
+of a relative position from its log-spaced coordinates, so that a model can be used with other
+windows. Blocks and merging normalise their outputs, not their inputs.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class CosineWindowAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
-        """Args as in `WindowAttention`, but for the scale of the logits, which is learnt, and:
+        """Arguments as in `WindowAttention`, without the scale of the logits, which is learnt, and:
 
         Args:
-            pretrained_window_size: side of the window that coordinates are measured in, where it is
-                not that of the attention; 0 where it is.
+            pretrained_window_size: side of the window in which coordinates are measured; 0 for that
+                of the attention.
         """
         super().__init__()
         self.window_size = window_size
@@ -67,13 +67,13 @@ class CosineWindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Official checkpoints hold these constants, of the window they were trained with.
+        # Constants that official checkpoints contain, for the window that they were trained with.
         for name in ("relative_position_index", "relative_coords_table"):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def resampling(self, clusters: tuple[int, int]) -> Tensor:
-        """Log-spaced coordinates of the offsets between the cells of a grid laid over a window.
+        """Returns log-spaced coordinates of the offsets between cells of a grid laid over a window.
 
         Args:
             clusters: rows and columns (m_h, m_w) of the grid, M / m tokens apart.
@@ -89,14 +89,14 @@ class CosineWindowAttention(nn.Module):
         return torch.cartesian_prod(*sides).float()
 
     def position_bias(self, windows: Windows) -> Tensor:
-        """Bias of each head for each pair of positions in a window: (heads, N, N)."""
+        """Returns the bias of each head for each pair of positions in a window: (heads, N, N)."""
         resample = windows.resample
         coordinates = self.relative_coords_table if resample is None else resample
         table = self.cpb_mlp(coordinates.to(self.logit_scale.dtype))
         return bias_of_pairs(MAX_BIAS * table.sigmoid(), windows.positions)
 
     def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:
-        """Attend within each window: (windows, N, C) -> the same shape.
+        """Attends within each window: (windows, N, C) -> the same shape.
 
         Args:
             x: windows of tokens.
@@ -122,10 +122,10 @@ class CosineWindowAttention(nn.Module):
 
 
 def _directions(x: Tensor) -> Tensor:
-    """Unit vectors, in float32 or better."""
+    """Normalises vectors to length 1, in float32 or better."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    # Keys of padding are zero. Divided by the usual 1e-12 they would have endless gradients.
+    # Keys of padding are zero. With the usual 1e-12 their gradients would be infinite.
     return x / norm.masked_fill(norm == 0, 1.0)
 
 
@@ -133,19 +133,19 @@ class SwinV2Block(SwinBlock):
     """Window attention and an MLP, each followed by a LayerNorm and with a residual."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Args as in `SwinBlock`."""
+        """Arguments are those of `SwinBlock`."""
         super().__init__(*args, **kwargs)
         for norm in (self.norm1, self.norm2):  # each block starts as the identity
             nn.init.zeros_(norm.weight)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """One block on the tokens of a map, (B, H * W, C) -> the same shape, for any H and W."""
+        """Runs the block on the tokens of a map: (B, H * W, C) -> same shape, for any H and W."""
         x = x + self.drop_path(self.norm1(self._attend(x, windows)))
         return x + self.drop_path(self.norm2(self.mlp(x)))
 
 
 class PatchMergingV2(nn.Module):
-    """Halve the map: four neighbours are concatenated, projected, and then normalised."""
+    """Halves the map: four neighbours are concatenated, projected, and then normalised."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Where the tokens of a map lie in its windows, and attention within them.
+"""Layout of the tokens of a map in windows, and attention within these.
 
-A window layout is one permutation of the map's tokens: rolling a map, cutting it into windows and
-the way back are a gather each.
+A window layout is one permutation of the map's tokens: rolling a map and cutting it into windows is
+one gather, and so is the inverse.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from expedite_d2.adapters.windows import shift_mask
 
 
 class Layout(NamedTuple):
-    """The windows of all maps of a batch one after the other; those with a seam come last.
+    """Windows of all maps of a batch, one after the other; those with a seam come last.
 
-    A seam is where a rolled map holds tokens side by side that the image does not: in the windows
-    of its last row and column.
+    At a seam, tokens that are not neighbours in the image are neighbours in the rolled map. Seams
+    are in the windows of its last row and column.
 
     Attributes:
-        order: (B * H' * W',), number of the token at each place in the windows, among those of the
-            padded maps.
-        inverse: (B * H * W,), the place of each token, padding left out.
-        mask: (windows with a seam, 1, N, N), added to their logits; None if the maps are not
-            rolled.
+        order: (B * H' * W',), for each place in the windows the number of its token in the padded
+            maps.
+        inverse: (B * H * W,), the place of each token, without padding.
+        mask: (windows with a seam, 1, N, N), added to the logits of these windows; None if the maps
+            are not rolled.
     """
 
     order: Tensor
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
 
 def window_layout(x: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> Layout:
-    """Lay windows of ``size`` over maps (B, H, W, C), padded at their ends, rolled by ``shift``."""
+    """Lays windows of ``size`` over maps (B, H, W, C), padded at the end, rolled by ``shift``."""
     batch, height, width = x.shape[:3]
     down, across = -(-height // size[0]), -(-width // size[1])
     tokens = torch.arange(batch * down * size[0] * across * size[1], device=x.device)
@@ -59,16 +59,16 @@ def window_layout(x: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> L
 
 
 class Windows(NamedTuple):
-    """The windows that the blocks of a stage attend in.
+    """Windows in which the blocks of a stage attend.
 
     Attributes:
         size: rows and columns of a window, (M_h, M_w), N = M_h * M_w.
         map_size: rows and columns of the map, (H, W), without padding.
-        layout: of the blocks that do not roll the map.
-        shifted: of those that do.
+        layout: layout for blocks that do not roll the map.
+        shifted: layout for blocks that do.
         positions: (N, N), row of the position bias table for each pair of positions in a window.
-        resample: where the offsets between clusters lie, as the blocks' attention gave it
-            (`resampling`); None for the offsets between tokens.
+        resample: result of the attention's `resampling`, for the offsets between clusters; None for
+            the offsets between tokens.
     """
 
     size: tuple[int, int]
@@ -84,7 +84,7 @@ def partition(x: Tensor, windows: Windows, layout: Layout) -> Tensor:
     (height, width), channels = windows.map_size, x.shape[2]
     bottom, right = -height % windows.size[0], -width % windows.size[1]
     if bottom or right:
-        # As official Swin: after the norm (v1), unmasked, and before the roll.
+        # As in official Swin, padding follows the norm (v1), precedes the roll, and is not masked.
         x = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, right, 0, bottom))
     tokens = x.reshape(-1, channels).index_select(0, layout.order)
     return tokens.view(-1, windows.size[0] * windows.size[1], channels)
@@ -96,7 +96,7 @@ def unpartition(x: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
 
 
 def bias_of_pairs(table: Tensor, positions: Tensor) -> Tensor:
-    """Bias of each head for each pair of positions in a window.
+    """Returns the bias of each head for each pair of positions in a window.
 
     Args:
         table: (rows, heads), a row for each relative position.
@@ -105,7 +105,7 @@ def bias_of_pairs(table: Tensor, positions: Tensor) -> Tensor:
     Returns:
         (heads, N, N).
     """
-    # One gather a head: several times faster than indexing rows and transposing after.
+    # One gather per head: several times faster than indexing rows and then transposing.
     index = positions.view(1, -1).expand(table.shape[1], -1)
     return table.t().contiguous().gather(1, index).view(-1, *positions.shape)
 
@@ -119,7 +119,7 @@ def attend(
     dropout: float,
     scale: float | None,
 ) -> Tensor:
-    """Attention within each window.
+    """Attends within each window.
 
     Args:
         query, key, value: (windows, heads, N, d).
@@ -132,7 +132,7 @@ def attend(
         (windows, N, heads * d).
     """
     bias = bias[None].to(query.dtype)
-    # Most windows have no seam: for them the bias of all is never written out.
+    # Most windows have no seam, and share a bias that need not be copied for each.
     whole = len(query) - (0 if mask is None else len(mask))
     parts = [(slice(whole), bias)] if whole else []
     if mask is not None:

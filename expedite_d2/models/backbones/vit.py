@@ -1,4 +1,4 @@
-"""Plain vision transformers of timm as a backbone, for images of any size."""
+"""timm's plain vision transformers as a backbone, for images of any size."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from expedite_d2.reducers import Clustering, Expeditable, Reduction, State, atta
 
 PosInterpolation = Literal["bicubic", "bilinear"]
 
-# What timm's transformers were trained with, but for a few families.
+# Epsilon of the norms in timm's transformers, except a few families.
 _USUAL_NORM_EPS = 1e-6
-# Stages of a hybrid's convolutional stem that heads read.
+# Number of stages of a hybrid's convolutional stem that heads may read.
 STEM_FEATURES = 2
 
 
 class ViTFeatures(NamedTuple):
-    """What an ExpeditedViT encodes images to.
+    """Result of an ExpeditedViT.
 
     Attributes:
         tokens: for each output its prefix tokens (class, distillation, register), (B, P, C), and
             its map (B, h, w, C).
         stem: maps of a hybrid's stem by name, (B, C, h, w).
-        clustering: for `reconstruct`, where the last block's output was left on the clusters.
+        clustering: argument of `reconstruct`, if the last block's output stayed on the clusters.
     """
 
     tokens: dict[str, tuple[Tensor, Tensor]]
@@ -48,9 +48,9 @@ class ViTFeatures(NamedTuple):
 class ExpeditedViT(Expeditable, Backbone):
     """A timm VisionTransformer (also distilled, or hybrid) or Beit, expedited by `reduction`.
 
-    The transformer is `vit`, with timm's parameter names below it. Its position embedding, and
-    BEiT's bias of relative positions, are resized to each image. With a reduction the blocks from
-    number `alpha` on run on clusters; outputs are reconstructed.
+    The transformer is `vit`, in which parameters have timm's names. Its position embedding, and
+    BEiT's bias of relative positions, are resized to each image. With a reduction, the blocks from
+    number `alpha` on run on clusters, and outputs are reconstructed.
     """
 
     @configurable
@@ -67,12 +67,12 @@ class ExpeditedViT(Expeditable, Backbone):
         """
         Args:
             vit: timm's VisionTransformer or Beit.
-            out_blocks: numbers of the blocks whose outputs are outputs, "block5" and so on, and
+            out_blocks: numbers of the blocks whose outputs are returned, as "block5" and so on, and
                 "last" for the normalised output of the last one.
-            pos_interpolation: how the position embedding is resized. timm does it by "bicubic"
-                (antialiased), DPT and Segmenter by "bilinear".
+            pos_interpolation: how the position embedding is resized: by "bicubic" (antialiased), as
+                in timm, or by "bilinear", as in DPT and Segmenter.
             use_checkpoint: whether to recompute each block's activations in the backward pass.
-            keep_clusters: see the property.
+            keep_clusters: see the property of this name.
             reduction: settings of the expedited backbone; None for the plain one.
         """
         super().__init__()
@@ -105,7 +105,7 @@ class ExpeditedViT(Expeditable, Backbone):
         self.use_checkpoint = use_checkpoint
         self._outputs = {i if i == "last" else f"block{i}": i for i in out_blocks}
         self._depth = blocks if "last" in out_blocks else 1 + max(cast(list[int], numbers))
-        # What no output depends on: DistributedDataParallel would wait for its gradients.
+        # No output depends on these; DistributedDataParallel would wait for their gradients.
         unused = list(self.vit.blocks[self._depth :])
         for module in unused if "last" in out_blocks else [*unused, self.vit.norm]:
             module.requires_grad_(False)
@@ -119,7 +119,7 @@ class ExpeditedViT(Expeditable, Backbone):
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """Constructor arguments from MODEL.VIT and MODEL.EXPEDITE."""
+        """Returns constructor arguments from MODEL.VIT and MODEL.EXPEDITE."""
         vit = cfg.MODEL.VIT
         return {
             "vit": build_timm_vit(cfg, 3 if input_shape is None else input_shape.channels),
@@ -143,14 +143,14 @@ class ExpeditedViT(Expeditable, Backbone):
         expedite(self.vit, reduction, outputs=outputs)
 
     def reducible_blocks(self) -> list[nn.Module]:
-        """The transformer's blocks up to the last that is read."""
+        """Returns the transformer's blocks up to the last whose output is used."""
         return list(self.vit.blocks[: self._depth])
 
     @property
     def keep_clusters(self) -> bool:
         """Whether outputs of the low-resolution span stay on the clusters.
 
-        For a head that runs on clusters and reconstructs what it makes of them.
+        This is for heads that run on clusters and reconstruct their own result.
         """
         return self._keep_clusters
 
@@ -160,11 +160,11 @@ class ExpeditedViT(Expeditable, Backbone):
         self.reduction = self.reduction
 
     def forward(self, images: Tensor, as_tokens: bool = False) -> Any:
-        """Encode images.
+        """Encodes images.
 
         Args:
-            images: (B, 3, H, W), any H and W; zeros fill up the last patches.
-            as_tokens: whether to return all that the pass gives, as a ``ViTFeatures``.
+            images: (B, 3, H, W), any H and W; the last patches are filled up with zeros.
+            as_tokens: whether to return a ``ViTFeatures`` instead.
 
         Returns:
             Maps by name, (B, C, h, w): "stem0" and "stem1" of a hybrid, "block5" for block 5,
@@ -180,7 +180,7 @@ class ExpeditedViT(Expeditable, Backbone):
         return {**features.stem, **maps}
 
     def tokens(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Prefix tokens (B, P, C) and map (B, h, w, C) of each output, in the order of the names.
+        """Returns prefix tokens (B, P, C) and map (B, h, w, C) of each output, in order.
 
         Args:
             images: (B, 3, H, W).
@@ -226,12 +226,12 @@ class ExpeditedViT(Expeditable, Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """What Detectron2 pads images to: whole patches."""
+        """Multiple to which Detectron2 pads images: the side of a patch."""
         return self.vit.patch_embed.feat_ratio()
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """The same as Detectron2's ImageList reads it."""
+        """``size_divisibility`` in the form that Detectron2's ImageList reads."""
         return {"size_divisibility": self.size_divisibility, "square_size": 0}
 
     def _numbers(self) -> list[int]:
@@ -241,10 +241,10 @@ class ExpeditedViT(Expeditable, Backbone):
         trunk: Any = getattr(self.vit.patch_embed, "backbone", None)
         if not hasattr(trunk, "stages"):
             return []
-        return trunk.feature_info[1 : 1 + STEM_FEATURES]  # the first is the stem's first layer
+        return trunk.feature_info[1 : 1 + STEM_FEATURES]  # the first is the first layer
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
-        """Images to the sequence that enters the first block, its grid, and maps of the stem."""
+        """Returns the sequence that enters the first block, its grid, and maps of the stem."""
         vit, embed = self.vit, self.vit.patch_embed
         stem: dict[str, Tensor] = {}
         x = images
@@ -281,14 +281,14 @@ class ExpeditedViT(Expeditable, Backbone):
         return attach(x, State.of_image(*grid)), grid, stem
 
     def _position(self, grid: tuple[int, int]) -> Tensor | None:
-        """Absolute position embedding of an image: (1, P + h * w, C) or (1, h * w, C)."""
+        """Returns the position embedding for a grid: (1, P + h * w, C) or (1, h * w, C)."""
         position, trained = self.vit.pos_embed, tuple(self.vit.patch_embed.grid_size)
         if position is None or grid == trained:
             return position
         return resize_position(position, trained, grid, self.pos_interpolation)
 
     def _run(self, number: int, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """Run one block; its grid is None on clusters, whose bias is not given from here."""
+        """Runs one block. The grid is None on clusters, where the adapter passes the bias."""
         block = self.vit.blocks[number]
         kwargs: dict[str, Any] = {}
         if self._is_beit and grid is not None:
@@ -298,7 +298,13 @@ class ExpeditedViT(Expeditable, Backbone):
         return block(x, **kwargs)
 
     def _split(self, out: Tensor, block: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Prefix and map of an output that came, normalised or as it is, from a block's."""
+        """Splits an output into prefix tokens and map.
+
+        Args:
+            out: the output of a block, normalised or not.
+            block: the tensor that the block returned.
+            grid: rows and columns of the image's tokens.
+        """
         low = clustering_of(block) if self._keep_clusters else None
         if low is not None:
             grid = (low[0].shape[1], low[0].shape[2])
@@ -307,7 +313,7 @@ class ExpeditedViT(Expeditable, Backbone):
 
 
 class _BiasByArgument:
-    """A BEiT block's own bias is given to it, for the grid at hand, with the shared one."""
+    """Replaces the own bias of a BEiT block by 0; it is passed to the block with the shared one."""
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention: Any = attention
@@ -319,16 +325,16 @@ class _BiasByArgument:
 def resize_position(
     position: Tensor, trained: tuple[int, int], grid: tuple[int, int], mode: PosInterpolation
 ) -> Tensor:
-    """A position embedding for another grid of tokens; what stands before its grid is kept.
+    """Resizes a position embedding to another grid of tokens; entries before the grid are kept.
 
     Args:
         position: (1, P + H * W, C).
-        trained: its rows and columns, (H, W).
-        grid: those to resize it to, (h, w).
-        mode: how, as timm does it ("bicubic", antialiased) or DPT and Segmenter ("bilinear").
+        trained: rows and columns of the embedding, (H, W).
+        grid: rows and columns of the result, (h, w).
+        mode: "bicubic" (antialiased), as in timm, or "bilinear", as in DPT and Segmenter.
 
     Returns:
-        (1, P + h * w, C), in the same precision.
+        (1, P + h * w, C), of the same type.
     """
     prefixes = position.shape[1] - trained[0] * trained[1]
     maps = position[:, prefixes:].float().unflatten(1, trained).permute(0, 3, 1, 2)
@@ -338,7 +344,7 @@ def resize_position(
 
 
 def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
-    """The transformer that ``MODEL.VIT`` describes, by its name in timm, without weights.
+    """Builds the transformer that ``MODEL.VIT`` describes, by its name in timm, untrained.
 
     Raises:
         ValueError: a name that timm does not know, or that is of another family.
@@ -368,7 +374,7 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
         changes["global_pool"] = ""
     try:
         model = timm.create_model(vit.NAME, num_classes=0, in_chans=in_chans, **changes)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # whatever timm met
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # any failure of timm
         given = ", ".join(f"{name} {value}" for name, value in changes.items())
         raise ValueError(
             f"MODEL.VIT must be a variant of {vit.NAME} that timm can build, got {given}"
@@ -385,7 +391,7 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
 
 
 def _set_norm_eps(model: nn.Module, name: str, eps: float) -> None:
-    """Give the LayerNorms an epsilon other than timm's usual one."""
+    """Sets an epsilon of the LayerNorms other than timm's usual one."""
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     own = {norm.eps for norm in norms}
     if eps == _USUAL_NORM_EPS or own == {eps}:

@@ -47,7 +47,7 @@ class Stage:
 
 
 def cascade_stages(cfg: CfgNode) -> list[Stage]:
-    """The stages of ``MODEL.ROI_BOX_CASCADE_HEAD`` with ``MODEL.HTC.STAGE_LOSS_WEIGHTS``.
+    """Returns the stages of ``MODEL.ROI_BOX_CASCADE_HEAD`` with ``MODEL.HTC.STAGE_LOSS_WEIGHTS``.
 
     Raises:
         ValueError: lists of different lengths, or empty ones.
@@ -88,7 +88,7 @@ class BoxHead(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_uniform_(layer.weight, a=1)
                 nn.init.zeros_(layer.bias)
-        # As in Fast R-CNN: all classes alike, and boxes where they are.
+        # As in Fast R-CNN, all classes begin with equal scores, and boxes with small deltas.
         nn.init.normal_(self.cls_score.weight, std=0.01)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.cls_score.bias)
@@ -106,8 +106,8 @@ class MaskHead(nn.Module):
     Args:
         cfg: the config.
         channels: of the pooled regions.
-        classes: number of masks, 1 for one whatever the class.
-        flow: whether the features of the stage before come in (mask information flow).
+        classes: number of masks per region; 1 for a mask that does not depend on the class.
+        flow: whether the features of the stage before are added (mask information flow).
     """
 
     def __init__(self, cfg: CfgNode, channels: int, classes: int, flow: bool) -> None:
@@ -145,7 +145,7 @@ class CascadeHeads(nn.Module):
         stages: settings of each stage.
 
     Raises:
-        ValueError: a key that asks for something that is not here.
+        ValueError: a key that asks for something unsupported.
     """
 
     def __init__(self, cfg: CfgNode, channels: int, stages: Sequence[Stage]) -> None:
@@ -184,7 +184,7 @@ class CascadeHeads(nn.Module):
         truths: Sequence[GroundTruth],
         image_sizes: Sequence[tuple[int, int]],
     ) -> dict[str, Tensor]:
-        """Losses of every stage.
+        """Returns the losses of every stage.
 
         Args:
             features: maps of the batch.
@@ -207,7 +207,7 @@ class CascadeHeads(nn.Module):
             logits, deltas = self._box_head(number, features, rois)
             cls_loss, box_loss = self._box_losses(number, logits, deltas, samples, truths)
             refined = self._refine(number, deltas.detach(), rois, image_sizes)
-            # What was an object's own box would hand the next stage an answer.
+            # The objects' own boxes would give the next stage the answer.
             boxes = [
                 box[~sample.is_truth & _wide(box)]
                 for box, sample in zip(refined, samples, strict=True)
@@ -229,7 +229,7 @@ class CascadeHeads(nn.Module):
         proposals: Sequence[Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Refined boxes of the last stage and the mean class scores of all.
+        """Returns refined boxes of the last stage and the mean class scores of all.
 
         Args:
             features: maps of the batch.
@@ -237,7 +237,7 @@ class CascadeHeads(nn.Module):
             image_sizes: (h, w) of each image, to which boxes are clipped.
 
         Returns:
-            of each image (R_i, 4) and (R_i, K), float32.
+            boxes (R_i, 4) and scores (R_i, K) of each image, float32.
         """
         boxes = list(proposals)
         scores: list[Tensor] = []
@@ -249,7 +249,7 @@ class CascadeHeads(nn.Module):
         return boxes, list(mean.split([len(box) for box in boxes]))
 
     def masks(self, features: RegionFeatures, boxes: Sequence[Tensor], classes: Tensor) -> Tensor:
-        """Mean mask probabilities of all stages.
+        """Returns the mean mask probabilities of all stages.
 
         Args:
             features: maps of the batch.
@@ -310,7 +310,7 @@ class CascadeHeads(nn.Module):
         samples: Sequence[Sample],
         truths: Sequence[GroundTruth],
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy over all regions; box loss over those on objects, divided by all."""
+        """Returns cross-entropy of all regions, and box loss of those on objects, per region."""
         pairs = list(zip(samples, truths, strict=True))
         labels = torch.cat([sample.classes(truth, self.num_classes) for sample, truth in pairs])
         count = max(len(labels), 1)
@@ -334,7 +334,7 @@ class CascadeHeads(nn.Module):
         positives: Sequence[Sample],
         truths: Sequence[GroundTruth],
     ) -> Tensor:
-        """Mean binary cross-entropy of the stage's masks, through the heads before it."""
+        """Returns the mean binary cross-entropy of a stage's masks, computed by heads up to it."""
         boxes = [sample.boxes for sample in positives]
         hidden = self._mask_features(features, boxes, number + 1)[-1]
         logits = self._mask_heads()[number].predictor(hidden).float()
@@ -355,7 +355,7 @@ def _wide(boxes: Tensor) -> Tensor:
 
 
 def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
-    """Of (R, K or 1, s, s) the mask of each region's class, (R, s, s)."""
+    """Selects from (R, K or 1, s, s) the mask of each region's class, (R, s, s)."""
     if logits.shape[1] == 1:
         return logits[:, 0]
     return logits[torch.arange(len(classes), device=classes.device), classes]

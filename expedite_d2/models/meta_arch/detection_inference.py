@@ -1,7 +1,7 @@
-"""From regions' boxes, class scores and masks to detections, over one view of an image or several.
+"""Detections from boxes, class scores and masks of regions, in one or several views of an image.
 
-A view is the image as the network sees it: resized, perhaps mirrored. Boxes of all views meet in
-the frame of the result, where overlapping ones are suppressed; their masks are the views' mean.
+A view is an input of the network: the image resized, and possibly mirrored. Boxes of all views are
+transformed to the frame of the result, where overlapping ones are suppressed; masks are averaged.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from expedite_d2.d2 import Boxes, CfgNode, Instances
 from expedite_d2.models.meta_arch.regions import RegionFeatures
 from expedite_d2.models.meta_arch.soft_nms import soft_nms
 
-# Masks pasted at a time: 16 of 800x1333 are 70 MB.
+# Number of masks that are pasted at a time: 16 of 800x1333 take 70 MB.
 PASTE_CHUNK = 16
 
 
 @dataclass(frozen=True)
 class Suppression:
-    """Which of many overlapping boxes are detections."""
+    """Selection of detections among many overlapping boxes."""
 
     score_threshold: float
     iou_threshold: float
@@ -44,7 +44,7 @@ class Suppression:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, soft: bool) -> Suppression:
-        """The settings of ``MODEL.ROI_HEADS``, and with ``soft`` those of ``MODEL.HTC``."""
+        """Reads ``MODEL.ROI_HEADS`` and, with ``soft``, ``MODEL.HTC``."""
         heads, htc = cfg.MODEL.ROI_HEADS, cfg.MODEL.HTC
         hard = cls(heads.SCORE_THRESH_TEST, heads.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
         if not soft:
@@ -59,7 +59,7 @@ class Suppression:
         )
 
     def select(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections among regions.
+        """Selects detections among regions.
 
         Args:
             boxes: (R, 4).
@@ -90,7 +90,7 @@ class Suppression:
 
 
 class View(NamedTuple):
-    """One image as the network saw it, and what its regions became."""
+    """One view of an image, with its boxes and scores."""
 
     features: RegionFeatures  # of this image alone
     boxes: Tensor  # (R, 4) in the view
@@ -99,11 +99,11 @@ class View(NamedTuple):
     flipped: bool = False
 
     def to_frame(self, boxes: Tensor, height: int, width: int) -> Tensor:
-        """Boxes of the view in a result of (height, width)."""
+        """Transforms boxes of the view to the frame of a result of (height, width)."""
         return _mirrored(boxes, self.size[1], self.flipped) * self._scale(boxes, height, width)
 
     def from_frame(self, boxes: Tensor, height: int, width: int) -> Tensor:
-        """Boxes of the result in the view."""
+        """Transforms boxes of the result to the view."""
         return _mirrored(boxes / self._scale(boxes, height, width), self.size[1], self.flipped)
 
     def _scale(self, boxes: Tensor, height: int, width: int) -> Tensor:
@@ -124,7 +124,7 @@ def detect(
     height: int,
     width: int,
 ) -> Instances:
-    """Detections of one image.
+    """Returns the detections of one image.
 
     Args:
         views: of this image.
@@ -154,7 +154,7 @@ def detect(
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Masks of boxes in the whole image: bilinear at the pixels' centres, then cut at one half.
+    """Pastes masks of boxes into the image: bilinear at pixel centres, thresholded at one half.
 
     Resampling is separable, so a mask is two products with matrices of tent functions; beyond the
     outermost cells' centres probabilities fall to 0.
@@ -176,7 +176,7 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -
 
 
 def _tents(start: Tensor, end: Tensor, cells: int, length: int) -> Tensor:
-    """Weight of each of a box's cells at each pixel: (N,), (N,) -> (N, length, cells)."""
+    """Returns the weight of each cell of a box at each pixel: (N,), (N,) -> (N, length, cells)."""
     pixels = torch.arange(length, device=start.device) + 0.5
     extent = (end - start).clamp(min=1e-6)
     place = (pixels - start[:, None]) / extent[:, None] * cells - 0.5  # in cells, (N, length)
@@ -186,16 +186,16 @@ def _tents(start: Tensor, end: Tensor, cells: int, length: int) -> Tensor:
 def augmented(
     image: Tensor, shortest: Sequence[int], longest: int, flip: bool
 ) -> Iterator[tuple[Tensor, bool]]:
-    """The views of test-time augmentation.
+    """Yields the views of test-time augmentation.
 
     Args:
         image: (3, h, w).
         shortest: lengths of the shorter side.
-        longest: bound of the longer side.
-        flip: whether each size also comes mirrored.
+        longest: upper bound of the longer side.
+        flip: whether to add a mirrored image of each size.
 
     Yields:
-        image (3, h', w') and whether it is mirrored; at its own size it is not resampled.
+        image (3, h', w') and whether it is mirrored; at the original size it is not resampled.
     """
     for side in shortest:
         resized = tv.resize(image, [side], max_size=max(longest, side + 1), antialias=True)

@@ -1,4 +1,4 @@
-"""What the detectors share: backbone, feature pyramid, region proposals, images in and out."""
+"""Base of the detectors: backbone, feature pyramid, region proposals, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PyramidDetector(nn.Module):
         suppression: which boxes are detections.
 
     Raises:
-        ValueError: a key that asks for something that is not here.
+        ValueError: a key that asks for something unsupported.
     """
 
     pixel_mean: Tensor
@@ -74,11 +74,11 @@ class PyramidDetector(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its inputs go."""
+        """Device of the model and of its inputs."""
         return self.pixel_mean.device
 
     def preprocess(self, images: Sequence[Tensor]) -> ImageList:
-        """Images (3, h, w), normalised and padded to a batch."""
+        """Normalises images (3, h, w) and pads them to a batch."""
         normalised = [
             (image.to(self.device) - self.pixel_mean) / self.pixel_std for image in images
         ]
@@ -92,7 +92,7 @@ class PyramidDetector(nn.Module):
             return {name: level.float() for name, level in self.fpn(features).items()}
 
     def regions(self, maps: Mapping[str, Tensor]) -> RegionFeatures:
-        """What the box and mask heads pool their regions from."""
+        """Returns the maps from which the box and mask heads pool regions."""
         return RegionFeatures(
             [maps[name] for name in self.region_levels],
             [self.shapes[name].stride or 0 for name in self.region_levels],
@@ -105,7 +105,7 @@ class PyramidDetector(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         flipped: bool = False,
     ) -> list[View]:
-        """Refined boxes and class scores of each image of a batch."""
+        """Returns refined boxes and class scores of each image of a batch."""
         sizes = list(image_sizes)
         with profiler_range("expedite_d2.proposals", self.pixel_mean):
             proposals, _ = self.proposal_generator.propose(maps, sizes)
@@ -119,7 +119,7 @@ class PyramidDetector(nn.Module):
     def instances(
         self, views: Sequence[View], inputs: Mapping[str, Any], size: tuple[int, int]
     ) -> Instances:
-        """Detections of one image from its views, in the size that ``inputs`` asks for."""
+        """Returns the detections of one image from its views, in the size that ``inputs`` gives."""
         height, width = inputs.get("height", size[0]), inputs.get("width", size[1])
         result = detect(views, self._masks, self.suppression, height, width)
         things = torch.tensor(self.thing_ids(), device=result.pred_classes.device)
@@ -133,17 +133,16 @@ class PyramidDetector(nn.Module):
         batched_inputs: Sequence[Mapping[str, Any]],
         image_sizes: Sequence[tuple[int, int]],
     ) -> dict[str, Tensor]:
-        """Losses of the proposals and of the box and mask heads."""
+        """Returns the losses of the proposals and of the box and mask heads."""
         sizes = list(image_sizes)
         truths = ground_truth(batched_inputs, self.thing_ids(), self.device)
         proposals, losses = self.proposal_generator.propose(maps, sizes, truths)
         return losses | self.roi_heads.losses(regions, proposals, truths, sizes)
 
     def logits(self, images: Tensor) -> tuple[list[Tensor], ...]:
-        """What the network computes for as many regions as it may be asked for, for its cost.
+        """Computes everything for the maximum number of regions, to count its cost.
 
-        The regions are the whole image again and again: how many there are decides what is
-        computed, not where they lie.
+        Every region is the whole image: the cost depends on their number, not on their position.
 
         Args:
             images: (B, 3, H, W), normalised, H and W multiples of ``size_divisibility``.
@@ -167,11 +166,11 @@ class PyramidDetector(nn.Module):
         return objectness, deltas, boxes, scores, masks, dense
 
     def dense_logits(self, maps: Mapping[str, Tensor]) -> list[Tensor]:
-        """What a subclass predicts at evaluation beside detections."""
+        """Returns what a subclass predicts at evaluation beside detections."""
         return []
 
     def thing_ids(self) -> list[int]:
-        """Contiguous ids of the detector's classes in the data set."""
+        """Returns contiguous ids of the detector's classes in the data set."""
         return thing_ids(self.dataset_name, self.num_classes)
 
     def _masks(self, features: RegionFeatures, boxes: list[Tensor], classes: Tensor) -> Tensor:

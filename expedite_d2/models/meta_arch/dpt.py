@@ -1,4 +1,4 @@
-"""DPT as a Detectron2 meta-architecture: an expedited ViT under transformers' neck and depth head.
+"""DPT as a Detectron2 meta-architecture: an expedited ViT with transformers' neck and depth head.
 
 "Vision Transformers for Dense Prediction", arXiv 2103.13413.
 """
@@ -26,13 +26,13 @@ from expedite_d2.models.meta_arch.dpt_loss import (
 from expedite_d2.models.meta_arch.sliding_window import refuse_sliding_window
 from expedite_d2.profiling import profiler_range
 
-# Least inverse depth, as in the release: no depth beyond it is ever told apart.
+# Least inverse depth, as in the release: greater depths are not distinguished.
 _LEAST_INVERSE = 1e-8
 
 
 @META_ARCH_REGISTRY.register()
 class ExpediteDPT(nn.Module):
-    """Depth of every pixel from one image.
+    """Monocular depth: predicts the depth of every pixel of an image.
 
     Four features are fused: those of the four blocks ``MODEL.VIT.OUT_BLOCKS`` or, of a hybrid, two
     stages of its stem and two blocks. Where the head predicts inverse depth
@@ -67,11 +67,11 @@ class ExpediteDPT(nn.Module):
         config = transformers_config(cfg, self.backbone)
         self.neck = DPTNeck(config)
         self.head = DPTDepthEstimationHead(config)
-        # There is nothing to add to the coarsest map: without a gradient, DistributedDataParallel
-        # would wait for it.
+        # Nothing is added to the coarsest map, so that this layer has no gradient, for which
+        # DistributedDataParallel would wait.
         self.neck.fusion_stage.layers[0].residual_layer1.requires_grad_(False)
-        # From PyTorch's own initialisation the last layer may start below 0, where its ReLU has no
-        # slope and nothing is ever learnt.
+        # With PyTorch's initialisation the output may start below 0, where the ReLU has no slope
+        # and nothing is learnt.
         nn.init.ones_(cast(Tensor, self.head.head[-2].bias))
         self.inverse = dpt.INVERSE
         self.scale = dpt.SCALE
@@ -90,24 +90,24 @@ class ExpediteDPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its inputs go."""
+        """Device of the model and of its inputs."""
         return self.pixel_mean.device
 
     @property
     def size_divisibility(self) -> int:
-        """What images are padded to: the neck halves the map of tokens once."""
+        """Multiple to which images are padded: the neck halves the map of tokens once."""
         return 2 * self.backbone.size_divisibility
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses in training, depth maps at evaluation, with Detectron2's formats.
+        """Losses in training, depth maps at evaluation, in Detectron2's formats.
 
         Args:
-            batched_inputs: of each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
+            batched_inputs: for each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
                 its result if that is not (h, w); in training ``"depth"`` (h, w) float32 in metres,
                 0 where nothing was measured.
 
         Returns:
-            Training: a dict of scalar losses. Evaluation: of each image a dict with ``"depth"``
+            Training: a dict of scalar losses. Evaluation: for each image a dict with ``"depth"``
             (H, W) float32 in metres.
         """
         images = self._preprocess(batched_inputs)
@@ -123,7 +123,7 @@ class ExpediteDPT(nn.Module):
             ]
 
     def logits(self, images: Tensor) -> Tensor:
-        """What the head predicts, before it becomes metres.
+        """Returns the prediction of the head, which `depth` converts to metres.
 
         Args:
             images: (B, 3, H, W), normalised, H and W multiples of ``size_divisibility``.
@@ -139,7 +139,7 @@ class ExpediteDPT(nn.Module):
                 return self.head(fused).float()
 
     def depth(self, logits: Tensor) -> Tensor:
-        """Metres from what the head predicts."""
+        """Converts the prediction of the head to metres."""
         scaled = self.scale * logits + self.shift
         return scaled.clamp(min=_LEAST_INVERSE).reciprocal() if self.inverse else scaled
 
@@ -151,7 +151,7 @@ class ExpediteDPT(nn.Module):
         return ImageList.from_tensors(images, self.size_divisibility)
 
     def _features(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-        """The neck's four inputs, and the rows and columns of tokens.
+        """Returns the neck's four inputs, and the rows and columns of tokens.
 
         Maps of the stem are (B, C, h, w), outputs of blocks (B, 1 + rows * columns, C).
         """
@@ -174,7 +174,7 @@ class ExpediteDPT(nn.Module):
 
 
 def transformers_config(cfg: CfgNode, backbone: ExpeditedViT) -> DPTConfig:
-    """transformers' configuration of the neck and head that ``MODEL.DPT`` describes.
+    """Makes transformers' configuration of the neck and head that ``MODEL.DPT`` describes.
 
     Raises:
         ValueError: not four features of the backbone, or settings that do not fit them.
@@ -218,11 +218,11 @@ def _truths(batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
 
 
 def _resized(depth: Tensor, image_size: tuple[int, int], inputs: dict[str, Any]) -> Tensor:
-    """Depth of one image without its padding, at the size that its input asks for."""
+    """Removes the padding from the depth of one image, and resizes it to the requested size."""
     cut = depth[: image_size[0], : image_size[1]]
     size = (inputs.get("height", image_size[0]), inputs.get("width", image_size[1]))
     if cut.shape == size:
         return cut
-    # Bicubic, as the release does; it may undershoot at an edge, but no depth is negative.
+    # Bicubic, as in the release. It may undershoot at an edge, but depth is never negative.
     resized = F.interpolate(cut[None, None], size=size, mode="bicubic", align_corners=False)
     return resized[0, 0].clamp(min=0)

@@ -1,4 +1,4 @@
-"""Losses of monocular depth, on logarithms: what counts is the ratio of two depths."""
+"""Losses of monocular depth, on logarithms, which depend on the ratio of two depths."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Keeps the root's slope finite where a prediction is perfect.
+# Keeps the slope of the root finite for a perfect prediction.
 _TINY = 1e-6
 
 
 def scale_invariant_loss(prediction: Tensor, truth: Tensor, weight: float) -> Tensor:
-    """Eigen's scale-invariant error, as a root, times 10 as has become usual (BTS, AdaBins).
+    """Computes Eigen's scale-invariant error, as a root times 10, as in BTS and AdaBins.
 
-    10 · sqrt(mean(g²) - weight · mean(g)²) with g = log prediction - log truth; the weight says how
-    much of a common factor is forgiven (0: nothing, 1: all of it).
+    10 · sqrt(mean(g²) - weight · mean(g)²) with g = log prediction - log truth; the weight is
+    the share of a common factor that is not penalised.
 
     Args:
         prediction: (B, h, w) metres, positive.
@@ -22,7 +22,7 @@ def scale_invariant_loss(prediction: Tensor, truth: Tensor, weight: float) -> Te
         weight: in [0, 1].
 
     Returns:
-        A scalar; 0 where there is no truth at all.
+        A scalar; 0 if there is no truth.
     """
     valid = truth > 0
     difference = _log_difference(prediction, truth, valid)
@@ -33,17 +33,17 @@ def scale_invariant_loss(prediction: Tensor, truth: Tensor, weight: float) -> Te
 
 
 def gradient_loss(prediction: Tensor, truth: Tensor, scales: int = 4) -> Tensor:
-    """MiDaS' gradient matching: mean |differences of g| between neighbours, at several scales.
+    """Computes MiDaS' gradient matching: mean |difference of g| of neighbours, at several scales.
 
-    Makes edges of depth sharp and surfaces smooth.
+    It makes depth edges sharp and surfaces smooth.
 
     Args:
         prediction: (B, h, w) metres, positive.
         truth: (B, h, w) metres; 0 where nothing was measured.
-        scales: how often the resolution is halved, less one.
+        scales: number of resolutions, each half of the one before.
 
     Returns:
-        A scalar; 0 where no two neighbours have a truth.
+        A scalar; 0 if no two neighbours have a truth.
     """
     valid = truth > 0
     difference = _log_difference(prediction, truth, valid)
@@ -60,12 +60,12 @@ def gradient_loss(prediction: Tensor, truth: Tensor, scales: int = 4) -> Tensor:
 
 
 def stack_depths(depths: list[Tensor], size: tuple[int, int], maximum: float) -> Tensor:
-    """Ground truth of a batch, padded like its images.
+    """Stacks the ground truth of a batch, padded like its images.
 
     Args:
         depths: of each image (h, w) metres; 0 where nothing was measured.
         size: height and width of the batch.
-        maximum: greater depths do not count.
+        maximum: greater depths are ignored.
 
     Returns:
         (B, *size), 0 in the padding.
@@ -76,6 +76,6 @@ def stack_depths(depths: list[Tensor], size: tuple[int, int], maximum: float) ->
 
 
 def _log_difference(prediction: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """log prediction - log truth, 0 where there is no truth."""
+    """Returns log prediction - log truth, 0 where there is no truth."""
     one = truth.new_ones(())
     return torch.where(valid, prediction, one).log() - torch.where(valid, truth, one).log()

@@ -1,4 +1,4 @@
-"""Hybrid Task Cascade as a Detectron2 meta-architecture, with what its "++" version adds.
+"""Hybrid Task Cascade as a Detectron2 meta-architecture, with the additions of "HTC++".
 
 "Hybrid Task Cascade for Instance Segmentation", arXiv 1901.07518. The "++" of Swin transformer's
 authors: training at jittered scales (the data mapper's), soft suppression of overlapping boxes, and
@@ -32,7 +32,7 @@ class ExpediteHTC(PyramidDetector):
             on several views.
 
     Raises:
-        ValueError: a key that asks for something that is not here.
+        ValueError: a key that asks for something unsupported.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -47,15 +47,15 @@ class ExpediteHTC(PyramidDetector):
         use_float32_products(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses in training, results at evaluation, with Detectron2's formats.
+        """Losses in training, results at evaluation, in Detectron2's formats.
 
         Args:
-            batched_inputs: of each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
+            batched_inputs: for each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
                 its result if that is not (h, w); in training ``"instances"`` (``gt_classes`` (N,),
                 ``gt_masks`` (N, h, w)) and, for the semantic branch, ``"sem_seg"`` (h, w) int64.
 
         Returns:
-            Training: a dict of scalar losses. Evaluation: of each image a dict with
+            Training: a dict of scalar losses. Evaluation: for each image a dict with
             ``"instances"``: ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks``
             (N, H, W) bool.
         """
@@ -73,11 +73,11 @@ class ExpediteHTC(PyramidDetector):
         ]
 
     def regions(self, maps: Mapping[str, Tensor]) -> RegionFeatures:
-        """What the heads pool their regions from: the pyramid, and the semantic features."""
+        """Returns the maps from which regions are pooled: the pyramid and semantic features."""
         return self._semantic_regions(maps)[0]
 
     def _semantic_regions(self, maps: Mapping[str, Tensor]) -> tuple[RegionFeatures, Tensor | None]:
-        """The regions' maps, and the hidden map that the semantic logits come from."""
+        """Returns the maps for regions, and the hidden map from which the semantic logits come."""
         regions = super().regions(maps)
         if self.semantic_branch is None:
             return regions, None

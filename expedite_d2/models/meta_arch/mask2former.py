@@ -1,4 +1,4 @@
-"""Mask2Former as a Detectron2 meta-architecture: an expedited backbone under transformers' heads.
+"""Mask2Former as a Detectron2 meta-architecture: an expedited backbone with transformers' heads.
 
 "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv 2112.01527.
 """
@@ -58,7 +58,7 @@ class ExpediteMask2Former(nn.Module):
             features in training.
 
     Raises:
-        ValueError: a key that asks for something that is not here.
+        ValueError: a key that asks for something unsupported.
     """
 
     pixel_mean: Tensor
@@ -79,7 +79,7 @@ class ExpediteMask2Former(nn.Module):
         self.class_predictor = nn.Linear(former.HIDDEN_DIM, head.NUM_CLASSES + 1)
         self.criterion = MaskClassificationLoss(config)
         self.deep_supervision = former.DEEP_SUPERVISION
-        # A config made by Mask2Former alone lacks it.
+        # Mask2Former's own config function does not add it.
         self.sem_aux_weight = former.get("SEM_AUX_WEIGHT", 0.0)
         if self.sem_aux_weight > 0:
             self.sem_aux = nn.Conv2d(head.MASK_DIM, head.NUM_CLASSES, kernel_size=1)
@@ -119,19 +119,19 @@ class ExpediteMask2Former(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its inputs go."""
+        """Device of the model and of its inputs."""
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses in training, results at evaluation, with Detectron2's formats.
+        """Losses in training, results at evaluation, in Detectron2's formats.
 
         Args:
-            batched_inputs: of each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
+            batched_inputs: for each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
                 its result if that is not (h, w); in training ``"instances"`` (``gt_classes`` (N,),
                 ``gt_masks`` (N, h, w)) and, for the per-pixel loss, ``"sem_seg"`` (h, w) int64.
 
         Returns:
-            Training: a dict of scalar losses. Evaluation: of each image a dict with ``"sem_seg"``
+            Training: a dict of scalar losses. Evaluation: for each image a dict with ``"sem_seg"``
             (K, H, W), ``"panoptic_seg"`` (ids (H, W) int32, list of segments) and ``"instances"``,
             each if ``MODEL.MASK_FORMER.TEST`` asks for it.
         """
@@ -151,7 +151,7 @@ class ExpediteMask2Former(nn.Module):
             ]
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class and mask logits of the last decoder layer.
+        """Returns class and mask logits of the last decoder layer.
 
         Args:
             images: (B, 3, H, W), normalised, H and W multiples of ``size_divisibility``.
@@ -175,11 +175,11 @@ class ExpediteMask2Former(nn.Module):
         return ImageList.from_tensors(images, size_divisibility)
 
     def _decode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-        """Each layer's queries (Q, B, C) and mask embeddings; mask features (B, C, H/4, W/4)."""
+        """Returns queries (Q, B, C) and mask embeddings of all layers, and the mask features."""
         with profiler_range("expedite_d2.backbone", images):
             features = self.backbone(images)
         maps = [features[name].float() for name in self.in_features]
-        # Training is always in float32 here, as Mask2Former's own.
+        # Training is always in float32 here, as in Mask2Former.
         exact = arithmetic(torch.float32, self.device)
         with (
             profiler_range("expedite_d2.pixel_decoder", images),
@@ -218,8 +218,8 @@ class ExpediteMask2Former(nn.Module):
     def _sliding_results(
         self, window: SlidingWindow, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """Semantic results, the scores averaged over the crops of each image."""
-        images = self._preprocess(batched_inputs, 0)  # every crop is padded by itself
+        """Returns semantic results, with scores averaged over the crops of each image."""
+        images = self._preprocess(batched_inputs, 0)  # every crop is padded separately
         scores = window.predict(images.tensor, self._crop_scores)
         results = []
         for score, image_size, inputs in zip(
@@ -231,7 +231,7 @@ class ExpediteMask2Former(nn.Module):
         return results
 
     def _crop_scores(self, crops: Tensor) -> Tensor:
-        """Class scores of each pixel, (B, 3, h, w) -> (B, K, h, w)."""
+        """Returns class scores of each pixel: (B, 3, h, w) -> (B, K, h, w)."""
         height, width = crops.shape[-2:]
         step = max(self.size_divisibility, 1)
         padded = F.pad(crops, (0, -width % step, 0, -height % step))
@@ -250,7 +250,7 @@ class ExpediteMask2Former(nn.Module):
         image_size: tuple[int, int],
         inputs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Results of one image: class logits (Q, K + 1), mask logits (Q, H/4, W/4)."""
+        """Returns the results of one image: class logits (Q, K + 1), mask logits (Q, H/4, W/4)."""
         height = inputs.get("height", image_size[0])
         width = inputs.get("width", image_size[1])
         if not self.resize_before_inference:
@@ -262,10 +262,10 @@ class ExpediteMask2Former(nn.Module):
         if self.panoptic_on:
             panoptic = select_panoptic(class_logits, self.object_mask_threshold)
         if self.instance_on:
-            # Beside panoptic results, instances are those of things alone.
+            # Beside panoptic results, only things are instances.
             things = self._thing_ids() if self.panoptic_on else None
             pairs, labels, scores = select_instances(class_logits, self.topk_per_image, things)
-        # Resizing masks costs more than all the rest: only those that a result needs.
+        # Resizing masks costs the most: only those that a result needs are resized.
         used = queries if self.semantic_on else torch.cat([panoptic, pairs]).unique()
         masks = resize_masks(upsample(mask_logits[used], size), image_size, height, width)
         place = torch.zeros_like(queries)

@@ -18,11 +18,11 @@ from expedite_d2.d2 import CfgNode, ShapeSpec
 from expedite_d2.models.meta_arch.masked_decoder import use_mask_embeddings
 from expedite_d2.models.meta_arch.pixel_decoder import use_operator
 
-PIXEL_DECODER_FEEDFORWARD = 1024  # Mask2Former fixes it in code, its configs have no key
+PIXEL_DECODER_FEEDFORWARD = 1024  # a constant in Mask2Former's code, without a config key
 
 
 def transformers_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerConfig:
-    """transformers' configuration of the model that Mask2Former's keys describe.
+    """Makes transformers' configuration of the model that Mask2Former's keys describe.
 
     Args:
         cfg: a config with Mask2Former's keys.
@@ -101,14 +101,14 @@ def transformers_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerCon
 def build_pixel_decoder(
     config: Mask2FormerConfig, shapes: list[ShapeSpec]
 ) -> Mask2FormerPixelDecoder:
-    """The multi-scale deformable pixel decoder with Mask2Former's initial weights."""
+    """Builds the multi-scale deformable pixel decoder with Mask2Former's initial weights."""
     with warnings.catch_warnings():
-        # Its advice on head sizes is about a CUDA kernel that transformers does not ship.
+        # Its warning about head sizes is for a CUDA kernel that transformers does not include.
         warnings.filterwarnings("ignore", message="You'd better set embed_dim")
         decoder = Mask2FormerPixelDecoder(config, [shape.channels for shape in shapes])
     use_operator(decoder)
     _initialise(decoder, config)
-    # transformers draws these from a normal of 0.02 whatever their width; Mask2Former does not, and
+    # transformers draws these with a deviation of 0.02 for every width. Mask2Former does not, and
     # from scratch that starts narrow decoders with mask features close to zero.
     for module in decoder.modules():
         if isinstance(module, Mask2FormerPixelDecoderEncoderLayer):
@@ -120,12 +120,12 @@ def build_pixel_decoder(
 
 
 def build_transformer_decoder(config: Mask2FormerConfig) -> Mask2FormerTransformerModule:
-    """The masked-attention transformer decoder with Mask2Former's initial weights."""
-    # Mask2Former's DROPOUT is the pixel decoder's alone; here it would also drop whole layers.
+    """Builds the masked-attention transformer decoder with Mask2Former's initial weights."""
+    # Mask2Former's DROPOUT is only for the pixel decoder; here it would also drop whole layers.
     config = copy.deepcopy(config)
     config.dropout = 0.0
     decoder = Mask2FormerTransformerModule(config.feature_size, config)
-    # A plain list in some releases of transformers 5: no part of its state, and left on the CPU.
+    # In some releases of transformers 5 a plain list, not part of the state and left on the CPU.
     decoder.input_projections = nn.ModuleList(decoder.input_projections)
     use_mask_embeddings(decoder)
     _initialise(decoder, config)
@@ -133,5 +133,5 @@ def build_transformer_decoder(config: Mask2FormerConfig) -> Mask2FormerTransform
 
 
 def _initialise(module: nn.Module, config: Mask2FormerConfig) -> None:
-    """transformers' own rules, which its modules do not apply in their constructors."""
+    """Applies transformers' own rules, which the constructors of its modules do not."""
     module.apply(Mask2FormerPreTrainedModel(config)._init_weights)

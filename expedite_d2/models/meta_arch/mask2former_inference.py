@@ -1,4 +1,4 @@
-"""From Mask2Former's class and mask logits to semantic, panoptic and instance results."""
+"""Semantic, panoptic and instance results from Mask2Former's class and mask logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from expedite_d2.d2 import Boxes, Instances
 
 
 def resize_masks(logits: Tensor, image_size: tuple[int, int], height: int, width: int) -> Tensor:
-    """Crop the padding away, then resize bilinearly to the size of the result.
+    """Removes the padding, then resizes bilinearly to the size of the result.
 
     Args:
         logits: (N, H, W) at the padded input's resolution.
@@ -28,7 +28,7 @@ def resize_masks(logits: Tensor, image_size: tuple[int, int], height: int, width
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of (N, H, W) to (N, *size); no copy where the size is the same."""
+    """Resizes (N, H, W) bilinearly to (N, *size), without a copy if the size is the same."""
     if logits.shape[-2:] == size:
         return logits
     if not len(logits):  # interpolate refuses empty channels
@@ -37,7 +37,7 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def semantic_inference(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
-    """Class scores of each pixel: the masks' probabilities weighted by the queries' classes.
+    """Returns class scores of each pixel: mask probabilities weighted by the queries' classes.
 
     Args:
         class_logits: (Q, K + 1), the last class is "no object".
@@ -51,7 +51,7 @@ def semantic_inference(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
 
 
 def select_panoptic(class_logits: Tensor, object_mask_threshold: float) -> Tensor:
-    """Indices of the queries that a panoptic result may use: an object, and sure enough of it."""
+    """Returns indices of the queries for a panoptic result: those with a confident class."""
     scores, labels = class_logits.softmax(-1).max(-1)
     no_object = class_logits.shape[-1] - 1
     return ((labels != no_object) & (scores > object_mask_threshold)).nonzero()[:, 0]
@@ -63,16 +63,16 @@ def panoptic_inference(
     thing_ids: Collection[int],
     overlap_threshold: float,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Give each pixel to the query with the largest class score x mask probability.
+    """Assigns each pixel to the query with the largest class score x mask probability.
 
-    A segment counts if more than ``overlap_threshold`` of its own mask was left to it; segments of
-    one stuff class are merged.
+    A segment is kept if more than ``overlap_threshold`` of its mask was assigned to it; segments
+    of one stuff class are merged.
 
     Args:
         class_logits: (N, K + 1) of the selected queries (see ``select_panoptic``).
         mask_logits: (N, H, W) of the same queries.
-        thing_ids: contiguous ids of the classes whose instances stay apart.
-        overlap_threshold: least share of a mask that must survive.
+        thing_ids: contiguous ids of the classes whose instances are not merged.
+        overlap_threshold: least share of a mask that must be assigned to its query.
 
     Returns:
         ids: (H, W) int32, 0 where nothing was found; segments: ``{"id", "isthing", "category_id"}``
@@ -86,7 +86,7 @@ def panoptic_inference(
     masks = mask_logits.sigmoid()
     foreground = masks >= 0.5
     owner = (scores[:, None, None] * masks).argmax(0)  # (H, W)
-    owned = foreground.gather(0, owner[None])[0]  # pixels that their owner calls foreground
+    owned = foreground.gather(0, owner[None])[0]  # foreground of its mask
     areas = torch.stack(
         [
             torch.bincount(owner.flatten(), minlength=count),
@@ -94,7 +94,7 @@ def panoptic_inference(
             torch.bincount(owner[owned], minlength=count),
         ]
     )
-    # One copy to the host for all queries, not three per query.
+    # One copy to the host for all queries, instead of three per query.
     won, original, kept = areas.tolist()
     ids = [0] * count
     segments: list[dict[str, Any]] = []
@@ -117,12 +117,12 @@ def panoptic_inference(
 def select_instances(
     class_logits: Tensor, topk: int, thing_ids: Collection[int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``topk`` best pairs of query and class.
+    """Selects the ``topk`` best pairs of query and class.
 
     Args:
         class_logits: (Q, K + 1).
         topk: number of pairs.
-        thing_ids: keep the pairs of these classes alone, after the choice; None keeps all.
+        thing_ids: keep only pairs of these classes, after the selection; None keeps all.
 
     Returns:
         queries, labels: (N,) int64; scores: (N,), the classes' probabilities.
@@ -140,7 +140,7 @@ def select_instances(
 
 
 def instance_inference(labels: Tensor, scores: Tensor, mask_logits: Tensor) -> Instances:
-    """Binary masks, scored by class probability x mean mask probability inside the mask.
+    """Makes binary masks, scored by class probability x mean mask probability inside the mask.
 
     Args:
         labels: (N,) int64; scores: (N,) (see ``select_instances``).

@@ -13,15 +13,15 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from expedite_d2.d2 import comm
 
-# transformers' names for the three terms, and Mask2Former's own.
+# Names of the three terms: in transformers, and in Mask2Former.
 _NAMES = {"loss_cross_entropy": "loss_ce", "loss_mask": "loss_mask", "loss_dice": "loss_dice"}
 
 
 class MaskClassificationLoss(Mask2FormerLoss):
     """Bipartite matching, then cross-entropy on classes, and BCE and dice on sampled points.
 
-    The terms are transformers'; added here are Mask2Former's weights and names, and the mean number
-    of masks over the ranks as the denominator, which transformers computes under accelerate alone.
+    The terms are transformers'. Added are Mask2Former's weights and names, and the denominator: the
+    mean number of masks over the ranks, which transformers computes only under accelerate.
 
     Args:
         config: transformers' configuration: number of classes, weights, number of points.
@@ -42,7 +42,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
         masks: list[Tensor],
         labels: list[Tensor],
     ) -> dict[str, Tensor]:
-        """Weighted losses of the last prediction and of each earlier one.
+        """Returns weighted losses of the last prediction and of each earlier one.
 
         Args:
             mask_logits: of each prediction, the last one last: (B, Q, H/4, W/4) float32.
@@ -74,7 +74,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
     def get_num_masks(  # type: ignore[override]
         self, class_labels: list[Tensor], device: torch.device
     ) -> Tensor:
-        """Number of target masks: the mean over the ranks, at least 1."""
+        """Returns the number of target masks: the mean over the ranks, at least 1."""
         total = sum(len(labels) for labels in class_labels)
         count = torch.as_tensor(total, dtype=torch.float32, device=device)
         world = comm.get_world_size()
@@ -89,7 +89,7 @@ def prepare_targets(
     num_classes: int,
     device: torch.device,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Masks, zero-padded to the batch's size, and classes of each image.
+    """Returns masks, zero-padded to the batch's size, and classes of each image.
 
     Args:
         batched_inputs: dicts with ``"instances"``: ``gt_masks`` (N, h, w) bool or BitMasks and
@@ -108,7 +108,7 @@ def prepare_targets(
     masks, labels = [], []
     for inputs in batched_inputs:
         mask, classes = instance_targets(inputs, device)
-        # Where the mapper has left them: on a GPU, looking at them would wait for it.
+        # Checked on the device of the mapper: on a GPU, reading values would synchronise.
         _check_labels(inputs["instances"].gt_classes, num_classes, inputs)
         height, width = mask.shape[-2:]
         masks.append(F.pad(mask.float(), (0, size[1] - width, 0, size[0] - height)))
@@ -117,11 +117,11 @@ def prepare_targets(
 
 
 def instance_targets(inputs: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Masks (N, h, w), bool or 0 and 1, and classes (N,) int64 of one image's objects.
+    """Returns masks (N, h, w), bool or 0 and 1, and classes (N,) int64 of an image's objects.
 
     Args:
         inputs: a dict with ``"instances"``: ``gt_classes`` (N,) and ``gt_masks`` (N, h, w), a
-            tensor or BitMasks. Without objects there need be no masks, as Detectron2's mapper
+            tensor or BitMasks. Without objects, masks may be missing, since Detectron2's mapper
             makes none.
         device: where the targets go.
 
@@ -152,16 +152,16 @@ def semantic_loss(
     size: tuple[int, int],
     ignore_value: int,
 ) -> Tensor:
-    """Cross-entropy of per-pixel class logits against the semantic labels at their stride.
+    """Computes the cross-entropy of per-pixel class logits and the labels at their stride.
 
     Args:
         logits: (B, K, H/s, W/s) float32.
         batched_inputs: dicts with ``"sem_seg"``: (h, w) int64.
         size: (H, W) of the padded batch; the padding is ignored.
-        ignore_value: label that counts nowhere.
+        ignore_value: label of pixels to ignore.
 
     Returns:
-        The mean over the pixels that count, a differentiable scalar; 0 where there are none.
+        The mean over the pixels that are not ignored, a differentiable scalar; 0 if there are none.
 
     Raises:
         ValueError: an image without ``"sem_seg"``, or a label that is no class.
@@ -187,7 +187,7 @@ def semantic_loss(
 def _check_labels(
     labels: Tensor, classes: int, inputs: Mapping[str, Any], ignore_value: int | None = None
 ) -> None:
-    """Raise for a label that is no class: on a GPU the loss itself would end the process."""
+    """Raises for a label that is not a class; on a GPU the loss would abort the process."""
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         void = "" if ignore_value is None else f" or {ignore_value} (ignored)"
         wrong = int(labels.max()) if int(labels.max()) >= classes else int(labels.min())

@@ -1,9 +1,9 @@
-"""What takes the time of Mask2Former's transformer decoder, without what nobody reads.
+"""The expensive parts of Mask2Former's transformer decoder, without computing unused outputs.
 
 Each layer attends to the pixels of the mask that the layer before predicted. transformers predicts
-that mask at full size and resizes it, copies it for each head, and returns the attention's weights.
-Resizing and the product with the queries commute: here it is the features that are resized, and a
-mask at full size is computed where it is asked for.
+that mask at full size and resizes it, copies it for each head, and returns attention weights.
+Resizing commutes with the product with the queries: here the features are resized instead, and a
+mask at full size is computed only on request.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from expedite_d2.models.float32_products import multiply
 
 
 def predict_masks(embeddings: Tensor, features: Tensor) -> Tensor:
-    """Mask logits of queries (B, Q, C) on features (B, C, h, w): (B, Q, h, w)."""
+    """Returns mask logits of queries (B, Q, C) on features (B, C, h, w): (B, Q, h, w)."""
     masks = multiply(lambda queries, maps, _: queries @ maps, embeddings, features.flatten(2), None)
     return masks.unflatten(2, features.shape[2:])
 
 
 class MaskPredictor(Mask2FormerMaskPredictor):
-    """transformers' module and parameters; gives what `predict_masks` needs, not the masks."""
+    """transformers' module and parameters; returns the arguments of `predict_masks`, not masks."""
 
-    # transformers says that the size is an int.
+    # transformers annotates the size as an int.
     def forward(  # type: ignore[override]
         self,
         outputs: Tensor,
         pixel_embeddings: Tensor,
         attention_mask_target_size: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """Predict the masks of a layer's queries.
+        """Predicts the masks of a layer's queries.
 
         Args:
             outputs: (Q, B, C), the queries.
@@ -45,8 +45,8 @@ class MaskPredictor(Mask2FormerMaskPredictor):
             attention_mask_target_size: rows and columns that the next layer attends to.
 
         Returns:
-            the queries' mask embeddings (B, Q, C'), and (B, Q, h * w) True where the next layer
-            must not look.
+            the queries' mask embeddings (B, Q, C'), and (B, Q, h * w), True where the next layer
+            must not attend.
         """
         embeddings = self.mask_embedder(outputs.transpose(0, 1))
         with torch.no_grad():
@@ -63,15 +63,15 @@ class MaskedAttention(nn.MultiheadAttention):
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **_: Any
     ) -> tuple[Tensor, None]:
-        """Attend to the pixels that a mask leaves.
+        """Attends to the pixels that a mask leaves.
 
         Args:
             query: (Q, B, C).
             key, value: (S, B, C).
-            attn_mask: (B, Q, S), True where a query must not look.
+            attn_mask: (B, Q, S), True where a query must not attend.
 
         Returns:
-            (Q, B, C), and None in the place of the weights.
+            (Q, B, C), and None instead of the weights.
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         queries, keys, values = (
@@ -92,12 +92,12 @@ class MaskedAttention(nn.MultiheadAttention):
 
 
 def use_mask_embeddings(module: Mask2FormerTransformerModule) -> None:
-    """Gives a decoder these classes: the masks in its output become mask embeddings.
+    """Replaces classes in a decoder by these; its output then holds mask embeddings, not masks.
 
     Names and weights stay.
     """
     decoder: Any = module.decoder
-    # Other classes for the same instances: new modules would draw initial weights again.
+    # The instances keep their weights: new modules would draw initial weights again.
     decoder.mask_predictor.__class__ = MaskPredictor
     for layer in decoder.layers:
         layer.cross_attn.__class__ = MaskedAttention

@@ -27,14 +27,14 @@ from expedite_d2.models.meta_arch.semantic_heads import SemanticFPN
 class ExpeditePanopticFPN(PyramidDetector):
     """Panoptic, semantic and instance segmentation on one feature pyramid.
 
-    The semantic head knows all classes of the data set. Pixels that it gives to a thing class and
-    no instance claims stay void.
+    The semantic head predicts all classes of the data set. Pixels that it assigns to a thing class,
+    but that belong to no instance, are void.
 
     Args:
         cfg: Detectron2's keys of its ``PanopticFPN``.
 
     Raises:
-        ValueError: a key that asks for something that is not here.
+        ValueError: a key that asks for something unsupported.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -59,15 +59,15 @@ class ExpeditePanopticFPN(PyramidDetector):
         use_float32_products(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses in training, results at evaluation, with Detectron2's formats.
+        """Losses in training, results at evaluation, in Detectron2's formats.
 
         Args:
-            batched_inputs: of each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
+            batched_inputs: for each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
                 its result if that is not (h, w); in training ``"instances"`` (``gt_classes`` (N,),
                 ``gt_masks`` (N, h, w)) and ``"sem_seg"`` (h, w) int64.
 
         Returns:
-            Training: a dict of scalar losses. Evaluation: of each image a dict with ``"sem_seg"``
+            Training: a dict of scalar losses. Evaluation: for each image a dict with ``"sem_seg"``
             (K, H, W), ``"instances"`` and, with ``MODEL.PANOPTIC_FPN.COMBINE.ENABLED``,
             ``"panoptic_seg"`` (ids (H, W) int32, segments).
         """
@@ -102,7 +102,7 @@ class ExpeditePanopticFPN(PyramidDetector):
         return results
 
     def dense_logits(self, maps: Mapping[str, Tensor]) -> list[Tensor]:
-        """The semantic logits."""
+        """Returns the semantic logits."""
         return [self.sem_seg_head(maps)]
 
 
@@ -114,13 +114,13 @@ def combine_semantic_and_instance_outputs(
     stuff_area_limit: int,
     score_threshold: float,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The combination rule of Panoptic FPN's authors: instances first, the best on top.
+    """Combines results by the rule of Panoptic FPN: instances first, those of higher score on top.
 
     Args:
         instances: with ``scores``, ``pred_classes`` and ``pred_masks`` (N, H, W).
         semantic: (H, W) int64, the class of each pixel.
-        thing_ids: classes that instances alone may give.
-        overlap_threshold: an instance counts unless more than this share of it is already taken.
+        thing_ids: classes that only instances may have.
+        overlap_threshold: an instance is dropped if more than this share of it is covered already.
         stuff_area_limit: least number of pixels of a stuff segment.
         score_threshold: least score of an instance.
 

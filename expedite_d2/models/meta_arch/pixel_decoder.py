@@ -1,8 +1,8 @@
-"""Mask2Former's pixel decoder with its attention through this project's operator.
+"""Mask2Former's pixel decoder with its attention computed by this project's operator.
 
-Under autocast it multiplies in 16 bits, but sums up and samples in float32: half types cannot tell
-neighbouring pixels of a large map apart. transformers takes the type of its sampling points from
-that of the projected maps, so that these are what has to stay float32.
+Under autocast it multiplies in 16 bits, but sums and samples in float32: half types cannot
+distinguish neighbouring pixels of a large map. In transformers the type of sampling points follows
+that of the projected maps, so that these have to stay float32.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from expedite_d2.ops.ms_deform_attn import ms_deform_attn
 
 
 class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
-    """transformers' module and parameters; the samples come from one kernel.
+    """transformers' module and parameters, with all samples taken by one kernel.
 
-    transformers samples every level with ``grid_sample``, through copies of the maps and of all
-    samples that take most of the pixel decoder's time.
+    transformers samples every level with ``grid_sample``. That copies the maps and all samples,
+    which takes most of the pixel decoder's time.
     """
 
     def forward(
@@ -70,7 +70,7 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
         weights = logits.unflatten(-1, (self.n_heads, -1)).softmax(-1).unflatten(-1, points[1:])
         with arithmetic(torch.float32, queries.device):
             offsets = self.sampling_offsets(queries).unflatten(-1, (*points, 2))  # in pixels
-        # Filled where they are needed: a tensor of numbers would be a copy that the host waits for.
+        # Filled on the device: making a tensor from numbers would be a copy that synchronises.
         sides = [side for height, width in spatial_shapes_list for side in (width, height)]
         sizes = torch.cat([offsets.new_full((1,), side) for side in sides]).view(-1, 1, 2)
         locations = reference_points[:, :, None, :, None].addcdiv(offsets, sizes)
@@ -79,7 +79,7 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
 
 
 class ExactGroupNorm(nn.GroupNorm):
-    """PyTorch's, of 16-bit maps in float32."""
+    """PyTorch's GroupNorm, which normalises 16-bit maps in float32."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape, float32 or float64."""
@@ -87,8 +87,8 @@ class ExactGroupNorm(nn.GroupNorm):
 
 
 def use_operator(decoder: Mask2FormerPixelDecoder) -> None:
-    """Gives a decoder these classes; names and weights stay."""
-    # Other classes for the same instances: new modules would draw initial weights again.
+    """Replaces classes in a decoder by these; names and weights stay."""
+    # The instances keep their weights: new modules would draw initial weights again.
     projections: Any = (*decoder.input_projections, *decoder.lateral_convolutions)
     for projection in projections:
         projection[1].__class__ = ExactGroupNorm

@@ -1,7 +1,7 @@
-"""What detectors do with regions of an image: propose, pool, match, and their ground truth.
+"""Regions of an image in detectors: proposals, pooling, matching, and ground truth.
 
-Region proposals, matching, sampling, box coding and RoIAlign are torchvision's; boxes are XYXY in
-continuous pixel coordinates, as in Detectron2, and so all pooling is aligned to half pixels.
+Region proposals, matching, sampling, box coding and RoIAlign are torchvision's. Boxes are XYXY in
+continuous pixel coordinates, as in Detectron2, so that all pooling is aligned to half pixels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16
 class PyramidAnchors(AnchorGenerator):
     """torchvision's anchors at the true strides of the levels.
 
-    torchvision divides the image by the map, which is off where the last map was rounded up.
+    torchvision divides the image by the map, which is wrong if the size of the map was rounded up.
 
     Args:
         sizes: of each level, side lengths in pixels.
@@ -47,7 +47,7 @@ class PyramidAnchors(AnchorGenerator):
         self.strides = list(strides)
 
     def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
-        """The anchors of every image: the same (A, 4) for all of them."""
+        """Returns the anchors of every image: the same (A, 4) for all of them."""
         reference = feature_maps[0]
         self.set_cell_anchors(reference.dtype, reference.device)
         sizes = [list(level.shape[-2:]) for level in feature_maps]
@@ -64,7 +64,7 @@ class RegionProposals(RegionProposalNetwork):
         shapes: channels and stride of the pyramid's maps.
 
     Raises:
-        ValueError: a key that asks for something that is not here.
+        ValueError: a key that asks for something unsupported.
     """
 
     def __init__(self, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
@@ -96,7 +96,7 @@ class RegionProposals(RegionProposalNetwork):
             post_nms_top_n={"training": rpn.POST_NMS_TOPK_TRAIN, "testing": rpn.POST_NMS_TOPK_TEST},
             nms_thresh=rpn.NMS_THRESH,
         )
-        # torchvision's 0.01 suits features that were learnt before; from scratch it is slow.
+        # torchvision's 0.01 is for pre-trained features; from scratch it learns slowly.
         for module in self.head.conv.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -106,7 +106,7 @@ class RegionProposals(RegionProposalNetwork):
         self.box_coder.weights = tuple(rpn.BBOX_REG_WEIGHTS)
 
     def scores(self, features: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Objectness (B, A, h, w) and box deltas (B, 4A, h, w) of each level, float32."""
+        """Returns objectness (B, A, h, w) and box deltas (B, 4A, h, w) of each level, float32."""
         objectness, deltas = self.head([features[name] for name in self.in_features])
         return [level.float() for level in objectness], [level.float() for level in deltas]
 
@@ -116,7 +116,7 @@ class RegionProposals(RegionProposalNetwork):
         image_sizes: list[tuple[int, int]],
         truths: Sequence[GroundTruth] | None = None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposals of each image, and in training the losses.
+        """Returns proposals of each image, and in training the losses.
 
         Args:
             features: the pyramid's maps.
@@ -158,7 +158,7 @@ class RegionProposals(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """torchvision's, with ``MODEL.RPN.SMOOTH_L1_BETA`` in place of 1/9."""
+        """torchvision's losses, with ``MODEL.RPN.SMOOTH_L1_BETA`` instead of 1/9."""
         positive, negative = self.fg_bg_sampler(labels)
         chosen_positive = torch.cat(positive).nonzero()[:, 0]
         chosen = torch.cat([chosen_positive, torch.cat(negative).nonzero()[:, 0]])
@@ -191,7 +191,7 @@ def _per_level(name: str, values: Sequence[Sequence[float]], levels: int) -> lis
 
 
 class GroundTruth(NamedTuple):
-    """The things of one image."""
+    """Objects of thing classes in one image."""
 
     boxes: Tensor  # (N, 4) float32
     classes: Tensor  # (N,) int64, 0 to K - 1
@@ -199,7 +199,7 @@ class GroundTruth(NamedTuple):
 
 
 def thing_ids(dataset_name: str, count: int) -> list[int]:
-    """Contiguous ids of a data set's thing classes, in the order of a detector's ``count`` classes.
+    """Returns contiguous ids of a data set's thing classes, in the order of a detector's classes.
 
     Raises:
         ValueError: the data set has another number of thing classes.
@@ -218,10 +218,10 @@ def thing_ids(dataset_name: str, count: int) -> list[int]:
 def ground_truth(
     batched_inputs: Sequence[Mapping[str, Any]], things: Sequence[int], device: torch.device
 ) -> list[GroundTruth]:
-    """The things of each image with the tight boxes of their masks.
+    """Returns the things of each image, with the tight boxes of their masks.
 
     Args:
-        batched_inputs: see ``instance_targets``; classes that are not things are left out.
+        batched_inputs: see ``instance_targets``; objects of other classes are left out.
         things: contiguous ids of the thing classes.
         device: where the result goes.
 
@@ -234,7 +234,7 @@ def ground_truth(
         masks, classes = instance_targets(inputs, device)
         keep = torch.isin(classes, table) & masks.flatten(1).any(1)
         masks, classes = masks[keep], classes[keep]
-        # torchvision names the last pixel inside, a box the first one outside.
+        # torchvision returns the last pixel inside, but a box ends with the first one outside.
         boxes = masks_to_boxes(masks) + masks.new_tensor([0, 0, 1, 1], dtype=torch.float32)
         index = (classes[:, None] == table).long().argmax(1) if len(classes) else classes
         truths.append(GroundTruth(boxes, index, masks.float()))
@@ -242,41 +242,41 @@ def ground_truth(
 
 
 def match(boxes: Tensor, truth: GroundTruth, iou: float) -> Tensor:
-    """Index of the object that each box overlaps most, (R,) int64; -1 if by less than ``iou``."""
+    """Returns the object that each box overlaps most, (R,) int64; -1 if by less than ``iou``."""
     if not len(boxes) or not len(truth.boxes):
         return torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
     return Matcher(iou, iou)(box_iou(truth.boxes, boxes))
 
 
 class Sample(NamedTuple):
-    """Regions of one image to learn from."""
+    """Regions of one image for training."""
 
     boxes: Tensor  # (R, 4)
     matched: Tensor  # (R,) int64, an object of the ground truth, -1 for background
     is_truth: Tensor  # (R,) bool: boxes of the ground truth itself
 
     def classes(self, truth: GroundTruth, background: int) -> Tensor:
-        """(R,) int64: the object's class, or ``background``."""
+        """Returns (R,) int64: the class of the object, or ``background``."""
         if not len(truth.classes):
             return torch.full_like(self.matched, background)
         return torch.where(self.matched >= 0, truth.classes[self.matched.clamp(min=0)], background)
 
     def positive(self) -> Sample:
-        """Those on objects."""
+        """Returns the regions on objects."""
         keep = self.matched >= 0
         return Sample(self.boxes[keep], self.matched[keep], self.is_truth[keep])
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many regions of an image are learnt from (``MODEL.ROI_HEADS``)."""
+    """Number of regions per image for training (``MODEL.ROI_HEADS``)."""
 
     regions: int
     positive_fraction: float
     add_truth: bool
 
     def draw(self, proposals: Tensor, truth: GroundTruth, iou: float) -> Sample:
-        """Some of the proposals (R, 4), and of the objects' own boxes if they are to be added."""
+        """Samples from proposals (R, 4) and, if these are to be added, the objects' own boxes."""
         boxes = torch.cat([proposals, truth.boxes]) if self.add_truth else proposals
         matched = match(boxes, truth, iou)
         sampler = BalancedPositiveNegativeSampler(self.regions, self.positive_fraction)
@@ -294,18 +294,18 @@ class RegionFeatures(NamedTuple):
     semantic_stride: int = 8
 
     def image(self, index: int) -> RegionFeatures:
-        """One image's."""
+        """Returns the maps of one image."""
         one = slice(index, index + 1)
         semantic = None if self.semantic is None else self.semantic[one]
         return self._replace(levels=[level[one] for level in self.levels], semantic=semantic)
 
     def pool(self, boxes: Sequence[Tensor], size: int, sampling_ratio: int) -> Tensor:
-        """RoIAlign from the level that fits each box.
+        """Pools each box from the level that fits its size, by RoIAlign.
 
         Args:
             boxes: of each image (R_i, 4).
             size: side of the result.
-            sampling_ratio: points along each side of a cell, 0 for as many as it has pixels.
+            sampling_ratio: number of points per side of a cell, 0 for as many as it has pixels.
 
         Returns:
             (R, C, size, size), image by image.
@@ -319,7 +319,7 @@ class RegionFeatures(NamedTuple):
 
 
 def _with_index(boxes: Sequence[Tensor]) -> Tensor:
-    """Boxes of each image (R_i, 4) -> (R, 5), the number of the image first."""
+    """Joins boxes of each image (R_i, 4) to (R, 5), with the number of the image first."""
     return torch.cat(
         [torch.cat([box.new_full((len(box), 1), i), box], 1) for i, box in enumerate(boxes)]
     )
@@ -328,9 +328,9 @@ def _with_index(boxes: Sequence[Tensor]) -> Tensor:
 def pool_levels(
     levels: Sequence[Tensor], strides: Sequence[int], rois: Tensor, size: int, sampling_ratio: int
 ) -> Tensor:
-    """RoIAlign of rois (R, 5) from maps (B, C, h, w) -> (R, C, size, size).
+    """Pools rois (R, 5) from maps (B, C, h, w) by RoIAlign -> (R, C, size, size).
 
-    On the meta device, where boxes have no values, all come from the first map, at the same cost.
+    On the meta device, where boxes have no values, all use the first map, at the same cost.
     """
     if rois.is_meta or len(levels) == 1:
         return roi_align(levels[0], rois, size, 1 / strides[0], sampling_ratio, aligned=True)
@@ -348,7 +348,7 @@ def pool_levels(
 
 
 def mask_targets(samples: Sequence[Sample], truths: Sequence[GroundTruth], size: int) -> Tensor:
-    """The objects' masks inside their regions.
+    """Returns the objects' masks inside their regions.
 
     Args:
         samples: of each image, regions on objects.

@@ -1,4 +1,4 @@
-"""Segmenter as a Detectron2 meta-architecture: a plain ViT and a decoder of its tokens.
+"""Segmenter as a Detectron2 meta-architecture: a plain ViT and a decoder for its tokens.
 
 "Segmenter: Transformer for Semantic Segmentation", arXiv 2105.05633.
 """
@@ -74,18 +74,18 @@ class ExpediteSegmenter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its inputs go."""
+        """Device of the model and of its inputs."""
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """The loss in training, class probabilities at evaluation, with Detectron2's formats.
+        """The loss in training, class probabilities at evaluation, in Detectron2's formats.
 
         Args:
-            batched_inputs: of each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
+            batched_inputs: for each image ``"image"`` (3, h, w), and ``"height"``, ``"width"`` of
                 its result if that is not (h, w); in training ``"sem_seg"`` (h, w) int64.
 
         Returns:
-            Training: ``{"loss_sem_seg"}``. Evaluation: of each image ``{"sem_seg"}``, (K, H, W).
+            Training: ``{"loss_sem_seg"}``. Evaluation: for each image ``{"sem_seg"}``, (K, H, W).
         """
         images = ImageList.from_tensors(
             [
@@ -110,7 +110,7 @@ class ExpediteSegmenter(nn.Module):
         return results
 
     def logits(self, images: Tensor) -> Tensor:
-        """Class logits of each pixel; at evaluation by sliding window if that is enabled.
+        """Returns class logits of each pixel; at evaluation by sliding window if that is enabled.
 
         Args:
             images: (B, 3, H, W), normalised, of any size.
@@ -123,7 +123,7 @@ class ExpediteSegmenter(nn.Module):
         return self.sliding_window.predict(images, self._pixel_logits)
 
     def _pixel_logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, K, H, W), zero-padded to whole patches on the way."""
+        """(B, 3, H, W) -> (B, K, H, W); images are zero-padded to whole patches."""
         height, width = images.shape[-2:]
         step = self.size_divisibility
         padded = F.pad(images, (0, -width % step, 0, -height % step))
@@ -142,7 +142,7 @@ class ExpediteSegmenter(nn.Module):
             logits = self.decoder(tokens)
             if features.clustering is None:
                 return logits
-            # Not what the blocks added to the features: logits of clusters replace those of tokens.
+            # Logits have no residual: those of the clusters replace those of the tokens.
             return reconstruct(logits, features.clustering._replace(tokens=None, centres=None))
 
 

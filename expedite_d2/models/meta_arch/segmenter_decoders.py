@@ -1,4 +1,4 @@
-"""Segmenter's two decoders: from the tokens of an image to class logits of each token."""
+"""Segmenter's two decoders, which compute class logits of each token of an image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from expedite_d2.models.lazy_timm import import_timm
 
-_INIT_STD = 0.02  # of every linear layer and embedding, as Segmenter's
+_INIT_STD = 0.02  # of every linear layer and embedding, as in Segmenter
 
 
 class LinearDecoder(nn.Module):
@@ -30,9 +30,9 @@ class LinearDecoder(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """The mask transformer: tokens and one learnt embedding a class attend to each other.
+    """Mask transformer: tokens and one learnt embedding per class attend to each other.
 
-    The logit of a token for a class is the cosine of the two afterwards, normalised over classes.
+    The logit of a token for a class is the cosine of their outputs, normalised over classes.
 
     Args:
         num_classes: K.
@@ -40,7 +40,7 @@ class MaskDecoder(nn.Module):
         dim: width of the decoder.
         depth: number of blocks.
         num_heads: heads of their attention.
-        mlp_ratio: width of their hidden layers in units of ``dim``.
+        mlp_ratio: width of hidden layers, relative to ``dim``.
         dropout: probability of dropping an activation or an attention weight.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """

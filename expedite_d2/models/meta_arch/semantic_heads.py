@@ -17,7 +17,7 @@ from expedite_d2.models.meta_arch.mask2former_loss import semantic_loss
 
 
 class _SemanticHead(nn.Module):
-    """What both heads read from ``MODEL.SEM_SEG_HEAD``, and their loss."""
+    """Base of both heads: the keys of ``MODEL.SEM_SEG_HEAD``, and the loss."""
 
     def __init__(self, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
         super().__init__()
@@ -39,15 +39,15 @@ class _SemanticHead(nn.Module):
     def loss(
         self, logits: Tensor, batched_inputs: Sequence[Mapping[str, Any]], size: tuple[int, int]
     ) -> Tensor:
-        """Weighted cross-entropy of logits (B, K, H/s, W/s) against ``"sem_seg"``."""
+        """Returns the weighted cross-entropy of logits (B, K, H/s, W/s) against ``"sem_seg"``."""
         inputs = [dict(one) for one in batched_inputs]
         return self.weight * semantic_loss(logits.float(), inputs, size, self.ignore_value)
 
 
 class SemanticFPN(_SemanticHead):
-    """Every level convolved up to one stride, added, and classified.
+    """Panoptic FPN's head: all levels are convolved and upsampled to one stride, added, classified.
 
-    "Panoptic Feature Pyramid Networks", arXiv 1901.02446, by Detectron2's ``SemSegFPNHead`` keys.
+    "Panoptic Feature Pyramid Networks", arXiv 1901.02446, with Detectron2's ``SemSegFPNHead`` keys.
 
     Args:
         cfg: ``MODEL.SEM_SEG_HEAD``.
@@ -87,7 +87,7 @@ class SemanticFPN(_SemanticHead):
 
 
 class SemanticBranch(_SemanticHead):
-    """HTC's: all levels resized to one, convolved; logits to learn from and features to fuse.
+    """HTC's head: all levels are resized to one and convolved, for logits and for regions.
 
     Args:
         cfg: ``MODEL.SEM_SEG_HEAD`` and ``MODEL.HTC.SEMANTIC_CONVS``.
@@ -120,7 +120,7 @@ class SemanticBranch(_SemanticHead):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The pyramid's maps -> hidden (B, D, H/s, W/s) and what is added to regions (B, C, …)."""
+        """The pyramid's maps -> hidden (B, D, H/s, W/s), and (B, C, …) to add to regions."""
         maps = [features[name] for name in self.in_features]
         size = maps[self.fused].shape[-2:]
         hidden = [

@@ -25,7 +25,7 @@ class SlidingWindow(NamedTuple):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> SlidingWindow | None:
-        """``TEST.SLIDING_WINDOW``, None where it is not enabled.
+        """Reads ``TEST.SLIDING_WINDOW``; None if it is not enabled.
 
         Raises:
             ValueError: not two sides each, or a stride that would leave pixels out.
@@ -44,10 +44,10 @@ class SlidingWindow(NamedTuple):
         return cls((crop[0], crop[1]), (stride[0], stride[1]))
 
     def predict(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run a model on every crop and average what overlaps.
+        """Runs a model on every crop, and averages where crops overlap.
 
         The last crop of an axis is moved back to end with the image, so that every crop has the
-        full size and every pixel is covered; an image smaller than the crop is taken as it is.
+        full size and every pixel is covered. An image smaller than the crop is not cropped.
 
         Args:
             images: (B, 3, H, W).
@@ -77,7 +77,7 @@ class SlidingWindow(NamedTuple):
 
 
 def refuse_sliding_window(cfg: CfgNode) -> None:
-    """Raises where a model that does not slide a window is asked to."""
+    """Raises if the sliding window is enabled for a model that does not support it."""
     if cfg.TEST.SLIDING_WINDOW.ENABLED:
         raise ValueError(
             "TEST.SLIDING_WINDOW is for semantic segmentation by ExpediteSegmenter and "
@@ -86,19 +86,19 @@ def refuse_sliding_window(cfg: CfgNode) -> None:
 
 
 def offsets(length: int, crop: int, stride: int) -> list[int]:
-    """First pixels of the crops along one axis: multiples of the stride, the last one moved back.
+    """Returns the first pixels of the crops along one axis: multiples of the stride, but the last.
 
     Args:
-        length: of the axis.
-        crop: of a crop on this axis.
-        stride: from crop to crop, at most ``crop``.
+        length: length of the axis.
+        crop: length of a crop on this axis.
+        stride: distance between crops, at most ``crop``.
     """
     last = max(length - crop, 0)
     return [*range(0, last, stride), last]
 
 
 def _coverage(starts: list[int], size: int, length: int, device: torch.device) -> Tensor:
-    """How many crops hold each position of an axis; (length,) float32."""
+    """Counts the crops that hold each position of an axis; (length,) float32."""
     counts = torch.zeros(length, device=device)
     for start in starts:
         counts[start : start + size] += 1
