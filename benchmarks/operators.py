@@ -191,7 +191,7 @@ def floor(row: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One line a result: the kernel's time, its floor, and how much longer the others take."""
+    """One line per result: the kernel's time, its floor, and how much longer the others take."""
     rows = [
         {
             "case": row["case"],

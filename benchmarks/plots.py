@@ -24,7 +24,7 @@ _DPI = 120
 
 
 def operators(rows: Sequence[Row]) -> Figure | None:
-    """Milliseconds of all four operators in a row, by case; one panel an arithmetic."""
+    """Milliseconds of all four operators in sequence, by case; one panel per type."""
     rows = [row for row in rows if row["operator"] == _WHOLE]
     if not rows:
         return None

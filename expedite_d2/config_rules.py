@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """What a value must be, in words, and whether a value is it."""
+    """A constraint on a value: its description and its predicate."""
 
     words: str
     holds: Callable[[Any], bool]

@@ -64,7 +64,7 @@ def register_panoptic(
         image_root: Folder of the images.
         instances_json: COCO instance annotations of the same images, which AP is measured with.
         categories: All classes, in the order of their contiguous ids.
-        evaluator_type: How Detectron2 calls the evaluation; it ends in ``_panoptic_seg``.
+        evaluator_type: Detectron2's name for the evaluation; it ends in ``_panoptic_seg``.
         sem_seg_root: Folder of the label PNGs, if there are any.
     """
     metadata = panoptic_metadata(categories)

@@ -31,7 +31,7 @@ def register_semantic(
         image_root: Folder of the images.
         label_root: Folder of the labels.
         classes: Names, in the order of the labels.
-        evaluator_type: How Detectron2 calls the evaluation.
+        evaluator_type: Detectron2's name for the evaluation.
     """
     register(
         name,

@@ -58,7 +58,7 @@ class Subject:
         device: Hardware in words.
         dtype: Arithmetic of the forward pass, as in ``TEST.DTYPE``.
         torch: Version.
-        extension: What the compiled operators tell of their build.
+        extension: Build information of the extension.
     """
 
     model: str
@@ -247,7 +247,7 @@ warm-up; "kept" is expedited / baseline.
 
 
 def describe_build(comparison: Mapping[str, Any]) -> str:
-    """What the compiled operators tell of their build, in one line."""
+    """Returns build information of the extension, in one line."""
     extension = comparison["extension"]
     return ", ".join(f"{k} {_inline(v)}" for k, v in extension.items() if v) or "not built"
 
