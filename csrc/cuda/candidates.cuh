@@ -105,8 +105,11 @@ struct TokenPair {
 
   // Where candidate n stands among those of token t, in rows of `columns`; -1 if it is none.
   __device__ int32_t slot(int t, int32_t n, int32_t columns) const {
+    if (n >= candidates) {
+      return -1;  // of a pair without tokens nothing below is set
+    }
     const int32_t column = n % across - skipped[t];
-    return n < candidates && column >= 0 && column < width[t] ? n / across * columns + column : -1;
+    return column >= 0 && column < width[t] ? n / across * columns + column : -1;
   }
 
   // Whether token t exists and it is this warp that makes something of its distances.

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kNumberThreads, 1)
       // The smaller number, or NaN if either is.
       const auto lesser = [](float x, float y) { return x < y || x != x ? x : y; };
       float least = INFINITY;
-      Candidates(numbers, window, radius, p)
+      Candidates(numbers, window, radius, p, exists)
           .each(numbers, window.cell_columns, p, [&](int, int, const float (&distances)[kColumn]) {
 #pragma unroll
             for (int e = 0; e < kColumn; ++e) {
@@ -118,7 +118,7 @@ __device__ __forceinline__ float image_spread(const GramScratch& scratch, const 
 __device__ __forceinline__ void assign(const GramNumbers& numbers, const GramWindow& window,
                                        int radius, float tau) {
   each_token(window, [&](int p, bool exists) {
-    const Candidates candidates(numbers, window, radius, p);
+    const Candidates candidates(numbers, window, radius, p, exists);
     // NaN is left to the sum: fminf skips it, but exp(NaN) makes all of this token's numbers NaN.
     float least = INFINITY;
     candidates.each(numbers, window.cell_columns, p,

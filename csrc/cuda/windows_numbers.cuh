@@ -66,20 +66,22 @@ constexpr int kTokenLanes = 2;
 // Candidates whose distances a lane reads before it writes: a column of the default neighbourhood.
 constexpr int kColumn = 5;
 
-// The cells that a token may belong to: rows top ... bottom, columns left ... right.
+// The cells that a token may belong to: rows top ... bottom, columns left ... right. None where the
+// token does not exist: its lanes must not read what those of token p, which stands in for it, are
+// about to overwrite.
 struct Candidates {
   int32_t top;
   int32_t bottom;
   int32_t left;
   int32_t right;
 
-  __device__ Candidates(const GramNumbers& numbers, const GramWindow& window, int radius,
-                        int32_t p) {
+  __device__ Candidates(const GramNumbers& numbers, const GramWindow& window, int radius, int32_t p,
+                        bool exists) {
     const HomeCell home = numbers.homes[p];
     top = max(home.row - radius, 0);
     bottom = min(home.row + radius, window.cells / window.cell_columns - 1);
     left = max(home.column - radius, 0);
-    right = min(home.column + radius, window.cell_columns - 1);
+    right = exists ? min(home.column + radius, window.cell_columns - 1) : -1;
   }
 
   // Calls f(first cell, count, distances) for this lane's share of them: every kTokenLanes-th
