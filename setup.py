@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import setuptools
 from setuptools.command.build_py import build_py as _build_py
@@ -226,6 +227,21 @@ class build_ext(BuildExtension):
         require_compiler()
         make_cxx_one_word(Path(self.build_temp))
         super().run()
+
+    def build_extensions(self) -> None:
+        # An operator's host entry and its kernels share one stem: token_match.cpp becomes
+        # token_match.o, and token_match.cu, which would too, token_match.cu.o.
+        name_objects = self.compiler.object_filenames
+
+        def object_filenames(sources: list[str], *args: Any, **keywords: Any) -> list[str]:
+            objects = name_objects(sources, *args, **keywords)
+            return [
+                f"{Path(to).with_suffix('')}.cu.o" if source.endswith(".cu") else to
+                for source, to in zip(sources, objects, strict=True)
+            ]
+
+        self.compiler.object_filenames = object_filenames
+        super().build_extensions()
 
 
 class build_py(_build_py):

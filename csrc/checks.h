@@ -53,6 +53,15 @@ inline void check_neighbourhood(const char* op, int64_t neighbourhood) {
                     op, ": expected neighbourhood to be odd and at least 1, got ", neighbourhood);
 }
 
+inline void check_iterations(const char* op, int64_t iterations) {
+  TORCH_CHECK_VALUE(iterations >= 0, op, ": expected iterations of at least 0, got ", iterations);
+}
+
+inline void check_topk(const char* op, int64_t topk) {
+  TORCH_CHECK_VALUE(topk >= 1 && topk <= std::numeric_limits<int32_t>::max() / 2, op,
+                    ": expected topk of at least 1 and less than 2**30, got ", topk);
+}
+
 // (B,) of float32, beside the tokens.
 inline void check_spread(const char* op, const std::optional<at::Tensor>& spread,
                          const at::Tensor& tokens) {

@@ -349,8 +349,7 @@ at::Tensor token_cluster_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,
                              const std::optional<at::Tensor>& spread) {
   check_tokens(kName, "tokens", tokens);
   const Grid grid = make_grid(kName, tokens, clusters, window);
-  TORCH_CHECK_VALUE(iterations >= 0, kName, ": expected iterations to be at least 0, got ",
-                    iterations);
+  check_iterations(kName, iterations);
   check_neighbourhood(kName, neighbourhood);
   check_spread(kName, spread, tokens);
   at::Tensor centres = at::empty(

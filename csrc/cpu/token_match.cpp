@@ -142,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor> token_match_cpu(const at::Tensor& tokens,
   check_same_type(kName, "centres", centres, "tokens", tokens);
   check_shape(kName, "centres", centres,
               {tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)});
-  TORCH_CHECK_VALUE(topk >= 1, kName, ": expected topk to be at least 1, got ", topk);
+  check_topk(kName, topk);
   check_spread(kName, spread, tokens);
   const int64_t batch = tokens.size(0), height = tokens.size(1), width = tokens.size(2);
   at::Tensor indices = at::empty({batch, height, width, topk}, tokens.options().dtype(at::kInt));

@@ -1,5 +1,5 @@
-// What the kernels' files offer to entries.cpp: plain pointers to dense data on the current device,
-// a stream, and the error of the first launch that failed. No torch, no device code.
+// What the files of kernels offer to the host entries: plain pointers to dense data on the current
+// device, a stream, and the error of the first launch that failed. No torch, no device code.
 #pragma once
 
 #include <cstddef>
@@ -75,7 +75,7 @@ struct GramPlan {
 // `shared_memory`: bytes that a block may have.
 GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocessors);
 // `scratch` is aligned to 32 bytes.
-cudaError_t launch_windows_gram(const Tokens& tokens, const GramPlan& plan,
+cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
                                 const GramReduction& reduction, float* scratch);
 
 // Parts that the centres are divided into, each with a list of topk for every token. One part needs

@@ -1,10 +1,10 @@
 // token_cluster: soft k-means of tokens around the cells of a grid.
 //
 // Two paths with the same result up to rounding. Windows whose Gram matrix fits into shared memory
-// run by that (windows_gram.cu, windows_iterate.cu). Everything else runs here, two launches an
-// iteration: only the candidates of a token are looked at, so the work grows with
-// tokens x neighbourhood^2 and no tokens x centres matrix exists. In device memory this path keeps
-// the centres in float32 (for 16-bit tokens) and one responsibility for each token and candidate.
+// run by that (token_reduce.cu, token_reduce_iterate.cu). Everything else runs here, two launches
+// an iteration: only the candidates of a token are looked at, so the work grows with tokens x
+// neighbourhood^2 and no tokens x centres matrix exists. In device memory this path keeps the
+// centres in float32 (for 16-bit tokens) and one responsibility for each token and candidate.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>

@@ -2,7 +2,7 @@
 //
 // No file of kernels includes a header of torch, apart from its 16-bit types: nvcc would parse
 // those headers again for each architecture, which takes longer than everything else. Tensors are
-// checked, allocated and unpacked in entries.cpp.
+// checked, allocated and unpacked in the host entries (entry.h).
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,8 @@
-// What the iterations of a window work on: G, A and A G in shared memory. For windows_iterate.cu.
+// What the iterations of a window work on: G, A and A G in shared memory. For
+// token_reduce_iterate.cu.
 #pragma once
 
-#include "cuda/windows_gram.cuh"
+#include "cuda/token_reduce.cuh"
 
 namespace expedite_d2::cuda {
 

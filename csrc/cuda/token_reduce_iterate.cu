@@ -1,10 +1,10 @@
 // The iterations of token_cluster on the Gram matrices of windows, with token_spread before and
-// token_match after them: a block a window, on numbers in shared memory. See windows_gram.cu.
+// token_match after them: a block a window, on numbers in shared memory. See token_reduce.cu.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 
-#include "cuda/windows_numbers.cuh"
+#include "cuda/token_reduce_shared.cuh"
 
 namespace expedite_d2::cuda {
 namespace {

@@ -4,15 +4,15 @@
 // follows from the Gram matrix of the window's tokens, G = Z Z^T (N, N):
 //     ||z_p - s_i||^2 = G_pp - 2 (A G)_ip + (A G A^T)_ii.
 // The channels are read for G and for S = A Z, both here on tensor cores, by several blocks a
-// window. In between, spread, iterations and match run on N x N numbers (windows_iterate.cu). The
-// window's mean token is subtracted in G, or the difference of large numbers would eat the
+// window. In between, spread, iterations and match run on N x N numbers (token_reduce_iterate.cu).
+// The window's mean token is subtracted in G, or the difference of large numbers would eat the
 // distances of tokens with a common offset.
 //
 // For windows of 144 tokens and 64 cells a block has 156 KiB, so cards with less take other paths.
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/windows_gram.cuh"
+#include "cuda/token_reduce.cuh"
 
 namespace expedite_d2::cuda {
 namespace {
@@ -337,7 +337,7 @@ GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocesso
   return plan;
 }
 
-cudaError_t launch_windows_gram(const Tokens& tokens, const GramPlan& plan,
+cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
                                 const GramReduction& reduction, float* scratch) {
   Launcher launch{tokens.stream};
   const Grid& grid = tokens.grid;

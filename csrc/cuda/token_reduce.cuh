@@ -1,5 +1,5 @@
 // A window whose distances all follow from the Gram matrix of its tokens, and the memory that the
-// kernels of windows_gram.cu and windows_iterate.cu share.
+// kernels of token_reduce.cu and token_reduce_iterate.cu share.
 #pragma once
 
 #include "cuda/products.cuh"

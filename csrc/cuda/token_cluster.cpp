@@ -1,0 +1,58 @@
+// token_cluster on CUDA: the host entry, which chooses between the two forms of its kernels.
+#include <torch/library.h>
+
+#include "cuda/entry.h"
+
+namespace expedite_d2::cuda {
+
+at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
+                              at::IntArrayRef clusters,        // (h, w)
+                              at::OptionalIntArrayRef window,  // (M_h, M_w)
+                              int64_t iterations, int64_t neighbourhood, double temperature,
+                              const std::optional<at::Tensor>& spread) {  // (B,)
+  constexpr const char* op = "token_cluster";
+  check_tokens(op, "tokens", tokens);
+  check_neighbourhood(op, neighbourhood);
+  check_spread(op, spread, tokens);
+  check_iterations(op, iterations);
+  const Grid grid = make_grid(op, tokens, clusters, window);
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const at::Tensor centres = empty_map(tokens, grid, tokens.scalar_type());
+  if (centres.numel() == 0) {
+    return centres;
+  }
+  const at::Tensor tokens_ = tokens.contiguous();
+  const std::optional<at::Tensor> spread_ = dense(spread);
+  const int radius = static_cast<int>(neighbourhood / 2);
+  const Tokens input = make_tokens(op, tokens_, grid);
+  const Temperature tau = make_temperature(temperature, spread_);
+  const GramPlan plan = make_gram_plan(input);
+  if (iterations > 0 && plan.splits > 0) {
+    GramReduction reduction{};
+    reduction.iterations = iterations;
+    reduction.radius = radius;
+    reduction.temperature = tau;
+    reduction.centres = centres.mutable_data_ptr();
+    run_gram(input, plan, reduction, tokens.options());
+    return centres;
+  }
+  at::Tensor scratch, responsibilities;
+  if (iterations > 0) {
+    const Slots slots = candidate_slots(grid, radius);
+    scratch = input.type == Type::kFloat ? centres : empty_map(tokens, grid, at::kFloat);
+    responsibilities =
+        at::empty({tokens.size(0), tokens.size(1), tokens.size(2), slots.rows, slots.columns},
+                  scratch.options());
+  }
+  C10_CUDA_CHECK(
+      launch_token_cluster(input, iterations, radius, tau, centres.mutable_data_ptr(),
+                           iterations > 0 ? scratch.mutable_data_ptr<float>() : nullptr,
+                           iterations > 0 ? responsibilities.mutable_data_ptr<float>() : nullptr));
+  return centres;
+}
+
+}  // namespace expedite_d2::cuda
+
+TORCH_LIBRARY_IMPL(expedite_d2, CUDA, m) {
+  m.impl("token_cluster", &expedite_d2::cuda::token_cluster_cuda);
+}
