@@ -15,7 +15,7 @@
 #include <c10/util/Exception.h>
 #include <c10/util/OptionalArrayRef.h>
 
-#include "grid.h"
+#include "geometry.h"
 
 namespace expedite_d2 {
 

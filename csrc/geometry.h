@@ -17,6 +17,15 @@
 
 namespace expedite_d2 {
 
+// begin ... end - 1; empty if end <= begin.
+struct Range {
+  int32_t begin;
+  int32_t end;
+
+  EXPEDITE_HOST_DEVICE int32_t size() const { return end > begin ? end - begin : 0; }
+  EXPEDITE_HOST_DEVICE bool contains(int32_t at) const { return begin <= at && at < end; }
+};
+
 struct WindowAxis {
   // 32-bit arithmetic: the public functions admit only sizes whose products with `clusters` fit.
   int32_t size;      // tokens along the axis (H or W)
@@ -39,42 +48,132 @@ struct WindowAxis {
     return (real(w) * clusters + window - 1) / window;
   }
 
+  // The most real tokens and existing cells that a window has.
+  EXPEDITE_HOST_DEVICE int32_t max_real() const { return size < window ? size : window; }
+  EXPEDITE_HOST_DEVICE int32_t max_existing() const {
+    const int32_t all = cells();
+    return all < clusters ? all : clusters;
+  }
+
   // Home cell of local token `y` (0 <= y < real).
   EXPEDITE_HOST_DEVICE int32_t home(int32_t y) const { return y * clusters / window; }
 
-  // Local tokens of cell `i` are begin(i) ... end(i, w) - 1; never empty for an existing cell.
-  EXPEDITE_HOST_DEVICE int32_t begin(int32_t i) const { return i * window / clusters; }
-  EXPEDITE_HOST_DEVICE int32_t end(int32_t i, int32_t w) const {
+  // Local tokens that are averaged into cell `i` at first; never none for an existing cell.
+  EXPEDITE_HOST_DEVICE Range pooled(int32_t i, int32_t w) const {
     const int32_t stop = ((i + 1) * window + clusters - 1) / clusters;
     const int32_t limit = real(w);
-    return stop < limit ? stop : limit;
+    return {i * window / clusters, stop < limit ? stop : limit};
   }
 
-  // Candidates of local token `y` in window `w` are the cells first(y) ... last(y, w).
-  EXPEDITE_HOST_DEVICE int32_t first(int32_t y, int32_t radius) const {
+  // Cells that are candidates of local token `y` in window `w`. The first is the same in all
+  // windows.
+  EXPEDITE_HOST_DEVICE int32_t first_candidate(int32_t y, int32_t radius) const {
     const int32_t i = home(y) - radius;
     return i > 0 ? i : 0;
   }
-  EXPEDITE_HOST_DEVICE int32_t last(int32_t y, int32_t radius, int32_t w) const {
-    const int32_t i = home(y) + radius;
+  EXPEDITE_HOST_DEVICE Range candidates(int32_t y, int32_t radius, int32_t w) const {
+    const int32_t last = home(y) + radius;
     const int32_t limit = existing(w) - 1;
-    return i < limit ? i : limit;
+    return {first_candidate(y, radius), (last < limit ? last : limit) + 1};
   }
 
-  // The reverse: tokens of which cell `i` is a candidate are reach_begin ... reach_end - 1;
-  // possibly none, where there are more cells than tokens.
-  EXPEDITE_HOST_DEVICE int32_t reach_begin(int32_t i, int32_t radius) const {
-    return i > radius ? ((i - radius) * window + clusters - 1) / clusters : 0;
-  }
-  EXPEDITE_HOST_DEVICE int32_t reach_end(int32_t i, int32_t radius, int32_t w) const {
+  // The reverse: local tokens of which cell `i` is a candidate; possibly none, where there are more
+  // cells than tokens.
+  EXPEDITE_HOST_DEVICE Range reach(int32_t i, int32_t radius, int32_t w) const {
+    const int32_t start = i > radius ? ((i - radius) * window + clusters - 1) / clusters : 0;
     const int32_t limit = real(w);
     if (radius >= clusters - 1 - i) {
-      return limit;
+      return {start, limit};
     }
     const int32_t stop = ((i + radius + 1) * window + clusters - 1) / clusters;
-    return stop < limit ? stop : limit;
+    return {start, stop < limit ? stop : limit};
   }
 };
+
+// The windows and cells of a token grid.
+struct Grid {
+  WindowAxis rows;
+  WindowAxis columns;
+
+  // Of one image.
+  EXPEDITE_HOST_DEVICE int64_t windows() const {
+    return int64_t{rows.windows()} * columns.windows();
+  }
+};
+
+// One window of one image: its real tokens and its existing cells, both in row-major order. To be
+// made by window_at.
+struct WindowView {
+  Grid grid;
+  int64_t image;
+  int32_t row, column;              // among the image's windows
+  int32_t height, width;            // of the real tokens
+  int32_t cell_rows, cell_columns;  // that exist
+  int32_t map_columns;              // cells in a row of the map of all windows (w')
+  int32_t first_cell;               // in (h', w')
+  int64_t first_token;              // in (B, H, W)
+  int64_t first_of_map;             // first cell of the image in (B, h', w')
+
+  EXPEDITE_HOST_DEVICE int32_t tokens() const { return height * width; }
+  EXPEDITE_HOST_DEVICE int32_t cells() const { return cell_rows * cell_columns; }
+
+  // The window's first token in its image, and its first cell in the map of all windows.
+  EXPEDITE_HOST_DEVICE int32_t top() const { return row * grid.rows.window; }
+  EXPEDITE_HOST_DEVICE int32_t left() const { return column * grid.columns.window; }
+  EXPEDITE_HOST_DEVICE int32_t cell_top() const { return row * grid.rows.clusters; }
+  EXPEDITE_HOST_DEVICE int32_t cell_left() const { return column * grid.columns.clusters; }
+
+  // A token of the window in (B, H, W).
+  EXPEDITE_HOST_DEVICE int64_t token(int32_t y, int32_t x) const {
+    return first_token + int64_t{y} * grid.columns.size + x;
+  }
+  EXPEDITE_HOST_DEVICE int64_t token(int32_t p) const { return token(p / width, p % width); }
+
+  // A cell of the window in (h', w').
+  EXPEDITE_HOST_DEVICE int32_t cell(int32_t i, int32_t j) const {
+    return first_cell + i * map_columns + j;
+  }
+  EXPEDITE_HOST_DEVICE int32_t cell(int32_t i) const {
+    return cell(i / cell_columns, i % cell_columns);
+  }
+
+  // And in (B, h', w').
+  EXPEDITE_HOST_DEVICE int64_t centre(int32_t i, int32_t j) const {
+    return first_of_map + cell(i, j);
+  }
+  EXPEDITE_HOST_DEVICE int64_t centre(int32_t i) const { return first_of_map + cell(i); }
+
+  // Home cell of token p.
+  EXPEDITE_HOST_DEVICE int32_t home(int32_t p) const {
+    return grid.rows.home(p / width) * cell_columns + grid.columns.home(p % width);
+  }
+};
+
+EXPEDITE_HOST_DEVICE WindowView window_at(const Grid& grid, int64_t image, int32_t row,
+                                          int32_t column) {
+  WindowView view;
+  view.grid = grid;
+  view.image = image;
+  view.row = row;
+  view.column = column;
+  view.height = grid.rows.real(row);
+  view.width = grid.columns.real(column);
+  view.cell_rows = grid.rows.existing(row);
+  view.cell_columns = grid.columns.existing(column);
+  view.map_columns = grid.columns.cells();
+  view.first_cell = view.cell_top() * view.map_columns + view.cell_left();
+  view.first_of_map = image * grid.rows.cells() * view.map_columns;
+  view.first_token = (image * grid.rows.size + view.top()) * grid.columns.size + view.left();
+  return view;
+}
+
+// Window number `linear` of (B, rows of windows, columns of windows).
+EXPEDITE_HOST_DEVICE WindowView window_at(const Grid& grid, int64_t linear) {
+  const int32_t rows = grid.rows.windows(), columns = grid.columns.windows();
+  const int64_t line = linear / columns;
+  return window_at(grid, line / rows, static_cast<int32_t>(line % rows),
+                   static_cast<int32_t>(linear % columns));
+}
 
 // The factor of squared distances for one image. A constant image has the smallest spread there is,
 // and temperature / spread may exceed the largest float: infinity times a distance of 0 would be
@@ -87,7 +186,8 @@ EXPEDITE_HOST_DEVICE float effective_temperature(float temperature, float spread
 
 // exp(x) counts as 0 below this: exp(-87) is about the smallest normal float, what lies below is
 // flushed to zero on some hardware and not on other, and whether a centre keeps its value depends
-// on whether its responsibilities are exactly zero. (For float64, too: the twin is the oracle.)
+// on whether its responsibilities are exactly zero. (For float64, too: the reference is the
+// oracle.)
 constexpr float kLeastExponent = -87.0f;
 
 // token_spread never falls below this share of the mean squared distance to the image's mean token

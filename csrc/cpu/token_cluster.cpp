@@ -35,7 +35,7 @@ struct Settings {
 
 // Adds `mean` to all rows, if there is one.
 template <typename T>
-void store_centres(const float* rows, const Window& window, int64_t stride, const float* mean,
+void store_centres(const float* rows, const WindowView& window, int64_t stride, const float* mean,
                    const Map<T>& centres) {
   at::parallel_for(0, window.cells(), 16, [&](int64_t begin, int64_t end) {
     Buffer sum(stride);
@@ -48,8 +48,8 @@ void store_centres(const float* rows, const Window& window, int64_t stride, cons
         row = sum.get();
       }
       store_row(row, centres.channels,
-                centres.at(window.batch, window.cell_top + cell / window.cell_columns,
-                           window.cell_left + cell % window.cell_columns));
+                centres.at(window.image, window.cell_top() + cell / window.cell_columns,
+                           window.cell_left() + cell % window.cell_columns));
     }
   });
 }
@@ -93,11 +93,11 @@ void gram_matrix(const float* tokens, int64_t n, int64_t stride, float* gram, fl
 
 // Tokens with a weight in one row of A; `hull` holds both the cell's pool and its reach, because a
 // centre that nobody wants keeps its first average.
-int64_t listed(const Patch& hull, int32_t width, const float* row, int32_t* indices,
+int64_t listed(const TokenRect& hull, int32_t width, const float* row, int32_t* indices,
                float* weights) {
   int64_t count = 0;
-  for (int32_t y = hull.top; y < hull.bottom; ++y) {
-    for (int32_t x = hull.left; x < hull.right; ++x) {
+  for (int32_t y = hull.rows.begin; y < hull.rows.end; ++y) {
+    for (int32_t x = hull.columns.begin; x < hull.columns.end; ++x) {
       const int32_t p = y * width + x;
       if (row[p] != 0.0f) {
         indices[count] = p;
@@ -110,11 +110,11 @@ int64_t listed(const Patch& hull, int32_t width, const float* row, int32_t* indi
 
 // Distances of the tokens in reach of one cell, infinity for others in the same token rows. The
 // cell's weights are listed in `memory`.
-void gram_distances(const Patch& hull, const Patch& reached, int32_t width, int64_t count,
+void gram_distances(const TokenRect& hull, const TokenRect& reached, int32_t width, int64_t count,
                     const GramMemory& memory, int64_t n, float* distances) {
   const int64_t ld = padded(n);
-  const int64_t first = static_cast<int64_t>(hull.top) * width;
-  const int64_t columns = padded((hull.bottom - hull.top) * width);
+  const int64_t first = static_cast<int64_t>(hull.rows.begin) * width;
+  const int64_t columns = padded(static_cast<int64_t>(hull.rows.size()) * width);
   const float* gram = memory.gram.get();
   const float* weights = memory.weights.get();
   // (A G) at the token rows of the hull: everything that this cell is made of or measured against.
@@ -124,19 +124,20 @@ void gram_distances(const Patch& hull, const Patch& reached, int32_t width, int6
   for (int64_t r = 0; r < count; ++r) {
     norm += weights[r] * line[memory.indices[r]];
   }
-  const int64_t end = static_cast<int64_t>(reached.bottom) * width;
-  for (int64_t p = static_cast<int64_t>(reached.top) * width; p < end; ++p) {
+  const int64_t end = static_cast<int64_t>(reached.rows.end) * width;
+  for (int64_t p = static_cast<int64_t>(reached.rows.begin) * width; p < end; ++p) {
     const float distance = memory.norms.get()[p] - 2.0f * line[p] + norm;
     distances[p] = distance < 0.0f ? 0.0f : distance;
   }
-  for (int32_t y = reached.top; y < reached.bottom; ++y) {
-    std::fill_n(distances + y * width, reached.left, kInfinity);
-    std::fill_n(distances + y * width + reached.right, width - reached.right, kInfinity);
+  const Range across = reached.columns;
+  for (int32_t y = reached.rows.begin; y < reached.rows.end; ++y) {
+    std::fill_n(distances + y * width, across.begin, kInfinity);
+    std::fill_n(distances + y * width + across.end, width - across.end, kInfinity);
   }
 }
 
 // One softmax over the cells for every token, in place: distances become responsibilities.
-void gram_softmax(const std::vector<Patch>& reached, int32_t width, float tau,
+void gram_softmax(const std::vector<TokenRect>& reached, int32_t width, float tau,
                   const GramMemory& memory, int64_t n) {
   const int64_t ld = padded(n);
   float* least = memory.least.get();
@@ -146,8 +147,9 @@ void gram_softmax(const std::vector<Patch>& reached, int32_t width, float tau,
   const auto each = [&](const auto& f) {
     for (size_t cell = 0; cell < reached.size(); ++cell) {
       if (!reached[cell].empty()) {
-        f(memory.distances.get() + cell * ld, static_cast<int64_t>(reached[cell].top) * width,
-          static_cast<int64_t>(reached[cell].bottom) * width);
+        f(memory.distances.get() + cell * ld,
+          static_cast<int64_t>(reached[cell].rows.begin) * width,
+          static_cast<int64_t>(reached[cell].rows.end) * width);
       }
     }
   };
@@ -170,27 +172,27 @@ void gram_softmax(const std::vector<Patch>& reached, int32_t width, float tau,
 }
 
 template <typename T>
-void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Window& window,
+void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const WindowView& window,
                      const Settings& settings, GramMemory& memory) {
   const int64_t n = window.tokens(), k = window.cells();
   const int64_t stride = padded(tokens.channels), ld = padded(n);
   const int32_t width = window.width;
-  const float tau = settings.tau(window.batch);
+  const float tau = settings.tau(window.image);
   float* rows = memory.rows.get();
 
   load_tokens(tokens, window, 0, n, memory.tokens.get());
   centre_rows(memory.tokens.get(), n, stride, memory.mean.get());
 
-  std::vector<Patch> hull(k), reached(k);
+  std::vector<TokenRect> hull(k), reached(k);
   std::fill_n(rows, k * ld, 0.0f);
   for (int64_t cell = 0; cell < k; ++cell) {
     const auto i = static_cast<int32_t>(cell / window.cell_columns);
     const auto j = static_cast<int32_t>(cell % window.cell_columns);
-    const Patch pooled = pooled_patch(settings.grid, window, i, j);
-    reached[cell] = reached_patch(settings.grid, window, i, j, settings.radius);
+    const TokenRect pooled = pooled_rect(window, i, j);
+    reached[cell] = reached_rect(window, i, j, settings.radius);
     hull[cell] = hull_of(pooled, reached[cell]);
-    for (int32_t y = pooled.top; y < pooled.bottom; ++y) {
-      std::fill_n(rows + cell * ld + y * width + pooled.left, pooled.right - pooled.left,
+    for (int32_t y = pooled.rows.begin; y < pooled.rows.end; ++y) {
+      std::fill_n(rows + cell * ld + y * width + pooled.columns.begin, pooled.columns.size(),
                   1.0f / static_cast<float>(pooled.size()));
     }
   }
@@ -210,11 +212,11 @@ void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Wi
     }
     gram_softmax(reached, width, tau, memory, n);
     for (int64_t cell = 0; cell < k; ++cell) {
-      const Patch& patch = reached[cell];
+      const TokenRect& rect = reached[cell];
       const float* responsibilities = memory.distances.get() + cell * ld;
       float mass = 0.0f;
-      for (int32_t y = patch.top; y < patch.bottom; ++y) {
-        for (int32_t x = patch.left; x < patch.right; ++x) {
+      for (int32_t y = rect.rows.begin; y < rect.rows.end; ++y) {
+        for (int32_t x = rect.columns.begin; x < rect.columns.end; ++x) {
           mass += responsibilities[y * width + x];
         }
       }
@@ -223,8 +225,8 @@ void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Wi
       }
       float* row = rows + cell * ld;
       std::fill_n(row, n, 0.0f);
-      for (int32_t y = patch.top; y < patch.bottom; ++y) {
-        for (int32_t x = patch.left; x < patch.right; ++x) {
+      for (int32_t y = rect.rows.begin; y < rect.rows.end; ++y) {
+        for (int32_t x = rect.columns.begin; x < rect.columns.end; ++x) {
           row[y * width + x] = responsibilities[y * width + x] / mass;
         }
       }
@@ -256,19 +258,19 @@ void responsibilities(const float* distances, int64_t count, float tau, float* q
 // The tokens that a cell gets a share of, with their shares of its mean; none where it gets
 // nothing.
 template <typename T>
-void list_shares(const Map<const T>& tokens, const Settings& settings, const Window& window,
+void list_shares(const Map<const T>& tokens, const WindowView& window, int32_t radius,
                  const Candidates& candidates, int64_t cell, const float* q, Terms<T>& terms) {
   const auto i = static_cast<int32_t>(cell / window.cell_columns);
   const auto j = static_cast<int32_t>(cell % window.cell_columns);
-  const Patch patch = reached_patch(settings.grid, window, i, j, settings.radius);
+  const TokenRect rect = reached_rect(window, i, j, radius);
   float mass = 0.0f;
   terms.clear();
-  for (int32_t y = patch.top; y < patch.bottom; ++y) {
-    const int64_t row = i - candidates.rows[y].first;
+  for (int32_t y = rect.rows.begin; y < rect.rows.end; ++y) {
+    const int64_t row = i - candidates.rows[y].begin;
     const float* line = q + static_cast<int64_t>(y) * window.width * candidates.slots;
-    for (int32_t x = patch.left; x < patch.right; ++x) {
-      const Span& across = candidates.columns[x];
-      const float share = line[x * candidates.slots + row * across.count + j - across.first];
+    for (int32_t x = rect.columns.begin; x < rect.columns.end; ++x) {
+      const Range& across = candidates.columns[x];
+      const float share = line[x * candidates.slots + row * across.size() + j - across.begin];
       if (share != 0.0f) {
         mass += share;
         terms.add(token_at(tokens, window, y, x), share);
@@ -281,17 +283,17 @@ void list_shares(const Map<const T>& tokens, const Settings& settings, const Win
 }
 
 template <typename T>
-void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const Window& window,
+void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const WindowView& window,
                       const Settings& settings) {
   const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
-  const float tau = settings.tau(window.batch);
-  const Candidates candidates(settings.grid, window, settings.radius);
+  const float tau = settings.tau(window.image);
+  const Candidates candidates(window, settings.radius);
   const int64_t slots = candidates.slots;
   Buffer s(k * stride), q(n * slots);
 
-  initial_centres(tokens, settings.grid, window, s.get());
+  initial_centres(tokens, window, s.get());
   for (int64_t iteration = 0; iteration < settings.iterations; ++iteration) {
-    for_each_token(tokens, settings.grid, window, candidates, s.get(),
+    for_each_token(tokens, window, candidates, s.get(),
                    [&](int32_t y, int32_t x, const float*, const float* distances) {
                      const int64_t p = static_cast<int64_t>(y) * window.width + x;
                      responsibilities(distances, candidates.count(y, x), tau, q.get() + p * slots);
@@ -299,7 +301,7 @@ void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const W
     at::parallel_for(0, k, 4, [&](int64_t begin, int64_t end) {
       Terms<T> terms;
       for (int64_t cell = begin; cell < end; ++cell) {
-        list_shares(tokens, settings, window, candidates, cell, q.get(), terms);
+        list_shares(tokens, window, settings.radius, candidates, cell, q.get(), terms);
         if (!terms.rows.empty()) {
           terms.sum(tokens.channels, s.get() + cell * stride);
         }
@@ -328,14 +330,14 @@ void cluster(const at::Tensor& tokens, const at::Tensor& centres, const Settings
   const auto to = write_map<T>(centres);
   const Grid& grid = settings.grid;
   if (!gram_is_cheaper(settings, has_window)) {
-    for_each_window(grid, tokens.size(0),
-                    [&](const Window& window) { cluster_directly(from, to, window, settings); });
+    for_each_window(grid, tokens.size(0), [&](const WindowView& window) {
+      cluster_directly(from, to, window, settings);
+    });
     return;
   }
-  const int64_t n = static_cast<int64_t>(std::min(grid.rows.window, grid.rows.size)) *
-                    std::min(grid.columns.window, grid.columns.size);
-  const int64_t k = static_cast<int64_t>(grid.rows.clusters) * grid.columns.clusters;
-  at::parallel_for(0, tokens.size(0) * windows_of_image(grid), 1, [&](int64_t begin, int64_t end) {
+  const int64_t n = static_cast<int64_t>(grid.rows.max_real()) * grid.columns.max_real();
+  const int64_t k = static_cast<int64_t>(grid.rows.max_existing()) * grid.columns.max_existing();
+  at::parallel_for(0, tokens.size(0) * grid.windows(), 1, [&](int64_t begin, int64_t end) {
     GramMemory memory(n, k, padded(from.channels));
     for (int64_t index = begin; index < end; ++index) {
       cluster_by_gram(from, to, window_at(grid, index), settings, memory);

@@ -68,20 +68,16 @@ struct Outputs {
   int32_t* indices;  // (B, H, W, topk)
   float* weights;
   int64_t topk;
-  int64_t height, width;  // of the token grid
-  int32_t map_width;      // of the map of cells
 };
 
-void write_matches(const Outputs& out, const Window& window, int64_t p, const Match* best,
+void write_matches(const Outputs& out, const WindowView& window, int64_t p, const Match* best,
                    float tau) {
-  const int64_t y = window.top + p / window.width, x = window.left + p % window.width;
-  const int64_t offset = ((window.batch * out.height + y) * out.width + x) * out.topk;
-  const int64_t found = std::min(out.topk, window.cells());
+  const int64_t offset = window.token(static_cast<int32_t>(p)) * out.topk;
+  const auto found = std::min<int64_t>(out.topk, window.cells());
   float total = 0.0f;
   for (int64_t t = 0; t < out.topk; ++t) {
     const Match& match = best[t < found ? t : 0];
-    out.indices[offset + t] = (window.cell_top + match.cell / window.cell_columns) * out.map_width +
-                              window.cell_left + match.cell % window.cell_columns;
+    out.indices[offset + t] = window.cell(match.cell);
     const float weight =
         t < found ? exp_nonpositive(-tau * (match.distance - best[0].distance)) : 0.0f;
     out.weights[offset + t] = weight;
@@ -94,8 +90,8 @@ void write_matches(const Outputs& out, const Window& window, int64_t p, const Ma
 }
 
 template <typename T>
-void match(const Map<const T>& tokens, const Map<const T>& centres, const Window& window, float tau,
-           const Outputs& out) {
+void match(const Map<const T>& tokens, const Map<const T>& centres, const WindowView& window,
+           float tau, const Outputs& out) {
   const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
   Buffer s(k * stride), norms(k), mean(stride), zero(stride);
   load_cells(centres, window, s.get());
@@ -154,18 +150,13 @@ std::tuple<at::Tensor, at::Tensor> token_match_cpu(const at::Tensor& tokens,
   const at::Tensor centres_ = with_dense_channels(centres);
   const at::Tensor spread_ = spread.has_value() ? spread->contiguous() : at::Tensor();
   const float* spreads = spread_.defined() ? spread_.const_data_ptr<float>() : nullptr;
-  const Outputs out{indices.mutable_data_ptr<int32_t>(),
-                    weights.mutable_data_ptr<float>(),
-                    topk,
-                    height,
-                    width,
-                    grid.columns.cells()};
+  const Outputs out{indices.mutable_data_ptr<int32_t>(), weights.mutable_data_ptr<float>(), topk};
   with_type(tokens.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto from = read_map<T>(tokens_), to = read_map<T>(centres_);
-    for_each_window(grid, batch, [&](const Window& at) {
+    for_each_window(grid, batch, [&](const WindowView& at) {
       const float tau = effective_temperature(static_cast<float>(temperature),
-                                              spreads ? spreads[at.batch] : 1.0f);
+                                              spreads ? spreads[at.image] : 1.0f);
       match(from, to, at, tau, out);
     });
   });

@@ -36,7 +36,7 @@ float least_of(const float* distances, int64_t count) {
 
 // The mean of a window's tokens: of every row of tokens first, then of these.
 template <typename T>
-void mean_token(const Map<const T>& tokens, const Window& window, float* mean) {
+void mean_token(const Map<const T>& tokens, const WindowView& window, float* mean) {
   const int64_t stride = padded(tokens.channels);
   Buffer rows(window.height * stride);
   at::parallel_for(0, window.height, 1, [&](int64_t begin, int64_t end) {
@@ -56,16 +56,16 @@ void mean_token(const Map<const T>& tokens, const Window& window, float* mean) {
 }
 
 template <typename T>
-void measure(const Map<const T>& tokens, const Grid& grid, const Window& window, int32_t radius,
+void measure(const Map<const T>& tokens, const WindowView& window, int32_t radius,
              Statistics& out) {
   const int64_t n = window.tokens(), stride = padded(tokens.channels);
-  const Candidates candidates(grid, window, radius);
+  const Candidates candidates(window, radius);
   Buffer s(window.cells() * stride);
-  initial_centres(tokens, grid, window, s.get());
+  initial_centres(tokens, window, s.get());
   mean_token(tokens, window, out.mean);
   // One place for every token.
   Buffer nearest(n), scatter(n);
-  for_each_token(tokens, grid, window, candidates, s.get(),
+  for_each_token(tokens, window, candidates, s.get(),
                  [&](int32_t y, int32_t x, const float* token, const float* distances) {
                    const int64_t p = static_cast<int64_t>(y) * window.width + x;
                    squared_distances(token, 1, out.mean, 1, stride, scatter.get() + p, 1);
@@ -80,7 +80,7 @@ void measure(const Map<const T>& tokens, const Grid& grid, const Window& window,
 
 // Joins the windows of an image; the scatter of all is that within plus that between them.
 float join(const Grid& grid, const Statistics* windows, int64_t stride) {
-  const int64_t count = windows_of_image(grid);
+  const int64_t count = grid.windows();
   const double tokens = static_cast<double>(grid.rows.size) * grid.columns.size;
   std::vector<double> mean(stride, 0.0);
   double nearest = 0.0, scatter = 0.0;
@@ -115,7 +115,7 @@ at::Tensor token_spread_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,
     return spread.zero_();
   }
   const at::Tensor tokens_ = with_dense_channels(tokens);
-  const int64_t stride = padded(tokens.size(3)), count = windows_of_image(grid);
+  const int64_t stride = padded(tokens.size(3)), count = grid.windows();
   Buffer means(tokens.size(0) * count * stride);
   std::vector<Statistics> statistics(tokens.size(0) * count);
   for (size_t w = 0; w < statistics.size(); ++w) {
@@ -123,10 +123,10 @@ at::Tensor token_spread_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,
   }
   with_type(tokens.scalar_type(), [&](auto type) {
     const auto from = read_map<decltype(type)>(tokens_);
-    for_each_window(grid, tokens.size(0), [&](const Window& at) {
+    for_each_window(grid, tokens.size(0), [&](const WindowView& at) {
       const int64_t index =
-          at.batch * count + static_cast<int64_t>(at.row) * grid.columns.windows() + at.column;
-      measure(from, grid, at, static_cast<int32_t>(neighbourhood / 2), statistics[index]);
+          at.image * count + static_cast<int64_t>(at.row) * grid.columns.windows() + at.column;
+      measure(from, at, static_cast<int32_t>(neighbourhood / 2), statistics[index]);
     });
   });
   float* out = spread.mutable_data_ptr<float>();

@@ -13,48 +13,13 @@
 
 namespace expedite_d2::cpu {
 
-// One window of one image: its tokens and its existing cells, each in row-major order.
-struct Window {
-  int64_t batch;
-  int32_t row, column;          // among the image's windows
-  int32_t top, left;            // its first token
-  int32_t height, width;        // its real tokens
-  int32_t cell_top, cell_left;  // its first cell in the map of all windows
-  int32_t cell_rows, cell_columns;
-
-  int64_t tokens() const { return static_cast<int64_t>(height) * width; }
-  int64_t cells() const { return static_cast<int64_t>(cell_rows) * cell_columns; }
-};
-
-inline int64_t windows_of_image(const Grid& grid) {
-  return static_cast<int64_t>(grid.rows.windows()) * grid.columns.windows();
-}
-
-inline Window window_at(const Grid& grid, int64_t index) {
-  const int64_t batch = index / windows_of_image(grid);
-  const auto rest = static_cast<int32_t>(index % windows_of_image(grid));
-  const int32_t row = rest / grid.columns.windows();
-  const int32_t column = rest % grid.columns.windows();
-  return {batch,
-          row,
-          column,
-          row * grid.rows.window,
-          column * grid.columns.window,
-          grid.rows.real(row),
-          grid.columns.real(column),
-          row * grid.rows.clusters,
-          column * grid.columns.clusters,
-          grid.rows.existing(row),
-          grid.columns.existing(column)};
-}
-
 // Calls f(window) for every window of the batch. Many windows are shared out among the threads; of
 // few windows, whose shares would be uneven, each is left to all threads, which `f` uses by
 // at::parallel_for (within a parallel region that runs serially). Results must not depend on which
 // of the two it is.
 template <typename F>
 void for_each_window(const Grid& grid, int64_t batch, const F& f) {
-  const int64_t count = batch * windows_of_image(grid);
+  const int64_t count = batch * grid.windows();
   if (count >= 8 * at::get_num_threads()) {
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
@@ -92,8 +57,8 @@ struct Map {
 };
 
 template <typename T>
-const T* token_at(const Map<const T>& tokens, const Window& window, int64_t y, int64_t x) {
-  return tokens.at(window.batch, window.top + y, window.left + x);
+const T* token_at(const Map<const T>& tokens, const WindowView& window, int64_t y, int64_t x) {
+  return tokens.at(window.image, window.top() + y, window.left() + x);
 }
 
 // Keeps any strides but those of the channels, for which it copies.
@@ -113,7 +78,7 @@ Map<T> write_map(const at::Tensor& map) {
 
 // Tokens begin ... end - 1 of a window as padded rows.
 template <typename T>
-void load_tokens(const Map<const T>& tokens, const Window& window, int64_t begin, int64_t end,
+void load_tokens(const Map<const T>& tokens, const WindowView& window, int64_t begin, int64_t end,
                  float* rows) {
   const int64_t stride = padded(tokens.channels);
   for (int64_t p = begin; p < end; ++p) {
@@ -124,12 +89,12 @@ void load_tokens(const Map<const T>& tokens, const Window& window, int64_t begin
 
 // All cells of a window as padded rows.
 template <typename T>
-void load_cells(const Map<const T>& cells, const Window& window, float* rows) {
+void load_cells(const Map<const T>& cells, const WindowView& window, float* rows) {
   const int64_t stride = padded(cells.channels);
   for (int32_t i = 0; i < window.cell_rows; ++i) {
     for (int32_t j = 0; j < window.cell_columns; ++j, rows += stride) {
-      load_row(cells.at(window.batch, window.cell_top + i, window.cell_left + j), cells.channels,
-               rows);
+      load_row(cells.at(window.image, window.cell_top() + i, window.cell_left() + j),
+               cells.channels, rows);
     }
   }
 }
@@ -164,33 +129,35 @@ inline void centre_rows(float* rows, int64_t count, int64_t stride, float* mean)
   subtract_row(rows, count, stride, mean);
 }
 
-// The tokens that pool into a cell at first: [top, bottom) x [left, right) of its window.
-struct Patch {
-  int32_t top, bottom, left, right;
+// Tokens of a window: some of its rows and some of its columns.
+struct TokenRect {
+  Range rows, columns;
 
-  bool empty() const { return top >= bottom || left >= right; }
-  int64_t size() const { return empty() ? 0 : static_cast<int64_t>(bottom - top) * (right - left); }
+  bool empty() const { return rows.size() == 0 || columns.size() == 0; }
+  int64_t size() const { return static_cast<int64_t>(rows.size()) * columns.size(); }
 };
 
-inline Patch pooled_patch(const Grid& grid, const Window& window, int32_t i, int32_t j) {
-  return {grid.rows.begin(i), grid.rows.end(i, window.row), grid.columns.begin(j),
-          grid.columns.end(j, window.column)};
+// The tokens that are averaged into a cell at first.
+inline TokenRect pooled_rect(const WindowView& window, int32_t i, int32_t j) {
+  return {window.grid.rows.pooled(i, window.row), window.grid.columns.pooled(j, window.column)};
 }
 
 // The tokens of which a cell is a candidate.
-inline Patch reached_patch(const Grid& grid, const Window& window, int32_t i, int32_t j,
-                           int32_t radius) {
-  return {grid.rows.reach_begin(i, radius), grid.rows.reach_end(i, radius, window.row),
-          grid.columns.reach_begin(j, radius), grid.columns.reach_end(j, radius, window.column)};
+inline TokenRect reached_rect(const WindowView& window, int32_t i, int32_t j, int32_t radius) {
+  return {window.grid.rows.reach(i, radius, window.row),
+          window.grid.columns.reach(j, radius, window.column)};
 }
 
-// The smallest patch that holds both.
-inline Patch hull_of(const Patch& a, const Patch& b) {
+inline Range hull_of(const Range& a, const Range& b) {
+  return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
+}
+
+// The smallest rectangle that holds both.
+inline TokenRect hull_of(const TokenRect& a, const TokenRect& b) {
   if (a.empty() || b.empty()) {
     return a.empty() ? b : a;
   }
-  return {std::min(a.top, b.top), std::max(a.bottom, b.bottom), std::min(a.left, b.left),
-          std::max(a.right, b.right)};
+  return {hull_of(a.rows, b.rows), hull_of(a.columns, b.columns)};
 }
 
 // Rows and their weights in a sum.

@@ -34,7 +34,7 @@ struct PairTiles {
 
   PairTiles(const Grid& grid, Slots slots, int64_t batch) {
     const WindowAxis& across = grid.columns;
-    window_pairs = ceil_div(std::min(across.size, across.window), kPair);
+    window_pairs = ceil_div(across.max_real(), kPair);
     columns = ceil_div(across.windows() * window_pairs, kPairsAcross);
     // A token's neighbour has its home at most so many cells further.
     const int32_t step = ceil_div(across.clusters, across.window);
@@ -68,9 +68,9 @@ struct TokenPair {
     const Position at = position(blockIdx.x, tiles.rows, tiles.columns);
     const int32_t y = at.row * tiles.height + n / kPairsAcross;
     const int32_t pair = at.column * kPairsAcross + n % kPairsAcross;
-    const int32_t window = pair / tiles.window_pairs;
+    const int32_t column = pair / tiles.window_pairs;
     const int32_t x = pair % tiles.window_pairs * kPair;
-    const int32_t left = grid.columns.real(window) - x;
+    const int32_t left = grid.columns.real(column) - x;
     image = at.image;
     tokens = candidates = 0;
     across = 1;
@@ -78,24 +78,22 @@ struct TokenPair {
       return;
     }
     tokens = min(left, kPair);
-    first_token = (image * grid.rows.size + y) * grid.columns.size +
-                  int64_t{window} * grid.columns.window + x;
-    const Spot row = token_spot(grid.rows, y);
-    const int32_t upper = grid.rows.first(row.local, radius);
-    const int32_t leftmost = grid.columns.first(x, radius);
+    const WindowPosition row = token_position(grid.rows, y);
+    const WindowView window = window_at(grid, image, row.window, column);
+    first_token = window.token(row.local, x);
+    const Range rows = grid.rows.candidates(row.local, radius, row.window);
+    const int32_t leftmost = grid.columns.first_candidate(x, radius);
 #pragma unroll
     for (int t = 0; t < kPair; ++t) {
       const int32_t local = x + min(t, tokens - 1);
-      const int32_t first = grid.columns.first(local, radius);
-      skipped[t] = first - leftmost;
-      width[t] = grid.columns.last(local, radius, window) - first + 1;
+      const Range own = grid.columns.candidates(local, radius, column);
+      skipped[t] = own.begin - leftmost;
+      width[t] = own.size();
     }
     across = skipped[kPair - 1] + width[kPair - 1];
-    candidates = (grid.rows.last(row.local, radius, row.window) - upper + 1) * across;
-    centre_stride = grid.columns.cells();
-    first_centre =
-        (image * grid.rows.cells() + row.window * grid.rows.clusters + upper) * centre_stride +
-        window * grid.columns.clusters + leftmost;
+    candidates = rows.size() * across;
+    centre_stride = window.map_columns;
+    first_centre = window.centre(rows.begin, leftmost);
   }
 
   // Candidate n in (B, h', w').

@@ -7,7 +7,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "grid.h"
+#include "geometry.h"
 
 namespace expedite_d2::cuda {
 

@@ -100,21 +100,20 @@ static_assert(kWarp % kInFlight == 0);
 
 // Tokens along an axis that have a cell as a candidate, counted on the whole map.
 struct Reach {
-  int32_t begin, end;  // nothing for a cell that does not exist
-  int32_t local;       // the cell in its window
+  Range tokens;   // none for a cell that does not exist
+  int32_t local;  // the cell in its window
 
   __device__ void set(const WindowAxis& axis, int32_t cell, int radius) {
-    begin = std::numeric_limits<int32_t>::max();
-    end = local = 0;
+    tokens = {std::numeric_limits<int32_t>::max(), 0};
+    local = 0;
     if (cell < axis.cells()) {
-      const Spot spot = cell_spot(axis, cell);
-      begin = spot.window * axis.window + axis.reach_begin(spot.local, radius);
-      end = spot.window * axis.window + axis.reach_end(spot.local, radius, spot.window);
-      local = spot.local;
+      const WindowPosition at = cell_position(axis, cell);
+      const int32_t first = at.window * axis.window;
+      const Range inside = axis.reach(at.local, radius, at.window);
+      tokens = {first + inside.begin, first + inside.end};
+      local = at.local;
     }
   }
-
-  __device__ bool has(int32_t y) const { return begin <= y && y < end; }
 };
 
 // What a token has in the cells of a quad.
@@ -166,10 +165,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_column = quad % kQuads * kSide;
   const Reach* rows = reaches[0] + first_row;
   const Reach* columns = reaches[1] + first_column;
-  const int32_t top = min(rows[0].begin, rows[1].begin);
-  const int32_t left = min(columns[0].begin, columns[1].begin);
-  const int32_t height = max(max(rows[0].end, rows[1].end) - top, 0);
-  const int32_t width = max(max(columns[0].end, columns[1].end) - left, 0);
+  const int32_t top = min(rows[0].tokens.begin, rows[1].tokens.begin);
+  const int32_t left = min(columns[0].tokens.begin, columns[1].tokens.begin);
+  const int32_t height = max(max(rows[0].tokens.end, rows[1].tokens.end) - top, 0);
+  const int32_t width = max(max(columns[0].tokens.end, columns[1].tokens.end) - left, 0);
   const int64_t count = int64_t{height} * width;
 
   float mass[kQuad] = {};
@@ -184,13 +183,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t token = (at.image * grid.rows.size + y) * grid.columns.size + x;
       own.offset = token * channels;
       const float* q = responsibilities + token * slots.rows * slots.columns;
-      const int32_t upper = grid.rows.first(y % grid.rows.window, radius);
-      const int32_t leftmost = grid.columns.first(x % grid.columns.window, radius);
+      const int32_t upper = grid.rows.first_candidate(y % grid.rows.window, radius);
+      const int32_t leftmost = grid.columns.first_candidate(x % grid.columns.window, radius);
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
         const Reach& row = rows[k / kSide];
         const Reach& column = columns[k % kSide];
-        if (row.has(y) && column.has(x)) {
+        if (row.tokens.contains(y) && column.tokens.contains(x)) {
           own.shares.weights[k] = q[(row.local - upper) * slots.columns + column.local - leftmost];
           own.shares.cells |= 1 << k;
         }
@@ -303,7 +302,7 @@ void launch_iterations(Launcher& launch, const Tokens& tokens, int64_t iteration
 
 Slots candidate_slots(const Grid& grid, int radius) {
   const auto side = [radius](const WindowAxis& axis) {
-    const int32_t cells = std::min(axis.clusters, axis.cells());
+    const int32_t cells = axis.max_existing();
     return radius < cells / 2 ? 2 * radius + 1 : cells;
   };
   return {side(grid.rows), side(grid.columns)};

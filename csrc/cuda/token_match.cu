@@ -23,45 +23,11 @@ constexpr int kBlocksAtOnce = 3;
 // What a block does besides its products takes about as long as so many tiles of centres more.
 constexpr int64_t kPartCost = 1;
 
-// A window of tokens and the map of its centres.
-struct MatchWindow {
-  int64_t first_token;     // in (B, H, W)
-  int64_t first_centre;    // in (B, h', w')
-  int32_t first_cell;      // in (h', w')
-  int32_t width, columns;  // of the image: tokens and centres
-  int32_t window_width, tokens;
-  int32_t cell_columns, cells;
-
-  __device__ void set(const Grid& grid, const Position& at) {
-    width = grid.columns.size;
-    columns = grid.columns.cells();
-    window_width = grid.columns.real(at.column);
-    tokens = grid.rows.real(at.row) * window_width;
-    cell_columns = grid.columns.existing(at.column);
-    cells = grid.rows.existing(at.row) * cell_columns;
-    first_token =
-        (at.image * grid.rows.size + int64_t{at.row} * grid.rows.window) * grid.columns.size +
-        int64_t{at.column} * grid.columns.window;
-    first_cell = at.row * grid.rows.clusters * columns + at.column * grid.columns.clusters;
-    first_centre = at.image * grid.rows.cells() * columns + first_cell;
-  }
-
-  // Token p of the window in (B, H, W).
-  __device__ int64_t token(int32_t p) const {
-    return first_token + int64_t{p / window_width} * width + p % window_width;
-  }
-
-  // Where centre i of the window is, after the first one.
-  __device__ int32_t offset(int32_t i) const {
-    return i / cell_columns * columns + i % cell_columns;
-  }
-};
-
 // The list of a token, which may lie where they go, as indices and weights. By a full warp.
-__device__ __forceinline__ void write_matches(const List& list, const MatchWindow& window,
-                                              float tau, int32_t* indices, float* weights) {
+__device__ __forceinline__ void write_matches(const List& list, const WindowView& window, float tau,
+                                              int32_t* indices, float* weights) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int found = min(list.length, window.cells);
+  const int found = min(list.length, window.cells());
   // The list has been written by other lanes.
   __syncwarp();
   const Pick nearest{list.distances[0], list.centres[0]};
@@ -78,7 +44,7 @@ __device__ __forceinline__ void write_matches(const List& list, const MatchWindo
     const bool is_found = rank < found;
     const int32_t centre = is_found ? list.centres[rank] : nearest.centre;
     const float weight = is_found ? falloff(tau, list.distances[rank] - nearest.distance) : 0.f;
-    indices[rank] = window.first_cell + window.offset(centre);
+    indices[rank] = window.cell(centre);
     weights[rank] = weight / sum;
   }
 }
@@ -91,14 +57,12 @@ struct Division {
   int64_t blocks;
 
   Division(const Tokens& tokens, int topk, int multiprocessors) {
-    const auto side = [](const WindowAxis& axis) { return std::min(axis.size, axis.window); };
-    const auto cells = [](const WindowAxis& axis) { return std::min(axis.cells(), axis.clusters); };
-    const Grid& grid = tokens.grid;
-    const int64_t windows = tokens.batch * grid.rows.windows() * grid.columns.windows();
+    const WindowAxis &rows = tokens.grid.rows, &columns = tokens.grid.columns;
+    const int64_t windows = tokens.batch * tokens.grid.windows();
     const int64_t tiles =
-        ceil_div<int64_t>(int64_t{side(grid.rows)} * side(grid.columns), kTileTokens);
+        ceil_div<int64_t>(int64_t{rows.max_real()} * columns.max_real(), kTileTokens);
     const int64_t centre_tiles =
-        ceil_div<int64_t>(int64_t{cells(grid.rows)} * cells(grid.columns), kTileCentres);
+        ceil_div<int64_t>(int64_t{rows.max_existing()} * columns.max_existing(), kTileCentres);
     // All lists together take no more memory than the tokens.
     const int64_t token_bytes = int64_t{tokens.channels} * (tokens.type == Type::kFloat ? 4 : 2);
     const int64_t list_bytes = static_cast<int64_t>(sizeof(Pick)) * topk;
@@ -134,31 +98,26 @@ __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
   __shared__ int64_t offsets[kTileRows];
   __shared__ float norms[kTileRows];
   // Not in the registers of each thread, which the products need.
-  __shared__ MatchWindow window;
+  __shared__ WindowView window;
   auto* staged = reinterpret_cast<Term*>(shared);
 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const auto part = static_cast<int32_t>(blockIdx.x % division.parts);
   const int64_t tile = blockIdx.x / division.parts;
-  const Position at =
-      position(tile / division.token_tiles, grid.rows.windows(), grid.columns.windows());
   if (threadIdx.x == 0) {
-    window.set(grid, at);
+    window = window_at(grid, tile / division.token_tiles);
   }
   __syncthreads();
   const int32_t first_token = static_cast<int32_t>(tile % division.token_tiles) * kTileTokens;
-  const int count = min(window.tokens - first_token, kTileTokens);
+  const int count = min(window.tokens() - first_token, kTileTokens);
   const int32_t part_begin = part * division.part_tiles * kTileCentres;
-  const int32_t part_end = min(window.cells, part_begin + division.part_tiles * kTileCentres);
+  const int32_t part_end = min(window.cells(), part_begin + division.part_tiles * kTileCentres);
   if (count <= 0) {
     return;
   }
   // The origin of all distances of these tokens: the centre of the cell where the middle one is.
-  const int32_t middle = first_token + count / 2;
-  const int32_t home = grid.rows.home(middle / window.window_width) * window.cell_columns +
-                       grid.columns.home(middle % window.window_width);
-  const T* origin = centres + (window.first_centre + window.offset(home)) * channels;
+  const T* origin = centres + window.centre(window.home(first_token + count / 2)) * channels;
   const auto list_of = [&](int t) -> List {
     const int64_t first = (window.token(first_token + t) * division.parts + part) * topk;
     return {distances + first, picks + first, topk};
@@ -171,7 +130,7 @@ __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
       if (r < count) {
         row = window.token(first_token + r);
       } else if (r >= kTileTokens && i < part_end) {
-        row = window.first_centre + window.offset(i);
+        row = window.centre(i);
       }
       offsets[r] = row * channels;
     }
@@ -229,7 +188,7 @@ __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
     __syncthreads();
   }
   if (division.parts == 1) {
-    const float tau = image_temperature(temperature, at.image);
+    const float tau = image_temperature(temperature, window.image);
     for (int t = warp; t < count; t += kTileWarps) {
       const int64_t first = window.token(first_token + t) * topk;
       write_matches(list_of(t), window, tau, indices + first, weights + first);
@@ -250,9 +209,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const Position at = position(token, grid.rows.size, grid.columns.size);
-  MatchWindow window;
-  window.set(grid, {at.image, token_spot(grid.rows, at.row).window,
-                    token_spot(grid.columns, at.column).window});
+  const WindowView window = window_at(grid, at.image, token_position(grid.rows, at.row).window,
+                                      token_position(grid.columns, at.column).window);
   const List list{weights + token * topk, indices + token * topk, topk};
   const int64_t all = int64_t{parts} * topk;
   for (int64_t first = 0; first < all; first += 2 * kWarp) {

@@ -44,8 +44,8 @@ EXPEDITE_HOST_DEVICE int64_t gram_staged_bytes(int64_t padded) {
 }
 
 // Where a window's tokens begin in the tensor of all tokens.
-__device__ __forceinline__ void find_rows(const GramWindow& window, int channels, int64_t* places) {
-  for (int p = threadIdx.x; p < window.count; p += kThreads) {
+__device__ __forceinline__ void find_rows(const WindowView& window, int channels, int64_t* places) {
+  for (int p = threadIdx.x; p < window.tokens(); p += kThreads) {
     places[p] = window.token(p) * channels;
   }
   __syncthreads();
@@ -101,23 +101,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(128) float shared[];
   const int64_t linear = blockIdx.x / scratch.splits;
   const int split = static_cast<int>(blockIdx.x % scratch.splits);
-  const GramWindow window(grid, linear);
+  const WindowView window = window_at(grid, linear);
+  const int padded = padded_tokens(window);
   const int begin = split * share;
   const int end = min(begin + share, channels);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int tiles = window.padded / kSquare;
+  const int tiles = padded / kSquare;
   const int columns = tiles / 2 + 1;
   const int squares = tiles * columns;
   auto* staged = reinterpret_cast<Term*>(shared);
-  auto* places = reinterpret_cast<int64_t*>(reinterpret_cast<char*>(shared) +
-                                            gram_staged_bytes(window.padded));
+  auto* places =
+      reinterpret_cast<int64_t*>(reinterpret_cast<char*>(shared) + gram_staged_bytes(padded));
   float* mean = scratch.means + linear * channels;
   float* gram =
       scratch.windows + linear * scratch.room + static_cast<int64_t>(split) * squares * kSquareSize;
 
   find_rows(window, channels, places);
-  compute_mean<T, V>(tokens, places, window.count, begin, end, shared, mean);
-  RowSlice<T, V> slice{tokens, places, window.count, mean, end};
+  compute_mean<T, V>(tokens, places, window.tokens(), begin, end, shared, mean);
+  RowSlice<T, V> slice{tokens, places, window.tokens(), mean, end};
 
   for (int base = 0; base < squares; base += kWarps * kOwnSquares) {
     const int left = min(squares - base, kWarps * kOwnSquares);
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       slice.fetch_origin(first);
       // The channels staged before have been read.
       __syncthreads();
-      slice.put(staged, window.padded, first);
+      slice.put(staged, padded, first);
       __syncthreads();
       slice.fetch_rows(first + kStaged);
 #pragma unroll 1
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             if (o == 0 || ahead == 0) {
 #pragma unroll
               for (int t = 0; t < kTerms; ++t) {
-                const int at = (t * window.padded + strip * kSquare) * kStagedStride + k;
+                const int at = (t * padded + strip * kSquare) * kStagedStride + k;
                 load_square(staged + at, kStagedStride, x[t]);
               }
             }
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             SquareTerms y;
 #pragma unroll
             for (int t = 0; t < kTerms; ++t) {
-              const int at = (t * window.padded + beside * kSquare) * kStagedStride + k;
+              const int at = (t * padded + beside * kSquare) * kStagedStride + k;
               load_square(staged + at, kStagedStride, y[t]);
             }
             add_products(x, y, sums[o]);
@@ -183,31 +184,32 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(128) float shared[];
   const int parts = ceil_div(channels, kCentreChannels);
   const int64_t linear = blockIdx.x / parts;
-  const GramWindow window(grid, linear);
+  const WindowView window = window_at(grid, linear);
+  const int padded = padded_tokens(window);
   const int begin = static_cast<int>(blockIdx.x % parts) * kCentreChannels;
   const int end = min(begin + kCentreChannels, channels);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int padded_cells = static_cast<int>(padded_rows(window.cells));
-  const int stride = window.padded + 8;
+  const int padded_cells = static_cast<int>(padded_rows(window.cells()));
+  const int stride = padded + 8;
   auto* rows = reinterpret_cast<Term*>(shared);  // (terms, padded_cells, stride)
   Term* staged = rows + kTerms * padded_cells * stride;
-  auto* sums = reinterpret_cast<float*>(staged + kTerms * window.padded * kStagedStride);
+  auto* sums = reinterpret_cast<float*>(staged + kTerms * padded * kStagedStride);
   auto* places = reinterpret_cast<int64_t*>(sums + padded_cells * kCentreStride);
   const float* mean = scratch.means + linear * channels;
 
   find_rows(window, channels, places);
-  RowSlice<T, V> slice{tokens, places, window.count, mean, end};
+  RowSlice<T, V> slice{tokens, places, window.tokens(), mean, end};
   slice.fetch_rows(begin);
   slice.fetch_origin(begin);
 
   const float* a = scratch.windows + linear * scratch.room;
-  const int packs = window.padded / 4;
+  const int packs = padded / 4;
   for (int base = threadIdx.x; base < padded_cells * packs; base += kPacksOfA * kThreads) {
     float values[kPacksOfA][4] = {};
 #pragma unroll
     for (int e = 0; e < kPacksOfA; ++e) {
       const int n = base + e * kThreads;
-      if (n / packs < window.cells) {
+      if (n / packs < window.cells()) {
         load<4>(a + 4 * n, values[e]);
       }
     }
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   for (int first = begin; first < end; first += kStaged) {
-    slice.put(staged, window.padded, first);
+    slice.put(staged, padded, first);
     __syncthreads();
     slice.fetch_rows(first + kStaged);
     // A square of 16 centres and 16 channels is computed by one warp.
@@ -230,8 +232,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int strip = square / kAcross * kSquare;
       const int column = square % kAcross * kSquare;
       // Elsewhere these rows of A are zero.
-      const int from = cell_span(window, strip, radius).begin / kSquare * kSquare;
-      const int to = cell_span(window, min(strip + kSquare, window.cells) - 1, radius).end;
+      const int from = cell_tokens(window, strip, radius).begin / kSquare * kSquare;
+      const int to = cell_tokens(window, min(strip + kSquare, window.cells()) - 1, radius).end;
       SquareSums sum = {};
       // More of these would need registers that hold the next slice.
 #pragma unroll 1
@@ -241,8 +243,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int t = 0; t < kTerms; ++t) {
           load_square(rows + (t * padded_cells + strip) * stride + p, stride, x[t]);
-          load_square_transposed(staged + (t * window.padded + p) * kStagedStride + column,
-                                 kStagedStride, y[t]);
+          load_square_transposed(staged + (t * padded + p) * kStagedStride + column, kStagedStride,
+                                 y[t]);
         }
         add_products(x, y, sum);
       }
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     slice.fetch_origin(first + kStaged);
     __syncthreads();
     constexpr int kPacks = kStaged / V;
-    for (int n = threadIdx.x; n < window.cells * kPacks; n += kThreads) {
+    for (int n = threadIdx.x; n < window.cells() * kPacks; n += kThreads) {
       const int i = n / kPacks;
       const int c = n % kPacks * V;
       if (first + c < end) {
@@ -261,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int v = 0; v < V; ++v) {
           values[v] += sums[i * kCentreStride + c + v];
         }
-        store<V>(centres + window.image_cell(i) * channels + first + c, values);
+        store<V>(centres + window.centre(i) * channels + first + c, values);
       }
     }
   }
@@ -274,12 +276,8 @@ struct WindowSizes {
   int64_t cells;
 
   explicit WindowSizes(const Grid& grid) {
-    const auto side = [](const WindowAxis& axis) { return std::min(axis.size, axis.window); };
-    const auto inside = [](const WindowAxis& axis) {
-      return std::min(axis.cells(), axis.clusters);
-    };
-    tokens = int64_t{side(grid.rows)} * side(grid.columns);
-    cells = int64_t{inside(grid.rows)} * inside(grid.columns);
+    tokens = int64_t{grid.rows.max_real()} * grid.columns.max_real();
+    cells = int64_t{grid.rows.max_existing()} * grid.columns.max_existing();
     // The products below could overflow.
     tokens = tokens > 1024 || cells > 1 << 15 ? 0 : tokens;
     padded = padded_rows(tokens);
@@ -300,7 +298,7 @@ struct WindowSizes {
 GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocessors) {
   const Grid& grid = tokens.grid;
   const WindowSizes sizes(grid);
-  const int64_t windows = int64_t{grid.rows.windows()} * grid.columns.windows();
+  const int64_t windows = grid.windows();
   if (sizes.tokens == 0 || windows > kMostWindows ||
       std::max({sizes.gram(), sizes.iterate(), sizes.centres()}) > shared_memory) {
     return {};
@@ -342,7 +340,7 @@ cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
   Launcher launch{tokens.stream};
   const Grid& grid = tokens.grid;
   const WindowSizes sizes(grid);
-  const int64_t count = tokens.batch * grid.rows.windows() * grid.columns.windows();
+  const int64_t count = tokens.batch * grid.windows();
   GramScratch parts{};
   parts.windows = scratch;
   parts.means = parts.windows + count * plan.room;

@@ -15,60 +15,17 @@ EXPEDITE_HOST_DEVICE int64_t gram_squares(int64_t padded) {
   return tiles * (tiles / 2 + 1);
 }
 
-// The real tokens and existing cells of one window.
-struct GramWindow {
-  Grid grid;
-  int64_t image;
-  int32_t row;     // of windows
-  int32_t column;  // of windows
-  int32_t width;   // of the real tokens
-  int32_t count;
-  int32_t padded;  // to whole squares
-  int32_t cell_columns;
-  int32_t cells;
-
-  __device__ GramWindow(const Grid& of, int64_t linear) : grid(of) {
-    const Position at = position(linear, of.rows.windows(), of.columns.windows());
-    image = at.image;
-    row = at.row;
-    column = at.column;
-    width = of.columns.real(column);
-    count = of.rows.real(row) * width;
-    padded = static_cast<int32_t>(padded_rows(count));
-    cell_columns = of.columns.existing(column);
-    cells = of.rows.existing(row) * cell_columns;
-  }
-
-  // Token p of the window in (B, H, W).
-  __device__ int64_t token(int32_t p) const {
-    const int64_t y = image * grid.rows.size + row * grid.rows.window + p / width;
-    return y * grid.columns.size + column * grid.columns.window + p % width;
-  }
-
-  // Cell i of the window in (h', w').
-  __device__ int32_t cell(int32_t i) const {
-    return (row * grid.rows.clusters + i / cell_columns) * grid.columns.cells() +
-           column * grid.columns.clusters + i % cell_columns;
-  }
-  // And in (B, h', w').
-  __device__ int64_t image_cell(int32_t i) const {
-    return image * grid.rows.cells() * grid.columns.cells() + cell(i);
-  }
-};
-
-// A range of a window's tokens.
-struct Span {
-  int32_t begin;
-  int32_t end;
-};
+// Tokens of a window, padded to whole squares.
+__device__ __forceinline__ int32_t padded_tokens(const WindowView& window) {
+  return static_cast<int32_t>(padded_rows(window.tokens()));
+}
 
 // Whole rows of tokens that can be in cell i: pooled into it at first, later within its reach.
-__device__ __forceinline__ Span cell_span(const GramWindow& window, int32_t i, int radius) {
-  const WindowAxis& rows = window.grid.rows;
+__device__ __forceinline__ Range cell_tokens(const WindowView& window, int32_t i, int radius) {
   const int32_t cell_row = i / window.cell_columns;
-  return {min(rows.begin(cell_row), rows.reach_begin(cell_row, radius)) * window.width,
-          max(rows.end(cell_row, window.row), rows.reach_end(cell_row, radius, window.row)) *
-              window.width};
+  const Range pool = window.grid.rows.pooled(cell_row, window.row);
+  const Range reach = window.grid.rows.reach(cell_row, radius, window.row);
+  return {min(pool.begin, reach.begin) * window.width, max(pool.end, reach.end) * window.width};
 }
 
 // In device memory, for B * windows windows (and B images) of `room` floats each.

@@ -20,11 +20,11 @@ constexpr int kMatchNumbers = 4;
 __global__ void __launch_bounds__(kNumberThreads, 1)
     spread_kernel(GramScratch scratch, Grid grid, int radius, int channels, int64_t blocks) {
   extern __shared__ __align__(128) float shared[];
-  const int64_t windows = int64_t{grid.rows.windows()} * grid.columns.windows();
+  const int64_t windows = grid.windows();
   const int parts = spread_parts(channels);
   if (blockIdx.x < blocks) {
     const int64_t linear = blockIdx.x;
-    const GramWindow window(grid, linear);
+    const WindowView window = window_at(grid, linear);
     const GramNumbers numbers(shared, window);
     // iterate_kernel reads one part then.
     load_numbers(numbers, window, radius, scratch.windows + linear * scratch.room, scratch.splits,
@@ -65,10 +65,7 @@ __global__ void __launch_bounds__(kNumberThreads, 1)
   const int part = static_cast<int>((blockIdx.x - blocks) % parts);
   const int c = part * kWarp + static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const auto tokens_of = [&](int64_t w) {
-    return static_cast<float>(grid.rows.real(static_cast<int32_t>(w / grid.columns.windows())) *
-                              grid.columns.real(static_cast<int32_t>(w % grid.columns.windows())));
-  };
+  const auto tokens_of = [&](int64_t w) { return static_cast<float>(window_at(grid, w).tokens()); };
   // Of this channel; its origin is the first window's mean.
   const float* column = scratch.means + image * windows * channels + c;
   const float origin = c < channels ? column[0] : 0.f;
@@ -97,7 +94,7 @@ __global__ void __launch_bounds__(kNumberThreads, 1)
 // token_spread of an image from the sums of spread_kernel.
 __device__ __forceinline__ float image_spread(const GramScratch& scratch, const Grid& grid,
                                               int channels, int64_t image, float* sums) {
-  const int64_t windows = int64_t{grid.rows.windows()} * grid.columns.windows();
+  const int64_t windows = grid.windows();
   const int64_t terms = windows + spread_parts(channels);
   const float count = static_cast<float>(grid.rows.size) * static_cast<float>(grid.columns.size);
   float sum = 0.f;
@@ -115,7 +112,7 @@ __device__ __forceinline__ float image_spread(const GramScratch& scratch, const 
 }
 
 // Falloff of the tokens to their candidates, and what normalises it.
-__device__ __forceinline__ void assign(const GramNumbers& numbers, const GramWindow& window,
+__device__ __forceinline__ void assign(const GramNumbers& numbers, const WindowView& window,
                                        int radius, float tau) {
   each_token(window, [&](int p, bool exists) {
     const Candidates candidates(numbers, window, radius, p, exists);
@@ -161,13 +158,13 @@ __device__ __forceinline__ void assign(const GramNumbers& numbers, const GramWin
 }
 
 // New rows of A: what each centre got, divided by the sum of it.
-__device__ __forceinline__ void update(const GramNumbers& numbers, const GramWindow& window,
+__device__ __forceinline__ void update(const GramNumbers& numbers, const WindowView& window,
                                        int radius) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int stride = numbers.stride;
-  for (int i = static_cast<int>(threadIdx.x) / kWarp * kUpdateCentres; i < window.cells;
+  for (int i = static_cast<int>(threadIdx.x) / kWarp * kUpdateCentres; i < window.cells();
        i += kNumberWarps * kUpdateCentres) {
-    const int last = min(i + kUpdateCentres, window.cells) - 1;
+    const int last = min(i + kUpdateCentres, window.cells()) - 1;
     const int begin = numbers.spans[i].begin;
     const int end = numbers.spans[last].end;
     HomeCell cells[kUpdateCentres];
@@ -222,17 +219,17 @@ __device__ __forceinline__ void update(const GramNumbers& numbers, const GramWin
 
 // token_match from A G for all tokens. The rows of A are no longer needed. Of a token's lanes, each
 // has the keys of every kTokenLanes-th centre.
-__device__ __forceinline__ void match(const GramNumbers& numbers, const GramWindow& window,
+__device__ __forceinline__ void match(const GramNumbers& numbers, const WindowView& window,
                                       int topk, float tau,
                                       int32_t* indices,  // (B, H, W, topk)
                                       float* weights) {  // (B, H, W, topk)
-  const int found = min(topk, window.cells);
+  const int found = min(topk, window.cells());
   const int lane = static_cast<int>(threadIdx.x) % kTokenLanes;
   each_token(window, [&](int p, bool exists) {
     const int64_t first = window.token(p) * topk;
     const float square = numbers.square(p);
     // Of the last token, lanes beyond it have no keys.
-    const int cells = exists ? window.cells : 0;
+    const int cells = exists ? window.cells() : 0;
     float* keys = numbers.rows + p;
     for (int start = lane; start < cells; start += kTokenLanes * kMatchNumbers) {
       float distances[kMatchNumbers];
@@ -315,7 +312,7 @@ __global__ void __launch_bounds__(kNumberThreads, 1)
     iterate_kernel(GramScratch scratch, GramReduction reduction, Grid grid, int channels) {
   extern __shared__ __align__(128) float shared[];
   const int64_t linear = blockIdx.x;
-  const GramWindow window(grid, linear);
+  const WindowView window = window_at(grid, linear);
   const GramNumbers numbers(shared, window);
   float* own = scratch.windows + linear * scratch.room;
   float tau = 0.f;
@@ -337,8 +334,8 @@ __global__ void __launch_bounds__(kNumberThreads, 1)
     update(numbers, window, reduction.radius);
   }
   // All parts of G have been read.
-  const int packs = window.padded / 4;
-  for (int n = threadIdx.x; n < window.cells * packs; n += kNumberThreads) {
+  const int packs = padded_tokens(window) / 4;
+  for (int n = threadIdx.x; n < window.cells() * packs; n += kNumberThreads) {
     float a[4];
     load<4>(numbers.rows + n / packs * numbers.stride + n % packs * 4, a);
     store<4>(own + 4 * n, a);
@@ -350,7 +347,7 @@ __global__ void __launch_bounds__(kNumberThreads, 1)
 }
 
 int64_t window_count(const Tokens& tokens) {
-  return tokens.batch * tokens.grid.rows.windows() * tokens.grid.columns.windows();
+  return tokens.batch * tokens.grid.windows();
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ struct GramNumbers {
   float* gram;      // (padded, stride): G
   float* rows;      // (K, stride): A
   float* next;      // (K, stride): A G, then the falloff of tokens to their candidates
-  Span* spans;      // (K,): cell_span
+  Range* spans;     // (K,): cell_tokens
   HomeCell* homes;  // (N,)
   float* norms;     // (K,): diagonal of A G A^T
   float* shares;    // (N,): what normalises a token's falloff
@@ -38,16 +38,18 @@ struct GramNumbers {
     return (padded + 2 * cells) * gram_stride(padded) + 3 * cells + 3 * padded + kNumberWarps;
   }
 
-  __device__ GramNumbers(float* shared, const GramWindow& window)
-      : stride(static_cast<int>(gram_stride(window.padded))) {
+  __device__ GramNumbers(float* shared, const WindowView& window) {
+    const int padded = padded_tokens(window);
+    const int cells = window.cells();
+    stride = static_cast<int>(gram_stride(padded));
     gram = shared;
-    rows = gram + window.padded * stride;
-    next = rows + window.cells * stride;
-    spans = reinterpret_cast<Span*>(next + window.cells * stride);
-    homes = reinterpret_cast<HomeCell*>(spans + window.cells);
-    norms = reinterpret_cast<float*>(homes + window.padded);
-    shares = norms + window.cells;
-    sums = shares + window.padded;
+    rows = gram + padded * stride;
+    next = rows + cells * stride;
+    spans = reinterpret_cast<Range*>(next + cells * stride);
+    homes = reinterpret_cast<HomeCell*>(spans + cells);
+    norms = reinterpret_cast<float*>(homes + padded);
+    shares = norms + cells;
+    sums = shares + padded;
   }
 
   // G_pp, which all distances of token p begin with. Stores to shared memory would make the
@@ -67,22 +69,18 @@ constexpr int kTokenLanes = 2;
 // Candidates whose distances a lane reads before it writes: a column of the default neighbourhood.
 constexpr int kColumn = 5;
 
-// The cells that a token may belong to: rows top ... bottom, columns left ... right. None where the
-// token does not exist: its lanes must not read what those of token p, which stands in for it, are
-// about to overwrite.
+// The cells that a token may belong to. None where the token does not exist: its lanes must not
+// read what those of token p, which stands in for it, are about to overwrite.
 struct Candidates {
-  int32_t top;
-  int32_t bottom;
-  int32_t left;
-  int32_t right;
+  Range rows;
+  Range columns;
 
-  __device__ Candidates(const GramNumbers& numbers, const GramWindow& window, int radius, int32_t p,
+  __device__ Candidates(const GramNumbers& numbers, const WindowView& window, int radius, int32_t p,
                         bool exists) {
     const HomeCell home = numbers.homes[p];
-    top = max(home.row - radius, 0);
-    bottom = min(home.row + radius, window.cells / window.cell_columns - 1);
-    left = max(home.column - radius, 0);
-    right = exists ? min(home.column + radius, window.cell_columns - 1) : -1;
+    rows = {max(home.row - radius, 0), min(home.row + radius + 1, window.cell_rows)};
+    columns = {max(home.column - radius, 0),
+               exists ? min(home.column + radius + 1, window.cell_columns) : 0};
   }
 
   // Calls f(first cell, count, distances) for this lane's share of them: every kTokenLanes-th
@@ -91,11 +89,11 @@ struct Candidates {
   __device__ __forceinline__ void each(const GramNumbers& numbers, int32_t cell_columns, int32_t p,
                                        const F& f) const {
     const float square = numbers.square(p);
-    for (int32_t j = left + static_cast<int32_t>(threadIdx.x) % kTokenLanes; j <= right;
-         j += kTokenLanes) {
-      for (int32_t i = top; i <= bottom; i += kColumn) {
+    for (int32_t j = columns.begin + static_cast<int32_t>(threadIdx.x) % kTokenLanes;
+         j < columns.end; j += kTokenLanes) {
+      for (int32_t i = rows.begin; i < rows.end; i += kColumn) {
         const int32_t first = i * cell_columns + j;
-        const int32_t count = min(bottom - i + 1, kColumn);
+        const int32_t count = min(rows.end - i, kColumn);
         float distances[kColumn];
 #pragma unroll
         for (int e = 0; e < kColumn; ++e) {
@@ -110,10 +108,10 @@ struct Candidates {
 // Calls f(token, whether it exists) by kTokenLanes lanes for each token, with all lanes of a warp:
 // those beyond the last token get the last one once more.
 template <typename F>
-__device__ __forceinline__ void each_token(const GramWindow& window, const F& f) {
-  for (int first = 0; first < window.count; first += kNumberThreads / kTokenLanes) {
+__device__ __forceinline__ void each_token(const WindowView& window, const F& f) {
+  for (int first = 0; first < window.tokens(); first += kNumberThreads / kTokenLanes) {
     const int p = first + static_cast<int>(threadIdx.x) / kTokenLanes;
-    f(min(p, window.count - 1), p < window.count);
+    f(min(p, window.tokens() - 1), p < window.tokens());
   }
 }
 
@@ -123,22 +121,22 @@ constexpr int kPacksAtOnce = 6;
 // G as the sum of its parts (with `keep`, written in place of the first one), the tables of the
 // window, and the rows of A for the initial centres: the average of each cell's real tokens. By all
 // threads of a block.
-__device__ __forceinline__ void load_numbers(const GramNumbers& numbers, const GramWindow& window,
+__device__ __forceinline__ void load_numbers(const GramNumbers& numbers, const WindowView& window,
                                              int radius,
                                              float* parts,  // (splits, squares, 16, 16)
                                              int splits, bool keep) {
   constexpr int kPacks = kSquare / 4;
   const int stride = numbers.stride;
-  const int tiles = window.padded / kSquare;
+  const int tiles = padded_tokens(window) / kSquare;
   const int columns = tiles / 2 + 1;
   const int squares = tiles * columns;
-  for (int n = threadIdx.x; n < window.cells * (stride / 4); n += kNumberThreads) {
+  for (int n = threadIdx.x; n < window.cells() * (stride / 4); n += kNumberThreads) {
     store<4>(numbers.rows + 4 * n, {0.f, 0.f, 0.f, 0.f});
   }
-  for (int i = threadIdx.x; i < window.cells; i += kNumberThreads) {
-    numbers.spans[i] = cell_span(window, i, radius);
+  for (int i = threadIdx.x; i < window.cells(); i += kNumberThreads) {
+    numbers.spans[i] = cell_tokens(window, i, radius);
   }
-  for (int p = threadIdx.x; p < window.count; p += kNumberThreads) {
+  for (int p = threadIdx.x; p < window.tokens(); p += kNumberThreads) {
     numbers.homes[p] = {window.grid.rows.home(p / window.width),
                         window.grid.columns.home(p % window.width)};
   }
@@ -187,16 +185,12 @@ __device__ __forceinline__ void load_numbers(const GramNumbers& numbers, const G
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < window.cells; i += kNumberThreads) {
-    const int32_t cell_row = i / window.cell_columns;
-    const int32_t cell_column = i % window.cell_columns;
-    const int32_t bottom = window.grid.rows.end(cell_row, window.row);
-    const int32_t right = window.grid.columns.end(cell_column, window.column);
-    const int32_t top = window.grid.rows.begin(cell_row);
-    const int32_t left = window.grid.columns.begin(cell_column);
-    const float weight = 1.f / static_cast<float>((bottom - top) * (right - left));
-    for (int32_t y = top; y < bottom; ++y) {
-      for (int32_t x = left; x < right; ++x) {
+  for (int i = threadIdx.x; i < window.cells(); i += kNumberThreads) {
+    const Range rows = window.grid.rows.pooled(i / window.cell_columns, window.row);
+    const Range columns = window.grid.columns.pooled(i % window.cell_columns, window.column);
+    const float weight = 1.f / static_cast<float>(rows.size() * columns.size());
+    for (int32_t y = rows.begin; y < rows.end; ++y) {
+      for (int32_t x = columns.begin; x < columns.end; ++x) {
         numbers.rows[i * stride + y * window.width + x] = weight;
       }
     }
@@ -213,20 +207,20 @@ constexpr int kGramLanes = kWarp / 2;
 
 // A G and the norms, by all threads of a block: for all tokens, or for those that can be in one of
 // the centres that a warp computes together.
-__device__ __forceinline__ void multiply(const GramNumbers& numbers, const GramWindow& window,
+__device__ __forceinline__ void multiply(const GramNumbers& numbers, const WindowView& window,
                                          bool all) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int half = lane / kGramLanes;
   const int stride = numbers.stride;
-  for (int i = static_cast<int>(threadIdx.x) / kWarp * kGramCentres; i < window.cells;
+  for (int i = static_cast<int>(threadIdx.x) / kWarp * kGramCentres; i < window.cells();
        i += kNumberWarps * kGramCentres) {
-    const int last = min(i + kGramCentres, window.cells) - 1;
+    const int last = min(i + kGramCentres, window.cells()) - 1;
     // A is zero outside of the spans, which ascend. Fours of tokens are read at once; beyond the
     // last token there are zeros.
     const int begin = numbers.spans[i].begin / 4 * 4;
     const int end = numbers.spans[last].end;
     const int from = all ? 0 : begin;
-    const int to = all ? window.count : end;
+    const int to = all ? window.tokens() : end;
     const float* rows[kGramCentres];
     float norms[kGramCentres] = {};
 #pragma unroll

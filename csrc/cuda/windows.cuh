@@ -1,5 +1,5 @@
 // Where tokens and cells lie in their windows, and the initial centres, for token_spread and
-// token_cluster. Geometry along one axis stands in geometry.h.
+// token_cluster. The geometry itself stands in geometry.h.
 #pragma once
 
 #include "cuda/utils.cuh"
@@ -7,16 +7,16 @@
 namespace expedite_d2::cuda {
 
 // A token or a cell along one axis: its window, and its place in that window.
-struct Spot {
+struct WindowPosition {
   int32_t window;
   int32_t local;
 };
 
-EXPEDITE_HOST_DEVICE Spot token_spot(const WindowAxis& axis, int32_t at) {
+EXPEDITE_HOST_DEVICE WindowPosition token_position(const WindowAxis& axis, int32_t at) {
   return {at / axis.window, at % axis.window};
 }
 
-EXPEDITE_HOST_DEVICE Spot cell_spot(const WindowAxis& axis, int32_t at) {
+EXPEDITE_HOST_DEVICE WindowPosition cell_position(const WindowAxis& axis, int32_t at) {
   return {at / axis.clusters, at % axis.clusters};
 }
 
@@ -47,21 +47,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   const Position at = position(cell, grid.rows.cells(), grid.columns.cells());
-  const Spot row = cell_spot(grid.rows, at.row);
-  const Spot column = cell_spot(grid.columns, at.column);
-  const int32_t top = grid.rows.begin(row.local);
-  const int32_t bottom = grid.rows.end(row.local, row.window);
-  const int32_t left = grid.columns.begin(column.local);
-  const int32_t right = grid.columns.end(column.local, column.window);
+  const WindowPosition row = cell_position(grid.rows, at.row);
+  const WindowPosition column = cell_position(grid.columns, at.column);
+  const WindowView window = window_at(grid, at.image, row.window, column.window);
+  const Range rows = grid.rows.pooled(row.local, row.window);
+  const Range columns = grid.columns.pooled(column.local, column.window);
 
   float sum[V] = {};
-  for (int32_t y = top; y < bottom; ++y) {
-    const int64_t line =
-        (at.image * grid.rows.size + row.window * grid.rows.window + y) * grid.columns.size +
-        column.window * grid.columns.window;
-    for (int32_t x = left; x < right; ++x) {
+  for (int32_t y = rows.begin; y < rows.end; ++y) {
+    for (int32_t x = columns.begin; x < columns.end; ++x) {
       float z[V];
-      load<V>(tokens + (line + x) * channels + c, z);
+      load<V>(tokens + window.token(y, x) * channels + c, z);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         sum[v] += z[v];
@@ -69,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   // An existing cell holds a token, so this is no division by zero.
-  const float count = static_cast<float>((bottom - top) * (right - left));
+  const float count = static_cast<float>(rows.size() * columns.size());
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     sum[v] /= count;
