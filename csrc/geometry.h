@@ -58,7 +58,7 @@ struct WindowAxis {
   // Home cell of local token `y` (0 <= y < real).
   EXPEDITE_HOST_DEVICE int32_t home(int32_t y) const { return y * clusters / window; }
 
-  // Local tokens that are averaged into cell `i` at first; never none for an existing cell.
+  // Local tokens that are averaged into cell `i` at first: at least one for an existing cell.
   EXPEDITE_HOST_DEVICE Range pooled(int32_t i, int32_t w) const {
     const int32_t stop = ((i + 1) * window + clusters - 1) / clusters;
     const int32_t limit = real(w);
@@ -175,7 +175,7 @@ EXPEDITE_HOST_DEVICE WindowView window_at(const Grid& grid, int64_t linear) {
                    static_cast<int32_t>(linear % columns));
 }
 
-// The factor of squared distances for one image. A constant image has the smallest spread there is,
+// The factor of squared distances for one image. A constant image has the smallest possible spread,
 // and temperature / spread may exceed the largest float: infinity times a distance of 0 would be
 // NaN, as 0 times an infinite distance would be. NaN itself is passed on. For the same reason a
 // softmax must subtract the smallest distance *before* it multiplies: exp(-tau * (d - d_min)).
@@ -184,14 +184,14 @@ EXPEDITE_HOST_DEVICE float effective_temperature(float temperature, float spread
   return tau > FLT_MAX ? FLT_MAX : tau < FLT_MIN ? FLT_MIN : tau;
 }
 
-// exp(x) counts as 0 below this: exp(-87) is about the smallest normal float, what lies below is
-// flushed to zero on some hardware and not on other, and whether a centre keeps its value depends
+// exp(x) counts as 0 below this: exp(-87) is about the smallest normal float; what lies below is
+// flushed to zero on some hardware and not on others, and whether a centre keeps its value depends
 // on whether its responsibilities are exactly zero. (For float64, too: the reference is the
 // oracle.)
-constexpr float kLeastExponent = -87.0f;
+constexpr float kMinExponent = -87.0f;
 
-// token_spread never falls below this share of the mean squared distance to the image's mean token
-// (plus the smallest normal float), so that images of few distinct tokens keep a finite
+// token_spread never falls below this fraction of the mean squared distance to the image's mean
+// token (plus the smallest normal float), so that images of few distinct tokens keep a finite
 // temperature.
 constexpr float kSpreadFloor = 1e-6f;
 

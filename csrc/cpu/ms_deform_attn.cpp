@@ -1,7 +1,7 @@
-// Multi-scale deformable attention and its gradients; the twin is ms_deform_attn_ref.
+// Multi-scale deformable attention and its gradients; the reference is ms_deform_attn_ref.
 //
 // One head of one image at a time: its maps are written as a table of padded float rows, about the
-// size of a second-level cache, and every query sums a few rows of it. The last row is zero and
+// size of an L2 cache, and every query sums a few rows of it. The last row is zero and
 // stands for all that is outside of a map, so that no inner loop has a branch.
 #include <algorithm>
 #include <array>
@@ -84,7 +84,7 @@ class Samples {
   // Corner c (top left, top right, bottom left, bottom right) of sample i is entry c * N + i.
   const int32_t* rows() const { return rows_.data(); }
   const float* weights() const { return weights_.data(); }
-  // Attention weight of sample i as its slopes have it: 0 if it lies outside of its map.
+  // Attention weight of sample i for the gradients of its location: 0 outside of its map.
   float attention(int64_t i) const { return attention_.get()[i]; }
   // How far sample i is to the right of its left corners and below its top ones, from 0 to 1; NaN
   // if its location has one.
@@ -123,13 +123,13 @@ class Samples {
                            at::vec::convert_to_int_of_same_size(left);
     const Integers next(1);
     const Floats weight = Floats::loadu(attention_.get() + i);
-    // Where there is no slope even a weight that is NaN makes none.
+    // Outside of the map there is no gradient, even if the weight is NaN.
     Floats::blendv(zero, weight, inside | unknown).store(attention_.get() + i);
     const Floats above = weight * (one - bottom), below = weight * bottom;
-    put(0, i, first, has_top & has_left, above * (one - right));
-    put(1, i, first + next, has_top & has_right, above * right);
-    put(2, i, first + step, has_bottom & has_left, below * (one - right));
-    put(3, i, first + step + next, has_bottom & has_right, below * right);
+    store_corner(0, i, first, has_top & has_left, above * (one - right));
+    store_corner(1, i, first + next, has_top & has_right, above * right);
+    store_corner(2, i, first + step, has_bottom & has_left, below * (one - right));
+    store_corner(3, i, first + step + next, has_bottom & has_right, below * right);
   }
 
   // x and y of whole registers of pairs.
@@ -137,8 +137,8 @@ class Samples {
     return at::vec::deinterleave2(Floats::loadu(pairs), Floats::loadu(pairs + kWidth));
   }
 
-  void put(int64_t corner, int64_t i, const Integers& rows, const Floats& exists,
-           const Floats& weights) {
+  void store_corner(int64_t corner, int64_t i, const Integers& rows, const Floats& exists,
+                    const Floats& weights) {
     const int64_t count = std::min(kWidth, count_ - i), at = corner * count_ + i;
     Integers::blendv(Integers(outside_), rows, at::vec::cast<int32_t>(exists))
         .store(rows_.data() + at, static_cast<int>(count));
@@ -208,9 +208,9 @@ void attend(const Sizes& sizes, const at::Tensor& value, at::IntArrayRef spatial
 
 // Adds weights[t] * grad to row t of the table of gradients, and returns each row's product with
 // grad.
-std::array<float, kCorners> spread(const float* grad, int64_t stride, const float* table,
-                                   float* grad_table, const int64_t (&offsets)[kCorners],
-                                   const float (&weights)[kCorners]) {
+std::array<float, kCorners> scatter_gradient(const float* grad, int64_t stride, const float* table,
+                                             float* grad_table, const int64_t (&offsets)[kCorners],
+                                             const float (&weights)[kCorners]) {
   Floats sums[kCorners];
   for (int64_t c = 0; c < stride; c += kWidth) {
     const auto g = Floats::loadu(grad + c);
@@ -253,12 +253,13 @@ void differentiate(const Sizes& sizes, const T* grad, const at::Tensor& value,
         samples.locate(locations + item * n * 2, weights + item * n);
         for (int64_t i = 0; i < n; ++i) {
           int64_t offsets[kCorners];
-          float shares[kCorners];
+          float corner_weights[kCorners];
           for (int t = 0; t < kCorners; ++t) {
             offsets[t] = samples.rows()[t * n + i] * stride;
-            shares[t] = samples.weights()[t * n + i];
+            corner_weights[t] = samples.weights()[t * n + i];
           }
-          auto products = spread(row.get(), stride, table.get(), grad_table.get(), offsets, shares);
+          auto products = scatter_gradient(row.get(), stride, table.get(), grad_table.get(),
+                                           offsets, corner_weights);
           // A pixel that does not exist adds nothing, whatever grad is, which may be NaN.
           for (int t = 0; t < kCorners; ++t) {
             products[t] = samples.rows()[t * n + i] < sizes.rows ? products[t] : 0.0f;

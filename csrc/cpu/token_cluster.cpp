@@ -1,4 +1,4 @@
-// Soft k-means of tokens around the cells of a grid; the twin is token_cluster_ref.
+// Soft k-means of tokens around the cells of a grid; the reference is token_cluster_ref.
 //
 // Two forms of the same arithmetic. In windows, centres are convex combinations of tokens, S = A Z,
 // so all distances follow from the Gram matrix G = Z Z^T:  |z_p - s_i|^2 = G_pp - 2 (A G)_ip + (A G
@@ -21,7 +21,7 @@ using namespace cpu;
 constexpr const char* kName = "token_cluster";
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-struct Settings {
+struct ClusterParams {
   Grid grid;
   int64_t iterations;
   int32_t radius;
@@ -66,12 +66,12 @@ struct GramMemory {
         distances(k * padded(n)),
         norms(n),
         line(padded(n)),
-        least(padded(n)),
+        smallest(padded(n)),
         total(padded(n)),
         indices(std::make_unique<int32_t[]>(n)),
         weights(n) {}
 
-  Buffer tokens, centres, mean, gram, rows, distances, norms, line, least, total;
+  Buffer tokens, centres, mean, gram, rows, distances, norms, line, smallest, total;
   std::unique_ptr<int32_t[]> indices;
   Buffer weights;
 };
@@ -92,7 +92,7 @@ void gram_matrix(const float* tokens, int64_t n, int64_t stride, float* gram, fl
 }
 
 // Tokens with a weight in one row of A; `hull` holds both the cell's pool and its reach, because a
-// centre that nobody wants keeps its first average.
+// centre without mass keeps its first average.
 int64_t listed(const TokenRect& hull, int32_t width, const float* row, int32_t* indices,
                float* weights) {
   int64_t count = 0;
@@ -140,9 +140,9 @@ void gram_distances(const TokenRect& hull, const TokenRect& reached, int32_t wid
 void gram_softmax(const std::vector<TokenRect>& reached, int32_t width, float tau,
                   const GramMemory& memory, int64_t n) {
   const int64_t ld = padded(n);
-  float* least = memory.least.get();
+  float* smallest = memory.smallest.get();
   float* total = memory.total.get();
-  std::fill_n(least, n, kInfinity);
+  std::fill_n(smallest, n, kInfinity);
   std::fill_n(total, n, 0.0f);
   const auto each = [&](const auto& f) {
     for (size_t cell = 0; cell < reached.size(); ++cell) {
@@ -155,12 +155,12 @@ void gram_softmax(const std::vector<TokenRect>& reached, int32_t width, float ta
   };
   each([&](float* distances, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      least[p] = distances[p] < least[p] ? distances[p] : least[p];
+      smallest[p] = distances[p] < smallest[p] ? distances[p] : smallest[p];
     }
   });
   each([&](float* distances, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      distances[p] = exp_nonpositive(-tau * (distances[p] - least[p]));
+      distances[p] = exp_nonpositive(-tau * (distances[p] - smallest[p]));
       total[p] += distances[p];
     }
   });
@@ -173,11 +173,11 @@ void gram_softmax(const std::vector<TokenRect>& reached, int32_t width, float ta
 
 template <typename T>
 void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const WindowView& window,
-                     const Settings& settings, GramMemory& memory) {
+                     const ClusterParams& params, GramMemory& memory) {
   const int64_t n = window.tokens(), k = window.cells();
   const int64_t stride = padded(tokens.channels), ld = padded(n);
   const int32_t width = window.width;
-  const float tau = settings.tau(window.image);
+  const float tau = params.tau(window.image);
   float* rows = memory.rows.get();
 
   load_tokens(tokens, window, 0, n, memory.tokens.get());
@@ -189,21 +189,21 @@ void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Wi
     const auto i = static_cast<int32_t>(cell / window.cell_columns);
     const auto j = static_cast<int32_t>(cell % window.cell_columns);
     const TokenRect pooled = pooled_rect(window, i, j);
-    reached[cell] = reached_rect(window, i, j, settings.radius);
+    reached[cell] = reached_rect(window, i, j, params.radius);
     hull[cell] = hull_of(pooled, reached[cell]);
     for (int32_t y = pooled.rows.begin; y < pooled.rows.end; ++y) {
       std::fill_n(rows + cell * ld + y * width + pooled.columns.begin, pooled.columns.size(),
                   1.0f / static_cast<float>(pooled.size()));
     }
   }
-  if (settings.iterations > 0) {
+  if (params.iterations > 0) {
     gram_matrix(memory.tokens.get(), n, stride, memory.gram.get(), memory.norms.get());
   }
 
   const auto list = [&](int64_t cell) {
     return listed(hull[cell], width, rows + cell * ld, memory.indices.get(), memory.weights.get());
   };
-  for (int64_t iteration = 0; iteration < settings.iterations; ++iteration) {
+  for (int64_t iteration = 0; iteration < params.iterations; ++iteration) {
     for (int64_t cell = 0; cell < k; ++cell) {
       if (!reached[cell].empty()) {
         gram_distances(hull[cell], reached[cell], width, list(cell), memory, n,
@@ -242,12 +242,12 @@ void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Wi
 
 // The softmax over one token's distances.
 void responsibilities(const float* distances, int64_t count, float tau, float* q) {
-  float least = kInfinity, total = 0.0f;
+  float smallest = kInfinity, total = 0.0f;
   for (int64_t slot = 0; slot < count; ++slot) {
-    least = distances[slot] < least ? distances[slot] : least;
+    smallest = distances[slot] < smallest ? distances[slot] : smallest;
   }
   for (int64_t slot = 0; slot < count; ++slot) {
-    q[slot] = exp_nonpositive(-tau * (distances[slot] - least));
+    q[slot] = exp_nonpositive(-tau * (distances[slot] - smallest));
     total += q[slot];
   }
   for (int64_t slot = 0; slot < count; ++slot) {
@@ -255,11 +255,11 @@ void responsibilities(const float* distances, int64_t count, float tau, float* q
   }
 }
 
-// The tokens that a cell gets a share of, with their shares of its mean; none where it gets
-// nothing.
+// The tokens with a responsibility for a cell, and their weights in its mean; none where the cell
+// has no mass.
 template <typename T>
-void list_shares(const Map<const T>& tokens, const WindowView& window, int32_t radius,
-                 const Candidates& candidates, int64_t cell, const float* q, Terms<T>& terms) {
+void list_members(const Map<const T>& tokens, const WindowView& window, int32_t radius,
+                  const Candidates& candidates, int64_t cell, const float* q, Terms<T>& terms) {
   const auto i = static_cast<int32_t>(cell / window.cell_columns);
   const auto j = static_cast<int32_t>(cell % window.cell_columns);
   const TokenRect rect = reached_rect(window, i, j, radius);
@@ -270,10 +270,11 @@ void list_shares(const Map<const T>& tokens, const WindowView& window, int32_t r
     const float* line = q + static_cast<int64_t>(y) * window.width * candidates.slots;
     for (int32_t x = rect.columns.begin; x < rect.columns.end; ++x) {
       const Range& across = candidates.columns[x];
-      const float share = line[x * candidates.slots + row * across.size() + j - across.begin];
-      if (share != 0.0f) {
-        mass += share;
-        terms.add(token_at(tokens, window, y, x), share);
+      const float responsibility =
+          line[x * candidates.slots + row * across.size() + j - across.begin];
+      if (responsibility != 0.0f) {
+        mass += responsibility;
+        terms.add(token_at(tokens, window, y, x), responsibility);
       }
     }
   }
@@ -284,15 +285,15 @@ void list_shares(const Map<const T>& tokens, const WindowView& window, int32_t r
 
 template <typename T>
 void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const WindowView& window,
-                      const Settings& settings) {
+                      const ClusterParams& params) {
   const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
-  const float tau = settings.tau(window.image);
-  const Candidates candidates(window, settings.radius);
+  const float tau = params.tau(window.image);
+  const Candidates candidates(window, params.radius);
   const int64_t slots = candidates.slots;
   Buffer s(k * stride), q(n * slots);
 
   initial_centres(tokens, window, s.get());
-  for (int64_t iteration = 0; iteration < settings.iterations; ++iteration) {
+  for (int64_t iteration = 0; iteration < params.iterations; ++iteration) {
     for_each_token(tokens, window, candidates, s.get(),
                    [&](int32_t y, int32_t x, const float*, const float* distances) {
                      const int64_t p = static_cast<int64_t>(y) * window.width + x;
@@ -301,7 +302,7 @@ void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const W
     at::parallel_for(0, k, 4, [&](int64_t begin, int64_t end) {
       Terms<T> terms;
       for (int64_t cell = begin; cell < end; ++cell) {
-        list_shares(tokens, window, settings.radius, candidates, cell, q.get(), terms);
+        list_members(tokens, window, params.radius, candidates, cell, q.get(), terms);
         if (!terms.rows.empty()) {
           terms.sum(tokens.channels, s.get() + cell * stride);
         }
@@ -312,27 +313,26 @@ void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const W
 }
 
 // Decided by sizes alone, never by the number of threads: the two forms differ in the last bits.
-bool gram_is_cheaper(const Settings& settings, bool has_window) {
-  const int64_t n = static_cast<int64_t>(settings.grid.rows.window) * settings.grid.columns.window;
-  const int64_t side = 2 * static_cast<int64_t>(settings.radius) + 1;
-  const int64_t slots = std::min<int64_t>(side, settings.grid.rows.clusters) *
-                        std::min<int64_t>(side, settings.grid.columns.clusters);
+bool gram_is_cheaper(const ClusterParams& params, bool has_window) {
+  const int64_t n = static_cast<int64_t>(params.grid.rows.window) * params.grid.columns.window;
+  const int64_t side = 2 * static_cast<int64_t>(params.radius) + 1;
+  const int64_t slots = std::min<int64_t>(side, params.grid.rows.clusters) *
+                        std::min<int64_t>(side, params.grid.columns.clusters);
   // Multiply-adds a token and channel: half a row of G, against a subtraction, a multiply-add and
   // the weighted sum for every candidate and iteration. Above 1024 tokens, G leaves the cache. A
   // whole image is best shared among the threads, which the Gram form does not do.
-  return has_window && n <= 1024 && n / 2 < 3 * settings.iterations * slots;
+  return has_window && n <= 1024 && n / 2 < 3 * params.iterations * slots;
 }
 
 template <typename T>
-void cluster(const at::Tensor& tokens, const at::Tensor& centres, const Settings& settings,
+void cluster(const at::Tensor& tokens, const at::Tensor& centres, const ClusterParams& params,
              bool has_window) {
   const auto from = read_map<T>(tokens);
   const auto to = write_map<T>(centres);
-  const Grid& grid = settings.grid;
-  if (!gram_is_cheaper(settings, has_window)) {
-    for_each_window(grid, tokens.size(0), [&](const WindowView& window) {
-      cluster_directly(from, to, window, settings);
-    });
+  const Grid& grid = params.grid;
+  if (!gram_is_cheaper(params, has_window)) {
+    for_each_window(grid, tokens.size(0),
+                    [&](const WindowView& window) { cluster_directly(from, to, window, params); });
     return;
   }
   const int64_t n = static_cast<int64_t>(grid.rows.max_real()) * grid.columns.max_real();
@@ -340,7 +340,7 @@ void cluster(const at::Tensor& tokens, const at::Tensor& centres, const Settings
   at::parallel_for(0, tokens.size(0) * grid.windows(), 1, [&](int64_t begin, int64_t end) {
     GramMemory memory(n, k, padded(from.channels));
     for (int64_t index = begin; index < end; ++index) {
-      cluster_by_gram(from, to, window_at(grid, index), settings, memory);
+      cluster_by_gram(from, to, window_at(grid, index), params, memory);
     }
   });
 }
@@ -361,11 +361,11 @@ at::Tensor token_cluster_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,
   }
   const at::Tensor tokens_ = with_dense_channels(tokens);
   const at::Tensor spread_ = spread.has_value() ? spread->contiguous() : at::Tensor();
-  const Settings settings{grid, iterations, static_cast<int32_t>(neighbourhood / 2),
-                          static_cast<float>(temperature),
-                          spread_.defined() ? spread_.const_data_ptr<float>() : nullptr};
+  const ClusterParams params{grid, iterations, static_cast<int32_t>(neighbourhood / 2),
+                             static_cast<float>(temperature),
+                             spread_.defined() ? spread_.const_data_ptr<float>() : nullptr};
   with_type(tokens.scalar_type(), [&](auto type) {
-    cluster<decltype(type)>(tokens_, centres, settings, window.has_value());
+    cluster<decltype(type)>(tokens_, centres, params, window.has_value());
   });
   return centres;
 }

@@ -1,7 +1,7 @@
-// The nearest centres of every token, and its weights for them; the twin is token_match_ref.
+// The nearest centres of every token, and its weights for them; the reference is token_match_ref.
 //
-// Distances come from products of tokens with centres, tile by tile; each tile is at once reduced
-// to the best few of every token, so that the matrix of all distances never exists.
+// Distances come from products of tokens with centres, tile by tile; each tile is reduced at once
+// to the nearest few of every token, so that the matrix of all distances never exists.
 #include <cfloat>
 #include <limits>
 
@@ -16,8 +16,8 @@ namespace {
 using namespace cpu;
 
 constexpr const char* kName = "token_match";
-// 96 tokens of 1024 channels take 384 KiB, which leaves room in the second-level cache; so many
-// tokens then share one pass over the centres, which come from the third.
+// 96 tokens of 1024 channels take 384 KiB, which leaves room in the L2 cache; all of them share one
+// pass over the centres, which come from the L3 cache.
 constexpr int64_t kTokens = 96;
 constexpr int64_t kCentres = 48;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -50,12 +50,13 @@ void insert_all(Match* best, int64_t topk, float norm, const float* norms, const
   int nearer = 0;
   for (int64_t j = 0; j < count; ++j) {
     const float sum = norm + norms[j];
-    // What is infinite is infinitely far: its product may be NaN.
+    // An infinite row is infinitely far, though its product may be NaN.
     const float distance = sum == kInfinity ? sum : sum - 2.0f * products[j];
     distances[j] = distance < 0.0f ? 0.0f : distance;
     nearer |= distances[j] < worst;
   }
-  // Most tiles hold nothing nearer than what was found before. An infinite worst is an empty place.
+  // Most tiles hold nothing nearer than what was found before. The list is not full yet where the
+  // worst is infinite.
   if (!nearer && worst <= FLT_MAX) {
     return;
   }
@@ -95,7 +96,7 @@ void match(const Map<const T>& tokens, const Map<const T>& centres, const Window
   const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
   Buffer s(k * stride), norms(k), mean(stride), zero(stride);
   load_cells(centres, window, s.get());
-  // Centres are means of tokens, so theirs is as good an origin, and there are fewer of them.
+  // Centres are means of tokens, so their mean is as good an origin as the tokens', and cheaper.
   centre_rows(s.get(), k, stride, mean.get());
   std::fill_n(zero.get(), stride, 0.0f);
   squared_distances(zero.get(), 1, s.get(), k, stride, norms.get(), k);

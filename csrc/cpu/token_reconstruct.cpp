@@ -1,4 +1,4 @@
-// The high-resolution map from refined centres; the twin is token_reconstruct_ref.
+// The high-resolution map from refined centres; the reference is token_reconstruct_ref.
 //
 // Every token sums topk rows of what is added to it, y - s (or y), read where they are: the bytes
 // of the maps bound the time, and tokens beside each other mostly look at the same rows.

@@ -1,4 +1,4 @@
-// The mean squared distance of tokens to their nearest initial centre; the twin is
+// The mean squared distance of tokens to their nearest initial centre; the reference is
 // token_spread_ref.
 //
 // Only the candidates of each token are measured, by differences: nothing cancels, whatever offset
@@ -18,20 +18,21 @@ using namespace cpu;
 
 constexpr const char* kName = "token_spread";
 
-// What is left of one window.
+// The sums of one window.
 struct Statistics {
   float* mean;     // (padded C), its mean token
   double scatter;  // sum of squared distances to `mean`
   double nearest;  // sum of squared distances to the nearest candidate
 };
 
-// The least of a token's distances. NaN wins, so that it is seen.
-float least_of(const float* distances, int64_t count) {
-  float least = std::numeric_limits<float>::infinity();
-  for (int64_t slot = 0; slot < count && !std::isnan(least); ++slot) {
-    least = distances[slot] < least || std::isnan(distances[slot]) ? distances[slot] : least;
+// The smallest of a token's distances, or NaN if there is one.
+float min_or_nan(const float* distances, int64_t count) {
+  float smallest = std::numeric_limits<float>::infinity();
+  for (int64_t slot = 0; slot < count && !std::isnan(smallest); ++slot) {
+    smallest =
+        distances[slot] < smallest || std::isnan(distances[slot]) ? distances[slot] : smallest;
   }
-  return least;
+  return smallest;
 }
 
 // The mean of a window's tokens: of every row of tokens first, then of these.
@@ -69,7 +70,7 @@ void measure(const Map<const T>& tokens, const WindowView& window, int32_t radiu
                  [&](int32_t y, int32_t x, const float* token, const float* distances) {
                    const int64_t p = static_cast<int64_t>(y) * window.width + x;
                    squared_distances(token, 1, out.mean, 1, stride, scatter.get() + p, 1);
-                   nearest.get()[p] = least_of(distances, candidates.count(y, x));
+                   nearest.get()[p] = min_or_nan(distances, candidates.count(y, x));
                  });
   out.scatter = out.nearest = 0.0;
   for (int64_t p = 0; p < n; ++p) {
@@ -78,16 +79,17 @@ void measure(const Map<const T>& tokens, const WindowView& window, int32_t radiu
   }
 }
 
-// Joins the windows of an image; the scatter of all is that within plus that between them.
+// Joins the windows of an image: the total scatter is that within the windows plus that between
+// them.
 float join(const Grid& grid, const Statistics* windows, int64_t stride) {
   const int64_t count = grid.windows();
   const double tokens = static_cast<double>(grid.rows.size) * grid.columns.size;
   std::vector<double> mean(stride, 0.0);
   double nearest = 0.0, scatter = 0.0;
   for (int64_t w = 0; w < count; ++w) {
-    const auto share = static_cast<double>(window_at(grid, w).tokens()) / tokens;
+    const auto fraction = static_cast<double>(window_at(grid, w).tokens()) / tokens;
     for (int64_t c = 0; c < stride; ++c) {
-      mean[c] += share * windows[w].mean[c];
+      mean[c] += fraction * windows[w].mean[c];
     }
     nearest += windows[w].nearest;
     scatter += windows[w].scatter;
@@ -101,8 +103,8 @@ float join(const Grid& grid, const Statistics* windows, int64_t stride) {
     scatter += between * static_cast<double>(window_at(grid, w).tokens());
   }
   const auto spread = static_cast<float>(nearest / tokens);
-  const float least = kSpreadFloor * static_cast<float>(scatter / tokens) + FLT_MIN;
-  return spread < least ? least : spread;  // a NaN stays
+  const float floor = kSpreadFloor * static_cast<float>(scatter / tokens) + FLT_MIN;
+  return spread < floor ? floor : spread;  // a NaN stays
 }
 
 at::Tensor token_spread_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,

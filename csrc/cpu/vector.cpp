@@ -304,31 +304,32 @@ EXPEDITE_INLINE void weighted_body(const Start& start, const Rows& rows,
   weighted_rest(start, rows, subtracted, weights, count, c, columns, out);
 }
 
-constexpr int kNarrow = 32;
+constexpr int kVectorBytes = 32;
 
 #if defined(__x86_64__)
-constexpr int kWide = 64;
-#define EXPEDITE_WIDE [[gnu::target("avx512f")]]
+constexpr int kAvx512Bytes = 64;
+#define EXPEDITE_AVX512 [[gnu::target("avx512f")]]
 
-bool wide() {
+bool use_avx512() {
   static const bool answer = at::get_cpu_capability() == "AVX512";
   return answer;
 }
 
-EXPEDITE_WIDE void dots_wide(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld,
-                             float* out, int64_t ldo) {
-  dots_body<kWide>(a, na, b, nb, ld, out, ldo);
+EXPEDITE_AVX512 void dots_avx512(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld,
+                                 float* out, int64_t ldo) {
+  dots_body<kAvx512Bytes>(a, na, b, nb, ld, out, ldo);
 }
 
-EXPEDITE_WIDE void squared_distances_wide(const float* a, int64_t na, const float* b, int64_t nb,
-                                          int64_t ld, float* out, int64_t ldo) {
-  squared_distances_body<kWide>(a, na, b, nb, ld, out, ldo);
+EXPEDITE_AVX512 void squared_distances_avx512(const float* a, int64_t na, const float* b,
+                                              int64_t nb, int64_t ld, float* out, int64_t ldo) {
+  squared_distances_body<kAvx512Bytes>(a, na, b, nb, ld, out, ldo);
 }
 
 template <typename Start, typename Rows, typename Subtracted>
-EXPEDITE_WIDE void weighted_wide(const Start& start, const Rows& rows, const Subtracted& subtracted,
-                                 const float* weights, int64_t count, int64_t columns, float* out) {
-  weighted_body<kWide>(start, rows, subtracted, weights, count, columns, out);
+EXPEDITE_AVX512 void weighted_avx512(const Start& start, const Rows& rows,
+                                     const Subtracted& subtracted, const float* weights,
+                                     int64_t count, int64_t columns, float* out) {
+  weighted_body<kAvx512Bytes>(start, rows, subtracted, weights, count, columns, out);
 }
 #endif
 
@@ -336,11 +337,11 @@ template <typename Start, typename Rows, typename Subtracted>
 void weighted(const Start& start, const Rows& rows, const Subtracted& subtracted,
               const float* weights, int64_t count, int64_t columns, float* out) {
 #if defined(__x86_64__)
-  if (wide()) {
-    return weighted_wide(start, rows, subtracted, weights, count, columns, out);
+  if (use_avx512()) {
+    return weighted_avx512(start, rows, subtracted, weights, count, columns, out);
   }
 #endif
-  weighted_body<kNarrow>(start, rows, subtracted, weights, count, columns, out);
+  weighted_body<kVectorBytes>(start, rows, subtracted, weights, count, columns, out);
 }
 
 }  // namespace
@@ -348,21 +349,21 @@ void weighted(const Start& start, const Rows& rows, const Subtracted& subtracted
 void dots(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld, float* out,
           int64_t ldo) {
 #if defined(__x86_64__)
-  if (wide()) {
-    return dots_wide(a, na, b, nb, ld, out, ldo);
+  if (use_avx512()) {
+    return dots_avx512(a, na, b, nb, ld, out, ldo);
   }
 #endif
-  dots_body<kNarrow>(a, na, b, nb, ld, out, ldo);
+  dots_body<kVectorBytes>(a, na, b, nb, ld, out, ldo);
 }
 
 void squared_distances(const float* a, int64_t na, const float* b, int64_t nb, int64_t ld,
                        float* out, int64_t ldo) {
 #if defined(__x86_64__)
-  if (wide()) {
-    return squared_distances_wide(a, na, b, nb, ld, out, ldo);
+  if (use_avx512()) {
+    return squared_distances_avx512(a, na, b, nb, ld, out, ldo);
   }
 #endif
-  squared_distances_body<kNarrow>(a, na, b, nb, ld, out, ldo);
+  squared_distances_body<kVectorBytes>(a, na, b, nb, ld, out, ldo);
 }
 
 template <typename T>

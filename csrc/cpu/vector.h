@@ -60,13 +60,13 @@ template <typename T>
 void add_weighted_differences(const T* start, const T* const* rows, const T* const* subtracted,
                               const float* weights, int64_t count, int64_t columns, float* out);
 
-// exp(x) for x <= 0 to about 1e-7 relative, 0 below kLeastExponent, NaN for NaN. Free of branches
+// exp(x) for x <= 0 to about 1e-7 relative, 0 below kMinExponent, NaN for NaN. Free of branches
 // and calls, so that loops over it become vector code.
 inline float exp_nonpositive(float x) {
   constexpr float kLog2e = 1.44269504f;
   constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;  // their sum is ln 2
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer below
-  const float y = x < kLeastExponent ? kLeastExponent : x;
+  const float y = x < kMinExponent ? kMinExponent : x;
   const float shifted = y * kLog2e + kRound;
   const float n = shifted - kRound;
   const float r = (y - n * kLn2High) - n * kLn2Low;  // |r| <= ln(2) / 2
@@ -80,7 +80,7 @@ inline float exp_nonpositive(float x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const float scale = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
-  return x < kLeastExponent ? 0.0f : p * scale;
+  return x < kMinExponent ? 0.0f : p * scale;
 }
 
 // Widens `n` values to floats and pads them.

@@ -13,10 +13,10 @@
 
 namespace expedite_d2::cpu {
 
-// Calls f(window) for every window of the batch. Many windows are shared out among the threads; of
-// few windows, whose shares would be uneven, each is left to all threads, which `f` uses by
-// at::parallel_for (within a parallel region that runs serially). Results must not depend on which
-// of the two it is.
+// Calls f(window) for every window of the batch. Many windows are divided among the threads; few
+// windows, which would divide unevenly, are processed one after the other, and `f` uses all threads
+// by at::parallel_for (which runs serially within a parallel region). Results must not depend on
+// which of the two it is.
 template <typename F>
 void for_each_window(const Grid& grid, int64_t batch, const F& f) {
   const int64_t count = batch * grid.windows();

@@ -2,9 +2,9 @@
 // direct form of token_cluster.
 //
 // A warp takes a pair of neighbours in a row of tokens, whose candidates are mostly the same, so
-// that a centre serves both when it is read. A block takes neighbouring pairs and goes through the
-// channels with all of them, so that most centres come from the first-level cache. Differences are
-// squared, so a large common offset of all tokens cancels before it can cost precision.
+// that each centre that is read serves both. A block takes neighbouring pairs and goes through the
+// channels with all of them, so that most centres come from the L1 cache. Differences are squared,
+// so a large common offset of all tokens cancels before it can cost precision.
 #pragma once
 
 #include <algorithm>
@@ -14,36 +14,36 @@
 
 namespace expedite_d2::cuda {
 
-// Tokens that a warp looks at together.
+// Tokens that a warp processes together.
 constexpr int kPair = 2;
-// Pairs of a block that lie side by side.
+// Pairs of a block in one row of tokens.
 constexpr int kPairsAcross = 2;
-// Candidates whose reads are in flight together: those of a pair often are a multiple of five.
+// Candidates whose reads are in flight together: a pair often has a multiple of five.
 constexpr int kAtOnce = 5;
-// So many blocks fill any GPU; with fewer, two warps share the channels of a pair.
+// This many blocks fill any GPU; with fewer, two warps split the channels of a pair.
 constexpr int64_t kEnoughBlocks = 512;
 
-// How the work is divided: a block for a tile of pairs.
+// How the work is divided: one block per tile of pairs.
 struct PairTiles {
   int32_t rows, columns;  // of tiles
   int32_t height;         // rows of tokens in a tile
   int32_t window_pairs;   // in a row of a window
-  int32_t shares;         // warps that share the channels of a pair, 1 or kPair
+  int32_t splits;         // warps that split the channels of a pair, 1 or kPair
   int32_t candidates;     // of a pair, at most
   int64_t blocks;
 
-  PairTiles(const Grid& grid, Slots slots, int64_t batch) {
+  PairTiles(const Grid& grid, CandidateShape shape, int64_t batch) {
     const WindowAxis& across = grid.columns;
     window_pairs = ceil_div(across.max_real(), kPair);
     columns = ceil_div(across.windows() * window_pairs, kPairsAcross);
-    // A token's neighbour has its home at most so many cells further.
+    // Home cells of neighbouring tokens are at most this many cells apart.
     const int32_t step = ceil_div(across.clusters, across.window);
-    candidates = slots.rows * std::min(across.clusters, slots.columns + step);
-    for (shares = 1;; shares = kPair) {
-      height = kWarps / kPairsAcross / shares;
+    candidates = shape.rows * std::min(across.clusters, shape.columns + step);
+    for (splits = 1;; splits = kPair) {
+      height = kWarps / kPairsAcross / splits;
       rows = ceil_div(grid.rows.size, height);
       blocks = batch * rows * columns;
-      if (blocks >= kEnoughBlocks || shares == kPair) {
+      if (blocks >= kEnoughBlocks || splits == kPair) {
         break;
       }
     }
@@ -58,13 +58,13 @@ struct TokenPair {
   int32_t tokens;                             // there may be one or none
   int32_t candidates, across, centre_stride;  // lie in rows of `across`, so far apart
   int32_t skipped[kPair], width[kPair];       // columns that are candidates of each token
-  int32_t shares, share;
+  int32_t splits, split;
 
   __device__ void set(const Grid& grid, int radius, const PairTiles& tiles) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    shares = tiles.shares;
-    share = shares == 1 ? 0 : warp % kPair;
-    const int n = shares == 1 ? warp : warp / kPair;
+    splits = tiles.splits;
+    split = splits == 1 ? 0 : warp % kPair;
+    const int n = splits == 1 ? warp : warp / kPair;
     const Position at = position(blockIdx.x, tiles.rows, tiles.columns);
     const int32_t y = at.row * tiles.height + n / kPairsAcross;
     const int32_t pair = at.column * kPairsAcross + n % kPairsAcross;
@@ -101,7 +101,8 @@ struct TokenPair {
     return first_centre + int64_t{n / across} * centre_stride + n % across;
   }
 
-  // Where candidate n stands among those of token t, in rows of `columns`; -1 if it is none.
+  // The place of candidate n among those of token t, in rows of `columns`; -1 if it is none of
+  // them.
   __device__ int32_t slot(int t, int32_t n, int32_t columns) const {
     if (n >= candidates) {
       return -1;  // of a pair without tokens nothing below is set
@@ -110,11 +111,11 @@ struct TokenPair {
     return column >= 0 && column < width[t] ? n / across * columns + column : -1;
   }
 
-  // Whether token t exists and it is this warp that makes something of its distances.
-  __device__ bool owns(int t) const { return t < tokens && (shares == 1 || t == share); }
+  // Whether token t exists and this warp is the one that uses its distances.
+  __device__ bool owns(int t) const { return t < tokens && (splits == 1 || t == split); }
 };
 
-// That of this warp. Not in the registers of each thread, which the sums need.
+// This warp's pair, in shared memory, because the sums need the registers.
 __device__ __forceinline__ const TokenPair& token_pair(const Grid& grid, int radius,
                                                        const PairTiles& tiles) {
   __shared__ TokenPair pairs[kWarps];
@@ -126,30 +127,30 @@ __device__ __forceinline__ const TokenPair& token_pair(const Grid& grid, int rad
   return pair;
 }
 
-// Squared distances of a pair's tokens to candidate first + lane; what is returned where there is
-// no such token or candidate has no meaning. By all threads of a block.
-// Most of what is read is float32, of which 16 bytes are few channels: V is not more, for any type.
+// Squared distances of a pair's tokens to candidate first + lane; undefined where there is no such
+// token or candidate. By all threads of a block. V is at most a 16-byte read of the centres, which
+// are float32 and most of what is read.
 template <int V, typename T>
 __device__ __forceinline__ void pair_distances(const T* tokens, const float* centres,
                                                const TokenPair& pair, int32_t first, int channels,
                                                float (&distances)[kPair]) {
-  static_assert(V <= kWide<float>);
+  static_assert(V <= kVectorSize<float>);
   __shared__ int64_t offsets[kWarps][kWarp];
   __shared__ float sums[kWarps][kPair][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int32_t count = pair.candidates - first;
   if (count > 0) {
-    // Offsets of before have been read.
+    // All lanes have read the previous offsets.
     __syncwarp();
     offsets[warp][lane] = pair.centre(first + min(lane, count - 1)) * channels;
     __syncwarp();
     const T* z = tokens + pair.first_token * channels;
     const int beside = pair.tokens == kPair ? channels : 0;
     float partial[kPair][kWarp] = {};
-    const int start = (pair.share * kWarp + lane) * V;
-    const int step = pair.shares * kWarp * V;
-    // Advanced, and not found anew for each candidate.
+    const int start = (pair.split * kWarp + lane) * V;
+    const int step = pair.splits * kWarp * V;
+    // Advanced with the channels, not computed anew for each candidate.
     const float* from = centres + start;
     // Channels outside and candidates inside: the tokens are read once.
 #pragma unroll 1
@@ -184,8 +185,8 @@ __device__ __forceinline__ void pair_distances(const T* tokens, const float* cen
     distances[0] = warp_sums(partial[0]);
     distances[1] = warp_sums(partial[1]);
   }
-  if (pair.shares > 1) {
-    // Sums of before have been read.
+  if (pair.splits > 1) {
+    // All warps have read the previous sums.
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < kPair; ++t) {
@@ -194,7 +195,7 @@ __device__ __forceinline__ void pair_distances(const T* tokens, const float* cen
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < kPair; ++t) {
-      distances[t] = sums[warp - pair.share][t][lane] + sums[warp - pair.share + 1][t][lane];
+      distances[t] = sums[warp - pair.split][t][lane] + sums[warp - pair.split + 1][t][lane];
     }
   }
 }

@@ -32,7 +32,7 @@ inline Type kernel_type(const at::Tensor& tensor) {
   }
 }
 
-// The kernels count channels in 32 bits, with room to step over the end, and the bytes of a row.
+// The kernels count channels in 32 bits, with room to step past the end, and the bytes of a row.
 inline int checked_channels(const char* op, const at::Tensor& map) {
   TORCH_CHECK_VALUE(map.size(3) < (1 << 30), op, ": expected fewer than 2**30 channels, got ",
                     map.size(3));
@@ -82,7 +82,7 @@ inline GramPlan make_gram_plan(const Tokens& tokens) {
   return gram_plan(tokens, shared_memory_limit(), device_attribute(cudaDevAttrMultiProcessorCount));
 }
 
-inline void run_gram(const Tokens& tokens, const GramPlan& plan, const GramReduction& reduction,
+inline void run_gram(const Tokens& tokens, const GramPlan& plan, const ReduceParams& reduction,
                      const at::TensorOptions& options) {
   const at::Tensor scratch = at::empty({plan.scratch}, options.dtype(at::kFloat));
   C10_CUDA_CHECK(launch_token_reduce(tokens, plan, reduction, scratch.mutable_data_ptr<float>()));

@@ -36,27 +36,27 @@ cudaError_t launch_token_spread(const Tokens& tokens, int radius,
                                 float* nearest,     // scratch (B, H, W)
                                 float* deviation);  // scratch (B, H, W)
 
-// Candidates that a token may have along rows and columns of cells: the shape of its
+// The most candidates that a token has along rows and columns of cells: the shape of its
 // responsibilities.
-struct Slots {
+struct CandidateShape {
   int32_t rows;
   int32_t columns;
 };
-Slots candidate_slots(const Grid& grid, int radius);
+CandidateShape candidate_shape(const Grid& grid, int radius);
 
 // Any size. `iterations` 0 needs no scratch; float32 tokens need no `scratch_centres`.
 cudaError_t launch_token_cluster(const Tokens& tokens, int64_t iterations, int radius,
                                  Temperature temperature,
                                  void* centres,             // (B, h', w', C)
                                  float* scratch_centres,    // scratch (B, h', w', C)
-                                 float* responsibilities);  // scratch (B, H, W, slots)
+                                 float* responsibilities);  // scratch (B, H, W, shape)
 
 // token_cluster or token_reduce for small windows, whose Gram matrices fit into shared memory.
-struct GramReduction {
+struct ReduceParams {
   int64_t iterations;
   int radius;
   Temperature temperature;
-  bool automatic;  // divides the temperature by the spread, which it measures
+  bool automatic;  // measures the spread, and divides the temperature by it
   float* spread;   // (B,), written if automatic
   void* centres;   // (B, h', w', C)
   int topk;
@@ -64,33 +64,33 @@ struct GramReduction {
   float* weights;    // (B, H, W, topk)
 };
 
-// How the work is divided, from sizes alone. `splits` is 0 where this path does not fit the device
-// or would need too much scratch.
+// How the work is divided, from sizes alone. `splits` is 0 where windows do not fit the device or
+// would need too much scratch.
 struct GramPlan {
-  int splits;       // blocks for the Gram matrix of a window
-  int share;        // channels of each
-  int64_t room;     // floats of scratch of each window, besides its mean
-  int64_t scratch;  // floats of scratch in all
+  int splits;                 // blocks for the Gram matrix of a window
+  int channels_per_split;     // channels of each
+  int64_t floats_per_window;  // floats of scratch of each window, besides its mean
+  int64_t scratch;            // floats of scratch in all
 };
 // `shared_memory`: bytes that a block may have.
 GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocessors);
 // `scratch` is aligned to 32 bytes.
 cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
-                                const GramReduction& reduction, float* scratch);
+                                const ReduceParams& reduction, float* scratch);
 
-// Parts that the centres are divided into, each with a list of topk for every token. One part needs
-// no scratch.
+// Parts that the centres are divided into, each with a list of topk for every token. A single part
+// needs no scratch.
 int match_parts(const Tokens& tokens, int topk, int multiprocessors);
 cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocessors,
                                Temperature temperature,
                                const void* centres,  // (B, h', w', C)
                                float* distances,     // scratch (B, H, W, parts, topk) or null
-                               int32_t* picks,       // scratch (B, H, W, parts, topk) or null
+                               int32_t* neighbours,  // scratch (B, H, W, parts, topk) or null
                                int32_t* indices,     // (B, H, W, topk)
                                float* weights);      // (B, H, W, topk)
 
 // Sizes for all of token_reconstruct's tensors; N tokens and K centres an image.
-struct Reconstruction {
+struct ReconstructParams {
   Type type;
   int64_t batch;
   int64_t tokens;
@@ -99,7 +99,7 @@ struct Reconstruction {
   int channels;
   cudaStream_t stream;
 };
-cudaError_t launch_token_reconstruct(const Reconstruction& sizes,
+cudaError_t launch_token_reconstruct(const ReconstructParams& sizes,
                                      const void* refined,     // (B, K, C)
                                      const int32_t* indices,  // (B, N, topk)
                                      const float* weights,    // (B, N, topk)
@@ -109,8 +109,8 @@ cudaError_t launch_token_reconstruct(const Reconstruction& sizes,
 
 // Sizes for all of ms_deform_attn's tensors. Those of the levels go to the kernel by value: nothing
 // is copied to the device.
-constexpr int kMostLevels = 16;
-struct Deformation {
+constexpr int kMaxLevels = 16;
+struct DeformAttnParams {
   Type type;
   int64_t batch;
   int64_t rows;  // S, of all maps
@@ -120,19 +120,19 @@ struct Deformation {
   int stride;    // heads * D, of one row
   int levels;
   int points;
-  int32_t height[kMostLevels];
-  int32_t width[kMostLevels];
-  int32_t start[kMostLevels];  // first row of the level's map
+  int32_t height[kMaxLevels];
+  int32_t width[kMaxLevels];
+  int32_t start[kMaxLevels];  // first row of the level's map
   cudaStream_t stream;
 };
 // `locations` and their gradient are aligned to 8 bytes.
-cudaError_t launch_ms_deform_attn(const Deformation& sizes,
+cudaError_t launch_ms_deform_attn(const DeformAttnParams& sizes,
                                   const void* value,       // (B, S, heads, D)
                                   const float* locations,  // (B, Q, heads, levels, points, 2)
                                   const float* weights,    // (B, Q, heads, levels, points)
                                   void* out);              // (B, Q, heads, D)
 cudaError_t launch_ms_deform_attn_backward(
-    const Deformation& sizes,
+    const DeformAttnParams& sizes,
     const void* grad,        // (B, Q, heads, D)
     const void* value,       // (B, S, heads, D)
     const float* locations,  // (B, Q, heads, levels, points, 2)

@@ -9,11 +9,11 @@ namespace expedite_d2::cuda {
 namespace {
 
 // Dense tensors on the current device and stream, already checked.
-Deformation make_deformation(const char* op, const at::Tensor& value,
+DeformAttnParams make_params(const char* op, const at::Tensor& value,
                              at::IntArrayRef spatial_shapes, at::IntArrayRef level_start,
                              const at::Tensor& locations) {
   const auto levels = static_cast<int64_t>(level_start.size());
-  TORCH_CHECK_VALUE(levels <= kMostLevels, op, ": expected spatial_shapes of at most ", kMostLevels,
+  TORCH_CHECK_VALUE(levels <= kMaxLevels, op, ": expected spatial_shapes of at most ", kMaxLevels,
                     " levels, got ", levels);
   TORCH_CHECK_VALUE(locations.size(4) <= (1 << 30), op,
                     ": expected sampling_locations of at most 2**30 points, got ",
@@ -21,19 +21,19 @@ Deformation make_deformation(const char* op, const at::Tensor& value,
   TORCH_CHECK_VALUE(value.size(2) <= ((1 << 30) - 1) / value.size(3), op,
                     ": expected value of fewer than 2**30 channels in all heads, got ",
                     value.size(2), " heads of ", value.size(3));
-  Deformation sizes{kernel_type(value),
-                    value.size(0),
-                    value.size(1),
-                    locations.size(1),
-                    value.size(2),
-                    checked_channels(op, value),
-                    static_cast<int>(value.size(2) * value.size(3)),
-                    static_cast<int>(levels),
-                    static_cast<int>(locations.size(4)),
-                    {},
-                    {},
-                    {},
-                    c10::cuda::getCurrentCUDAStream().stream()};
+  DeformAttnParams sizes{kernel_type(value),
+                         value.size(0),
+                         value.size(1),
+                         locations.size(1),
+                         value.size(2),
+                         checked_channels(op, value),
+                         static_cast<int>(value.size(2) * value.size(3)),
+                         static_cast<int>(levels),
+                         static_cast<int>(locations.size(4)),
+                         {},
+                         {},
+                         {},
+                         c10::cuda::getCurrentCUDAStream().stream()};
   for (int64_t level = 0; level < levels; ++level) {
     sizes.height[level] = static_cast<int32_t>(spatial_shapes[2 * level]);
     sizes.width[level] = static_cast<int32_t>(spatial_shapes[2 * level + 1]);
@@ -66,8 +66,8 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value,                // (B, S,
   const at::Tensor value_ = value.contiguous();
   const at::Tensor locations_ = dense_locations(sampling_locations);
   const at::Tensor weights_ = attention_weights.to(at::kFloat).contiguous();
-  const Deformation sizes =
-      make_deformation(op, value, spatial_shapes, level_start, sampling_locations);
+  const DeformAttnParams sizes =
+      make_params(op, value, spatial_shapes, level_start, sampling_locations);
   C10_CUDA_CHECK(launch_ms_deform_attn(sizes, value_.const_data_ptr(),
                                        locations_.const_data_ptr<float>(),
                                        weights_.const_data_ptr<float>(), out.mutable_data_ptr()));
@@ -96,8 +96,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(
     const at::Tensor value_ = value.contiguous();
     const at::Tensor locations_ = dense_locations(sampling_locations);
     const at::Tensor weights_ = attention_weights.to(at::kFloat).contiguous();
-    const Deformation sizes =
-        make_deformation(op, value, spatial_shapes, level_start, sampling_locations);
+    const DeformAttnParams sizes =
+        make_params(op, value, spatial_shapes, level_start, sampling_locations);
     C10_CUDA_CHECK(launch_ms_deform_attn_backward(
         sizes, grad_.const_data_ptr(), value_.const_data_ptr(), locations_.const_data_ptr<float>(),
         weights_.const_data_ptr<float>(), grad_value.mutable_data_ptr<float>(),

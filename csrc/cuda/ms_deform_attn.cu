@@ -1,10 +1,9 @@
 // ms_deform_attn: samples of feature maps, weighted, for every query and head; and its gradients.
 //
 // A few lanes, a power of two, share one query and head and read its channels 16 bytes at a time.
-// They fetch their samples side by side: each lane finds the pixels around one of them and their
-// weights, and hands these over to the others through shared memory. A block takes neighbouring
-// queries of one head, whose samples overlap in the cache, and blocks that follow one another take
-// the other heads, whose locations lie in between.
+// Each lane finds the pixels around one sample and their weights, and passes them to the other
+// lanes through shared memory. A block takes neighbouring queries of one head, whose samples
+// overlap in the cache; consecutive blocks take the other heads, whose locations lie in between.
 #include "cuda/utils.cuh"
 
 namespace expedite_d2::cuda {
@@ -20,39 +19,39 @@ struct Item {
   bool exists;     // false beyond the last query
   int lane, lanes;
 
-  __device__ Item(const Deformation& sizes, int lanes_log2, uint32_t tiles) {
+  __device__ Item(const DeformAttnParams& params, int lanes_log2, uint32_t tiles) {
     lanes = 1 << lanes_log2;
     lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     // 32-bit divisions: there are fewer than 2**31 blocks, and so heads and tiles.
-    const auto heads = static_cast<uint32_t>(sizes.heads);
+    const auto heads = static_cast<uint32_t>(params.heads);
     const uint32_t head = blockIdx.x % heads, tile = blockIdx.x / heads;
     const int64_t image = tile / tiles;
     const int64_t query =
         int64_t{tile % tiles} * (kThreads >> lanes_log2) + (threadIdx.x >> lanes_log2);
-    exists = query < sizes.queries;
-    index = (image * sizes.queries + query) * sizes.heads + head;
-    origin = (image * sizes.rows * sizes.heads + head) * sizes.channels;
+    exists = query < params.queries;
+    index = (image * params.queries + query) * params.heads + head;
+    origin = (image * params.rows * params.heads + head) * params.channels;
   }
 };
 
-// A sample as the lane has it that fetches it. Its pixels: top left, top right, bottom left, bottom
+// A sample, held by the lane that found it. Its pixels: top left, top right, bottom left, bottom
 // right.
 struct Sample {
-  float weight;                   // as its slopes have it: 0 outside of the map
+  float weight;                   // for the gradients of its location: 0 outside of the map
   float right, bottom;            // how far it is from the left and the top pixels, from 0 to 1
-  Pack<float, kCorners> weights;  // shares of its full weight
+  Pack<float, kCorners> weights;  // its weight, divided among the pixels
   Pack<int, kCorners> rows;       // of value; -1 where there is no pixel
 
-  __device__ Sample(const Deformation& sizes, const Item& item, int level, int point,
+  __device__ Sample(const DeformAttnParams& params, const Item& item, int level, int point,
                     const float* locations, const float* attention) {
     // In pixels. Outside of the map x and y are -2, so that no corner is inside.
     float x = -2.f, y = -2.f;
     bool nan = false;
     float full = 0.f;
     weight = 0.f;
-    const int width = sizes.width[level], height = sizes.height[level];
-    if (item.exists && point < sizes.points) {
-      const int64_t at = (item.index * sizes.levels + level) * sizes.points + point;
+    const int width = params.width[level], height = params.height[level];
+    if (item.exists && point < params.points) {
+      const int64_t at = (item.index * params.levels + level) * params.points + point;
       float location[2];
       load<2>(locations + 2 * at, location);
       const float limits[2] = {static_cast<float>(width), static_cast<float>(height)};
@@ -65,7 +64,7 @@ struct Sample {
       x = inside ? place[0] : x;
       y = inside ? place[1] : y;
       full = nan ? nanf("") : attention[at];
-      // Where there is no slope even a weight that is NaN makes none.
+      // Outside of the map there is no gradient, even if the weight is NaN.
       weight = inside || nan ? full : 0.f;
     }
     const float left = floorf(x), top = floorf(y);
@@ -76,21 +75,21 @@ struct Sample {
     const int column = static_cast<int>(left), row = static_cast<int>(top);
     const bool has_left = column >= 0, has_right = column >= -1 && column + 1 < width;
     const bool has_top = row >= 0, has_bottom = row >= -1 && row + 1 < height;
-    const int first = sizes.start[level] + row * width + column;
+    const int first = params.start[level] + row * width + column;
     rows = {has_top && has_left ? first : -1, has_top && has_right ? first + 1 : -1,
             has_bottom && has_left ? first + width : -1,
             has_bottom && has_right ? first + width + 1 : -1};
   }
 };
 
-// The samples that the lanes of a block have fetched. Pixels and weights apart, so that
-// neighbouring items read different banks.
+// The samples of all lanes of a block. Pixels and weights are separate arrays, so that neighbouring
+// items read different banks.
 struct Samples {
   Pack<float, kCorners> weights[kThreads];
   Pack<int, kCorners> rows[kThreads];
 
-  __device__ void put(const Sample& sample) {
-    // Others of the warp may still read what the lane has put before.
+  __device__ void to_shared(const Sample& sample) {
+    // Other lanes may still read this lane's previous sample.
     __syncwarp();
     weights[threadIdx.x] = sample.weights;
     rows[threadIdx.x] = sample.rows;
@@ -99,30 +98,30 @@ struct Samples {
 };
 
 // out_qh = sum over levels and points of weight * value at the location. The reads of two samples
-// are under way together, within the registers of three blocks a multiprocessor.
+// are in flight together, within the registers of three blocks per multiprocessor.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
-    attend_kernel(const Deformation sizes, int lanes_log2, uint32_t tiles,
+    attend_kernel(const DeformAttnParams params, int lanes_log2, uint32_t tiles,
                   const T* __restrict__ value,          // (B, S, heads, D)
                   const float* __restrict__ locations,  // (B, Q, heads, levels, points, 2)
                   const float* __restrict__ weights,    // (B, Q, heads, levels, points)
                   T* __restrict__ out) {                // (B, Q, heads, D)
   __shared__ Samples samples;
-  const Item item(sizes, lanes_log2, tiles);
+  const Item item(params, lanes_log2, tiles);
   const int first = static_cast<int>(threadIdx.x) - item.lane;
-  const uint32_t row_bytes = sizes.stride * sizeof(T);
-  for (int block = 0; block < sizes.channels; block += item.lanes * V) {
+  const uint32_t row_bytes = params.stride * sizeof(T);
+  for (int block = 0; block < params.channels; block += item.lanes * V) {
     const int c = block + item.lane * V;
-    const bool has_channels = c < sizes.channels;
+    const bool has_channels = c < params.channels;
     const T* from = value + item.origin + c;
     float sum[V] = {};
-    for (int level = 0; level < sizes.levels; ++level) {
-      for (int point = 0; point < sizes.points; point += item.lanes) {
-        samples.put(Sample(sizes, item, level, point + item.lane, locations, weights));
-        const int count = min(item.lanes, sizes.points - point);
+    for (int level = 0; level < params.levels; ++level) {
+      for (int point = 0; point < params.points; point += item.lanes) {
+        samples.to_shared(Sample(params, item, level, point + item.lane, locations, weights));
+        const int count = min(item.lanes, params.points - point);
 #pragma unroll 2
         for (int j = 0; j < count; ++j) {
-          const Pack<float, kCorners> shares = samples.weights[first + j];
+          const Pack<float, kCorners> corner_weights = samples.weights[first + j];
           const Pack<int, kCorners> rows = samples.rows[first + j];
           Raw<T, V> raw[kCorners];
 #pragma unroll
@@ -136,14 +135,14 @@ __global__ void __launch_bounds__(kThreads, 3)
             unpack<T>(raw[t], pixel);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              sum[v] = fmaf(shares.values[t], pixel[v], sum[v]);
+              sum[v] = fmaf(corner_weights.values[t], pixel[v], sum[v]);
             }
           }
         }
       }
     }
     if (item.exists && has_channels) {
-      store<V>(out + item.index * sizes.channels + c, sum);
+      store<V>(out + item.index * params.channels + c, sum);
     }
   }
 }
@@ -181,7 +180,7 @@ __device__ __forceinline__ void atomic_add(float* to, float factor, const float 
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 1)
-    differentiate_kernel(const Deformation sizes, int lanes_log2, uint32_t tiles,
+    differentiate_kernel(const DeformAttnParams params, int lanes_log2, uint32_t tiles,
                          const T* __restrict__ grad,           // (B, Q, heads, D)
                          const T* __restrict__ value,          // (B, S, heads, D)
                          const float* __restrict__ locations,  // (B, Q, heads, levels, points, 2)
@@ -190,25 +189,25 @@ __global__ void __launch_bounds__(kThreads, 1)
                          float* __restrict__ grad_locations,   // (B, Q, heads, levels, points, 2)
                          float* __restrict__ grad_weights) {   // (B, Q, heads, levels, points)
   __shared__ Samples samples;
-  const Item item(sizes, lanes_log2, tiles);
+  const Item item(params, lanes_log2, tiles);
   const int first = static_cast<int>(threadIdx.x) - item.lane;
-  const uint32_t row_bytes = sizes.stride * sizeof(T);
-  const uint32_t grad_row_bytes = sizes.stride * sizeof(float);
-  for (int level = 0; level < sizes.levels; ++level) {
-    for (int point = 0; point < sizes.points; point += item.lanes) {
-      const Sample own(sizes, item, level, point + item.lane, locations, weights);
-      samples.put(own);
-      const int count = min(item.lanes, sizes.points - point);
+  const uint32_t row_bytes = params.stride * sizeof(T);
+  const uint32_t grad_row_bytes = params.stride * sizeof(float);
+  for (int level = 0; level < params.levels; ++level) {
+    for (int point = 0; point < params.points; point += item.lanes) {
+      const Sample own(params, item, level, point + item.lane, locations, weights);
+      samples.to_shared(own);
+      const int count = min(item.lanes, params.points - point);
       float along_x = 0.f, along_y = 0.f, sampled = 0.f;  // of the lane's own sample
-      for (int block = 0; block < sizes.channels; block += item.lanes * V) {
+      for (int block = 0; block < params.channels; block += item.lanes * V) {
         const int c = block + item.lane * V;
-        const bool has_channels = item.exists && c < sizes.channels;
+        const bool has_channels = item.exists && c < params.channels;
         float g[V] = {};
         if (has_channels) {
-          load<V>(grad + item.index * sizes.channels + c, g);
+          load<V>(grad + item.index * params.channels + c, g);
         }
         for (int j = 0; j < count; ++j) {
-          const Pack<float, kCorners> shares = samples.weights[first + j];
+          const Pack<float, kCorners> corner_weights = samples.weights[first + j];
           const Pack<int, kCorners> rows = samples.rows[first + j];
           Raw<T, V> raw[kCorners];
 #pragma unroll
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int t = 0; t < kCorners; ++t) {
             if (rows.values[t] >= 0 && has_channels) {
               atomic_add<V>(row_at(grad_value + item.origin + c, rows.values[t], grad_row_bytes),
-                            shares.values[t], g);
+                            corner_weights.values[t], g);
             }
           }
           // A pixel that does not exist adds nothing, whatever grad is, which may be NaN.
@@ -255,9 +254,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       if (item.exists && item.lane < count) {
-        const int64_t at = (item.index * sizes.levels + level) * sizes.points + point + item.lane;
-        const float location[2] = {own.weight * static_cast<float>(sizes.width[level]) * along_x,
-                                   own.weight * static_cast<float>(sizes.height[level]) * along_y};
+        const int64_t at = (item.index * params.levels + level) * params.points + point + item.lane;
+        const float location[2] = {own.weight * static_cast<float>(params.width[level]) * along_x,
+                                   own.weight * static_cast<float>(params.height[level]) * along_y};
         store<2>(grad_locations + 2 * at, location);
         grad_weights[at] = sampled;
       }
@@ -275,43 +274,43 @@ int lanes_log2(int channels, int vector) {
 }
 
 // Blocks for all queries of a head of an image.
-int64_t tile_count(const Deformation& sizes, int log2) {
-  return ceil_div<int64_t>(sizes.queries, kThreads >> log2);
+int64_t tile_count(const DeformAttnParams& params, int log2) {
+  return ceil_div<int64_t>(params.queries, kThreads >> log2);
 }
 
 }  // namespace
 
-cudaError_t launch_ms_deform_attn(const Deformation& sizes, const void* value,
+cudaError_t launch_ms_deform_attn(const DeformAttnParams& params, const void* value,
                                   const float* locations, const float* weights, void* out) {
-  Launcher launch{sizes.stream};
-  with_type(sizes.type, [&](auto type) {
+  Launcher launch{params.stream};
+  with_type(params.type, [&](auto type) {
     using T = decltype(type);
     const auto* from = static_cast<const T*>(value);
     auto* to = static_cast<T*>(out);
-    const bool wide = can_read_wide<T>(sizes.channels, from, to);
-    const int log2 = lanes_log2(sizes.channels, wide ? kWide<T> : 1);
-    const int64_t tiles = tile_count(sizes, log2);
-    launch.blocks(wide ? attend_kernel<T, kWide<T>> : attend_kernel<T, 1>,
-                  sizes.batch * tiles * sizes.heads, kThreads, 0, sizes, log2,
+    const bool vectorised = can_vectorise<T>(params.channels, from, to);
+    const int log2 = lanes_log2(params.channels, vectorised ? kVectorSize<T> : 1);
+    const int64_t tiles = tile_count(params, log2);
+    launch.blocks(vectorised ? attend_kernel<T, kVectorSize<T>> : attend_kernel<T, 1>,
+                  params.batch * tiles * params.heads, kThreads, 0, params, log2,
                   static_cast<uint32_t>(tiles), from, locations, weights, to);
   });
   return launch.error;
 }
 
-cudaError_t launch_ms_deform_attn_backward(const Deformation& sizes, const void* grad,
+cudaError_t launch_ms_deform_attn_backward(const DeformAttnParams& params, const void* grad,
                                            const void* value, const float* locations,
                                            const float* weights, float* grad_value,
                                            float* grad_locations, float* grad_weights) {
-  Launcher launch{sizes.stream};
-  with_type(sizes.type, [&](auto type) {
+  Launcher launch{params.stream};
+  with_type(params.type, [&](auto type) {
     using T = decltype(type);
     const auto* of = static_cast<const T*>(grad);
     const auto* from = static_cast<const T*>(value);
-    const bool wide = can_read_wide<T>(sizes.channels, of, from, grad_value);
-    const int log2 = lanes_log2(sizes.channels, wide ? kWide<T> : 1);
-    const int64_t tiles = tile_count(sizes, log2);
-    launch.blocks(wide ? differentiate_kernel<T, kWide<T>> : differentiate_kernel<T, 1>,
-                  sizes.batch * tiles * sizes.heads, kThreads, 0, sizes, log2,
+    const bool vectorised = can_vectorise<T>(params.channels, of, from, grad_value);
+    const int log2 = lanes_log2(params.channels, vectorised ? kVectorSize<T> : 1);
+    const int64_t tiles = tile_count(params, log2);
+    launch.blocks(vectorised ? differentiate_kernel<T, kVectorSize<T>> : differentiate_kernel<T, 1>,
+                  params.batch * tiles * params.heads, kThreads, 0, params, log2,
                   static_cast<uint32_t>(tiles), of, from, locations, weights, grad_value,
                   grad_locations, grad_weights);
   });

@@ -28,7 +28,7 @@ at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
   const Temperature tau = make_temperature(temperature, spread_);
   const GramPlan plan = make_gram_plan(input);
   if (iterations > 0 && plan.splits > 0) {
-    GramReduction reduction{};
+    ReduceParams reduction{};
     reduction.iterations = iterations;
     reduction.radius = radius;
     reduction.temperature = tau;
@@ -38,10 +38,10 @@ at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
   }
   at::Tensor scratch, responsibilities;
   if (iterations > 0) {
-    const Slots slots = candidate_slots(grid, radius);
+    const CandidateShape shape = candidate_shape(grid, radius);
     scratch = input.type == Type::kFloat ? centres : empty_map(tokens, grid, at::kFloat);
     responsibilities =
-        at::empty({tokens.size(0), tokens.size(1), tokens.size(2), slots.rows, slots.columns},
+        at::empty({tokens.size(0), tokens.size(1), tokens.size(2), shape.rows, shape.columns},
                   scratch.options());
   }
   C10_CUDA_CHECK(

@@ -1,10 +1,10 @@
 // token_cluster: soft k-means of tokens around the cells of a grid.
 //
 // Two paths with the same result up to rounding. Windows whose Gram matrix fits into shared memory
-// run by that (token_reduce.cu, token_reduce_iterate.cu). Everything else runs here, two launches
-// an iteration: only the candidates of a token are looked at, so the work grows with tokens x
-// neighbourhood^2 and no tokens x centres matrix exists. In device memory this path keeps the
-// centres in float32 (for 16-bit tokens) and one responsibility for each token and candidate.
+// take that of token_reduce.cu and token_reduce_iterate.cu. Everything else runs here, with two
+// launches per iteration: only the candidates of a token are considered, so the work grows with
+// tokens x neighbourhood^2 and no tokens x centres matrix exists. In device memory this path keeps
+// the centres in float32 (for 16-bit tokens) and one responsibility for each token and candidate.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -23,26 +23,27 @@ __global__ void __launch_bounds__(kThreads, 2)
                           const float* __restrict__ centres,  // (B, h', w', C)
                           Temperature temperature,
                           float* __restrict__ responsibilities,  // (B, H, W, slots)
-                          Grid grid, PairTiles tiles, int radius, Slots slots, int channels) {
+                          Grid grid, PairTiles tiles, int radius, CandidateShape shape,
+                          int channels) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const TokenPair& pair = token_pair(grid, radius, tiles);
-  const auto slots_of = [&](int t) {
-    return responsibilities + (pair.first_token + t) * slots.rows * slots.columns;
+  const auto responsibilities_of = [&](int t) {
+    return responsibilities + (pair.first_token + t) * shape.rows * shape.columns;
   };
-  // With one candidate a lane, distances stay in registers.
+  // With one candidate per lane, distances stay in registers.
   const bool is_direct = tiles.candidates <= kWarp;
   float distances[kPair] = {};
-  // NaN is left to the sum: fminf skips it, but exp(NaN) makes all of this token's numbers NaN.
-  float least[kPair] = {INFINITY, INFINITY};
+  // NaN is left to the sum: fminf skips it, but exp(NaN) makes all of this token's weights NaN.
+  float min_distance[kPair] = {INFINITY, INFINITY};
   for (int32_t first = 0; first < tiles.candidates; first += kWarp) {
     pair_distances<V>(tokens, centres, pair, first, channels, distances);
 #pragma unroll
     for (int t = 0; t < kPair; ++t) {
-      const int32_t slot = pair.slot(t, first + lane, slots.columns);
+      const int32_t slot = pair.slot(t, first + lane, shape.columns);
       if (slot >= 0 && pair.owns(t)) {
-        least[t] = fminf(least[t], distances[t]);
+        min_distance[t] = fminf(min_distance[t], distances[t]);
         if (!is_direct) {
-          slots_of(t)[slot] = distances[t];
+          responsibilities_of(t)[slot] = distances[t];
         }
       }
     }
@@ -55,12 +56,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      least[t] = fminf(least[t], __shfl_xor_sync(kAllLanes, least[t], offset));
+      min_distance[t] = fminf(min_distance[t], __shfl_xor_sync(kAllLanes, min_distance[t], offset));
     }
-    float* q = slots_of(t);
+    float* q = responsibilities_of(t);
     if (is_direct) {
-      const int32_t slot = pair.slot(t, lane, slots.columns);
-      const float weight = slot < 0 ? 0.f : falloff(tau, distances[t] - least[t]);
+      const int32_t slot = pair.slot(t, lane, shape.columns);
+      const float weight =
+          slot < 0 ? 0.f : unnormalised_weight(tau, distances[t] - min_distance[t]);
       const float sum = warp_sum(weight);
       if (slot >= 0) {
         q[slot] = weight / sum;
@@ -70,15 +72,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Every lane reads and writes the slots that it has filled.
     float sum = 0.f;
     for (int32_t n = lane; n < pair.candidates; n += kWarp) {
-      const int32_t slot = pair.slot(t, n, slots.columns);
+      const int32_t slot = pair.slot(t, n, shape.columns);
       if (slot >= 0) {
-        q[slot] = falloff(tau, q[slot] - least[t]);
+        q[slot] = unnormalised_weight(tau, q[slot] - min_distance[t]);
         sum += q[slot];
       }
     }
     sum = warp_sum(sum);
     for (int32_t n = lane; n < pair.candidates; n += kWarp) {
-      const int32_t slot = pair.slot(t, n, slots.columns);
+      const int32_t slot = pair.slot(t, n, shape.columns);
       if (slot >= 0) {
         q[slot] /= sum;
       }
@@ -89,9 +91,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Cells along each axis whose new centres a warp adds up together.
 constexpr int kSide = 2;
 constexpr int kQuad = kSide * kSide;
-// Quads of cells along each axis that a block takes, for what they read from the first-level cache.
+// Quads of cells along each axis of a block, which read mostly the same tokens from the L1 cache.
 constexpr int kQuads = 2;
-// Warps that share the tokens of a quad.
+// Warps that divide the tokens of a quad among them.
 constexpr int kHelpers = kWarps / (kQuads * kQuads);
 static_assert(kHelpers == 2);
 // Tokens whose reads are in flight together.
@@ -116,20 +118,20 @@ struct Reach {
   }
 };
 
-// What a token has in the cells of a quad.
-struct Shares {
+// The responsibilities of a quad's cells for one token.
+struct QuadWeights {
   float weights[kQuad];
-  int32_t cells;  // bit k: it belongs to cell k
+  int32_t cells;  // bit k: cell k is a candidate of the token
 };
 
-// A token as a warp's lanes share it.
-struct __align__(16) Member {
-  Shares shares;
+// A token in shared memory, for all lanes of a warp.
+struct __align__(16) StagedToken {
+  QuadWeights weights;
   int64_t offset;  // of its first channel
 };
 
 // New centres: the mean of the tokens that have the cell as a candidate, weighted by their
-// responsibilities. A block for kQuads x kQuads quads of cells and 32 V channels. `previous` and
+// responsibilities. One block per kQuads x kQuads quads of cells and 32 V channels. `previous` and
 // `centres` may be one tensor: a thread reads only what it writes.
 template <typename T, typename Out, int V>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -137,23 +139,23 @@ __global__ void __launch_bounds__(kThreads, 2)
                   const float* __restrict__ responsibilities,  // (B, H, W, slots)
                   const float* previous,                       // (B, h', w', C)
                   Out* centres,                                // (B, h', w', C)
-                  Grid grid, int radius, Slots slots, int channels) {
+                  Grid grid, int radius, CandidateShape shape, int channels) {
   constexpr int kBlockSide = kSide * kQuads;
-  // Of the block's rows of cells and of its columns.
+  // For the block's rows of cells, and for its columns.
   __shared__ Reach reaches[2][kBlockSide];
-  __shared__ Member members[kWarps][kWarp];
-  __shared__ float handed[kQuads * kQuads][kQuad * (V + 1)][kWarp];
+  __shared__ StagedToken staged_tokens[kWarps][kWarp];
+  __shared__ float partial_sums[kQuads * kQuads][kQuad * (V + 1)][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int quad = warp / kHelpers;
   const int helper = warp % kHelpers;
   const int parts = ceil_div(channels, kWarp * V);
   const int c = (static_cast<int>(blockIdx.x % parts) * kWarp + lane) * V;
-  // Lanes beyond the last channel read what another one reads, and write nothing.
+  // Lanes beyond the last channel read what another lane reads, and write nothing.
   const T* from = tokens + min(c, channels - V);
   const Position at = position(blockIdx.x / parts, ceil_div(grid.rows.cells(), kBlockSide),
                                ceil_div(grid.columns.cells(), kBlockSide));
-  // The divisions are many, so a thread does those for one row or column and not each for all.
+  // There are many divisions: each thread does those of one row or column, not every thread all.
   if (threadIdx.x < 2 * kBlockSide) {
     const int axis = static_cast<int>(threadIdx.x) / kBlockSide;
     const int n = static_cast<int>(threadIdx.x) % kBlockSide;
@@ -174,15 +176,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   float mass[kQuad] = {};
   float sums[kQuad][V] = {};
   for (int64_t start = helper; start < count; start += kHelpers * kWarp) {
-    // Every lane finds the weights of one token; all then go through the tokens together.
+    // Each lane finds the weights of one token; then all lanes go through the tokens together.
     const int64_t n = start + lane * kHelpers;
-    Member own{};
+    StagedToken own{};
     if (n < count) {
       const auto y = top + static_cast<int32_t>(n / width);
       const auto x = left + static_cast<int32_t>(n % width);
       const int64_t token = (at.image * grid.rows.size + y) * grid.columns.size + x;
       own.offset = token * channels;
-      const float* q = responsibilities + token * slots.rows * slots.columns;
+      const float* q = responsibilities + token * shape.rows * shape.columns;
       const int32_t upper = grid.rows.first_candidate(y % grid.rows.window, radius);
       const int32_t leftmost = grid.columns.first_candidate(x % grid.columns.window, radius);
 #pragma unroll
@@ -190,36 +192,36 @@ __global__ void __launch_bounds__(kThreads, 2)
         const Reach& row = rows[k / kSide];
         const Reach& column = columns[k % kSide];
         if (row.tokens.contains(y) && column.tokens.contains(x)) {
-          own.shares.weights[k] = q[(row.local - upper) * slots.columns + column.local - leftmost];
-          own.shares.cells |= 1 << k;
+          own.weights.weights[k] = q[(row.local - upper) * shape.columns + column.local - leftmost];
+          own.weights.cells |= 1 << k;
         }
       }
     }
     __syncwarp();
-    members[warp][lane] = own;
+    staged_tokens[warp][lane] = own;
     __syncwarp();
     const auto filled = static_cast<int>(
         min((count - start + kHelpers - 1) / kHelpers, static_cast<int64_t>(kWarp)));
     for (int first = 0; first < filled; first += kInFlight) {
       float z[kInFlight][V];
-      Shares shares[kInFlight];
+      QuadWeights quad_weights[kInFlight];
 #pragma unroll
       for (int m = 0; m < kInFlight; ++m) {
-        // Behind the last token the tensor's first one is read, and belongs to no cell.
-        const Member& member = members[warp][first + m];
-        load<V>(from + member.offset, z[m]);
-        shares[m] = member.shares;
+        // Past the last token, the tensor's first one is read and belongs to no cell.
+        const StagedToken& token = staged_tokens[warp][first + m];
+        load<V>(from + token.offset, z[m]);
+        quad_weights[m] = token.weights;
       }
 #pragma unroll
       for (int m = 0; m < kInFlight; ++m) {
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) {
-          // A token out of reach must not be multiplied by 0 either: it may be NaN.
-          if (shares[m].cells >> k & 1) {
-            mass[k] += shares[m].weights[k];
+          // A token out of reach is skipped, not multiplied by 0: it may be NaN.
+          if (quad_weights[m].cells >> k & 1) {
+            mass[k] += quad_weights[m].weights[k];
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              sums[k][v] = fmaf(shares[m].weights[k], z[m][v], sums[k][v]);
+              sums[k][v] = fmaf(quad_weights[m].weights[k], z[m][v], sums[k][v]);
             }
           }
         }
@@ -232,9 +234,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int k = 0; k < kQuad; ++k) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        handed[quad][k * (V + 1) + v][lane] = sums[k][v];
+        partial_sums[quad][k * (V + 1) + v][lane] = sums[k][v];
       }
-      handed[quad][k * (V + 1) + V][lane] = mass[k];
+      partial_sums[quad][k * (V + 1) + V][lane] = mass[k];
     }
   }
   __syncthreads();
@@ -250,15 +252,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     const int64_t to =
         ((at.image * grid.rows.cells() + i) * grid.columns.cells() + j) * channels + c;
-    const float total = mass[k] + handed[quad][k * (V + 1) + V][lane];
+    const float total = mass[k] + partial_sums[quad][k * (V + 1) + V][lane];
     float centre[V];
-    // A centre that nobody wants keeps its value. NaN is not zero, so it goes on to the output.
+    // A centre without mass keeps its value. NaN is not zero, so it reaches the output.
     if (total == 0.f) {
       load<V>(previous + to, centre);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        centre[v] = (sums[k][v] + handed[quad][k * (V + 1) + v][lane]) / total;
+        centre[v] = (sums[k][v] + partial_sums[quad][k * (V + 1) + v][lane]) / total;
       }
     }
     store<V>(centres + to, centre);
@@ -273,7 +275,7 @@ void launch_update(Launcher& launch, const Tokens& tokens, int radius,
                         ceil_div(grid.columns.cells(), kSide * kQuads);
   launch.blocks(update_kernel<T, Out, V>, tiles * ceil_div(tokens.channels, kWarp * V), kThreads, 0,
                 static_cast<const T*>(tokens.data), responsibilities, previous, centres, grid,
-                radius, candidate_slots(grid, radius), tokens.channels);
+                radius, candidate_shape(grid, radius), tokens.channels);
 }
 
 template <typename T, int V>
@@ -283,13 +285,13 @@ void launch_iterations(Launcher& launch, const Tokens& tokens, int64_t iteration
     launch_pool<T, V, T>(launch, tokens, out);
     return;
   }
-  const Slots slots = candidate_slots(tokens.grid, radius);
-  const PairTiles tiles(tokens.grid, slots, tokens.batch);
+  const CandidateShape shape = candidate_shape(tokens.grid, radius);
+  const PairTiles tiles(tokens.grid, shape, tokens.batch);
   launch_pool<T, V, float>(launch, tokens, centres);
   for (int64_t step = 1; step <= iterations; ++step) {
-    launch.blocks(responsibility_kernel<T, std::min(V, kWide<float>)>, tiles.blocks, kThreads, 0,
-                  static_cast<const T*>(tokens.data), centres, temperature, responsibilities,
-                  tokens.grid, tiles, radius, slots, tokens.channels);
+    launch.blocks(responsibility_kernel<T, std::min(V, kVectorSize<float>)>, tiles.blocks, kThreads,
+                  0, static_cast<const T*>(tokens.data), centres, temperature, responsibilities,
+                  tokens.grid, tiles, radius, shape, tokens.channels);
     if (step < iterations) {
       launch_update<T, V, float>(launch, tokens, radius, responsibilities, centres, centres);
     } else {
@@ -300,7 +302,7 @@ void launch_iterations(Launcher& launch, const Tokens& tokens, int64_t iteration
 
 }  // namespace
 
-Slots candidate_slots(const Grid& grid, int radius) {
+CandidateShape candidate_shape(const Grid& grid, int radius) {
   const auto side = [radius](const WindowAxis& axis) {
     const int32_t cells = axis.max_existing();
     return radius < cells / 2 ? 2 * radius + 1 : cells;
@@ -319,8 +321,8 @@ cudaError_t launch_token_cluster(const Tokens& tokens, int64_t iterations, int r
     if constexpr (std::is_same_v<T, float>) {
       precise = out;
     }
-    const auto run = can_read_wide<T>(tokens.channels, tokens.data, out, precise)
-                         ? launch_iterations<T, kWide<T>>
+    const auto run = can_vectorise<T>(tokens.channels, tokens.data, out, precise)
+                         ? launch_iterations<T, kVectorSize<T>>
                          : launch_iterations<T, 1>;
     run(launch, tokens, iterations, radius, temperature, out, precise, responsibilities);
   });

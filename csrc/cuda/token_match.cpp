@@ -36,17 +36,17 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
   const Tokens input = make_tokens(op, tokens_, grid);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int parts = match_parts(input, static_cast<int>(topk), multiprocessors);
-  at::Tensor distances, picks;
+  at::Tensor distances, neighbours;
   if (parts > 1) {
     distances =
         at::empty({tokens.size(0), tokens.size(1), tokens.size(2), parts, topk}, weights.options());
-    picks = at::empty(distances.sizes(), indices.options());
+    neighbours = at::empty(distances.sizes(), indices.options());
   }
   C10_CUDA_CHECK(launch_token_match(
       input, static_cast<int>(topk), multiprocessors, make_temperature(temperature, spread_),
       centres_.const_data_ptr(), parts > 1 ? distances.mutable_data_ptr<float>() : nullptr,
-      parts > 1 ? picks.mutable_data_ptr<int32_t>() : nullptr, indices.mutable_data_ptr<int32_t>(),
-      weights.mutable_data_ptr<float>()));
+      parts > 1 ? neighbours.mutable_data_ptr<int32_t>() : nullptr,
+      indices.mutable_data_ptr<int32_t>(), weights.mutable_data_ptr<float>()));
   return {indices, weights};
 }
 

@@ -1,5 +1,5 @@
-// token_reconstruct: the high-resolution map from refined centres. A warp for 32 V channels of a
-// token: it reads the rows of its topk centres, and nothing twice; bound by memory.
+// token_reconstruct: the high-resolution map from refined centres. One warp per 32 V channels of a
+// token reads the rows of its topk centres, and nothing twice; bound by memory.
 #include "cuda/utils.cuh"
 
 namespace expedite_d2::cuda {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t token = image * tokens_per_image + place;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int own_channel = (static_cast<int>(part) * kWarp + lane) * V;
-  // Lanes beyond the last channel read what another one reads, and write nothing.
+  // Lanes beyond the last channel read what another lane reads, and write nothing.
   const int c = min(own_channel, channels - V);
   const int64_t first_row = image * cells * channels + c;
   const uint32_t row_bytes = channels * sizeof(T);
@@ -43,13 +43,14 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   float sum[V] = {};
   for (int64_t start = 0; start < topk; start += kWarp) {
-    // Every lane keeps one of the token's centres for all of them: its row, and its weight. Behind
-    // the last centre there is none.
+    // Each lane holds one of the token's centres for all lanes: its row and its weight. Past the
+    // last centre the row is -1.
     int own_row = -1;
     float own_weight = 0.f;
     if (start + lane < topk) {
       const int64_t at = token * topk + start + lane;
-      // token_match gives no index out of range; from elsewhere it must not read foreign memory.
+      // token_match gives no index out of range; indices from elsewhere must not read out of
+      // bounds.
       own_row = static_cast<int>(min(max(int64_t{indices[at]}, int64_t{0}), cells - 1));
       own_weight = weights[at];
     }
@@ -105,7 +106,7 @@ auto choose_kernel(bool residual) {
 
 }  // namespace
 
-cudaError_t launch_token_reconstruct(const Reconstruction& sizes, const void* refined,
+cudaError_t launch_token_reconstruct(const ReconstructParams& sizes, const void* refined,
                                      const int32_t* indices, const float* weights,
                                      const void* tokens, const void* centres, void* out) {
   Launcher launch{sizes.stream};
@@ -116,13 +117,13 @@ cudaError_t launch_token_reconstruct(const Reconstruction& sizes, const void* re
     const auto* z = static_cast<const T*>(tokens);
     const auto* s = static_cast<const T*>(centres);
     auto* to = static_cast<T*>(out);
-    const bool wide = can_read_wide<T>(sizes.channels, y, z, s, to);
-    const int parts = ceil_div(sizes.channels, kWarp * (wide ? kWide<T> : 1));
+    const bool vectorised = can_vectorise<T>(sizes.channels, y, z, s, to);
+    const int parts = ceil_div(sizes.channels, kWarp * (vectorised ? kVectorSize<T> : 1));
     const int64_t tiles = ceil_div<int64_t>(sizes.tokens, kWarps);
-    launch.blocks(wide ? choose_kernel<T, kWide<T>>(residual) : choose_kernel<T, 1>(residual),
-                  sizes.batch * tiles * parts, kThreads, 0, y, indices, weights, z, s, to,
-                  sizes.tokens, static_cast<uint32_t>(tiles), sizes.cells, sizes.topk,
-                  sizes.channels);
+    launch.blocks(
+        vectorised ? choose_kernel<T, kVectorSize<T>>(residual) : choose_kernel<T, 1>(residual),
+        sizes.batch * tiles * parts, kThreads, 0, y, indices, weights, z, s, to, sizes.tokens,
+        static_cast<uint32_t>(tiles), sizes.cells, sizes.topk, sizes.channels);
   });
   return launch.error;
 }

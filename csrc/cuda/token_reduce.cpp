@@ -8,8 +8,8 @@
 namespace expedite_d2::cuda {
 namespace {
 
-// All three, in one path where windows are small: the tokens are read for their Gram matrices and
-// once more for the centres.
+// Where windows are small, tokens are read once for their Gram matrices and once more for the
+// centres.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_reduce_cuda(
     const at::Tensor& tokens,        // (B, H, W, C)
     at::IntArrayRef clusters,        // (h, w)

@@ -3,12 +3,13 @@
 // Centres are always convex combinations of tokens, S = A Z with A (K, N). So every distance
 // follows from the Gram matrix of the window's tokens, G = Z Z^T (N, N):
 //     ||z_p - s_i||^2 = G_pp - 2 (A G)_ip + (A G A^T)_ii.
-// The channels are read for G and for S = A Z, both here on tensor cores, by several blocks a
-// window. In between, spread, iterations and match run on N x N numbers (token_reduce_iterate.cu).
-// The window's mean token is subtracted in G, or the difference of large numbers would eat the
-// distances of tokens with a common offset.
+// The channels are read for G and for S = A Z, both in this file, on tensor cores and with several
+// blocks per window. In between, spread, iterations and match work on N x N numbers
+// (token_reduce_iterate.cu). The window's mean token is subtracted in G: otherwise the distances of
+// tokens with a large common offset would be lost to cancellation.
 //
-// For windows of 144 tokens and 64 cells a block has 156 KiB, so cards with less take other paths.
+// A window of 144 tokens and 64 cells needs 156 KiB of shared memory, so cards with less take other
+// paths.
 #include <algorithm>
 #include <cmath>
 
@@ -17,29 +18,29 @@
 namespace expedite_d2::cuda {
 namespace {
 
-// Squares of G that a warp keeps in registers.
-constexpr int kOwnSquares = 6;
-// Rows that a warp reads together for the mean: half of its share of 144.
+// MMA tiles of G that a warp keeps in registers.
+constexpr int kWarpTiles = 6;
+// Rows that a warp reads together for the mean: half of its rows of a window of 144 tokens.
 constexpr int kMeanRows = 9;
 // Packs of A that a thread of centres_kernel reads together.
 constexpr int kPacksOfA = 3;
-// The fewest channels of a block of gram_kernel, and those of a block of centres_kernel.
-constexpr int kLeastShare = 128;
+// The fewest channels of a block of gram_kernel, and the channels of a block of centres_kernel.
+constexpr int kMinChannelsPerSplit = 128;
 constexpr int kCentreChannels = 128;
-// What a block of gram_kernel does besides its channels, and those who add up its part of G after
-// it, takes about as long as so many channels more.
-constexpr int64_t kShareCost = 64;
-// Staged centres: 32 channels, and eight more so that four rows lie in all banks.
+// Fixed cost of a block of gram_kernel, and of adding up its part of G later, in equivalent
+// channels.
+constexpr int64_t kSplitOverhead = 64;
+// Row length of staged centres: 32 channels, and eight more so that four rows cover all banks.
 constexpr int kCentreStride = kStaged + 8;
-// Every window adds up the sums of all windows of its image.
-constexpr int64_t kMostWindows = 4096;
-// Bytes of scratch that few tokens may have; many have no more than they take themselves.
+// Every window adds up the sums of all windows of its image, so their number is limited.
+constexpr int64_t kMaxWindows = 4096;
+// Bytes of scratch that are always allowed; beyond that, no more than the tokens take themselves.
 constexpr int64_t kFreeScratch = int64_t{4} << 20;
 
-// Bytes for the staged rows and, before them, the sums of the mean; all threads have one.
+// Bytes for the sums of the mean, of which every thread has one, and later for the staged rows.
 EXPEDITE_HOST_DEVICE int64_t gram_staged_bytes(int64_t padded) {
   const int64_t staged = staged_bytes(padded);
-  const int64_t sums = kThreads * kWide<c10::Half> * static_cast<int64_t>(sizeof(float));
+  const int64_t sums = kThreads * kVectorSize<c10::Half> * static_cast<int64_t>(sizeof(float));
   return staged > sums ? staged : sums;
 }
 
@@ -85,7 +86,7 @@ __device__ __forceinline__ void compute_mean(const T* tokens, const int64_t* pla
         total += sums[w * kWarp * V + n];
       }
       total /= static_cast<float>(count);
-      // A mean that is not finite would spoil the distances of all tokens, not only of the bad one.
+      // A non-finite mean would contaminate the distances of all tokens, not only of the bad one.
       mean[first + n] = isfinite(total) ? total : 0.f;
     }
     __syncthreads();
@@ -96,66 +97,66 @@ __device__ __forceinline__ void compute_mean(const T* tokens, const int64_t* pla
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
     gram_kernel(const T* __restrict__ tokens,  // (B, H, W, C)
-                GramScratch scratch, Grid grid, int channels, int share) {
+                GramScratch scratch, Grid grid, int channels, int channels_per_split) {
   static_assert(kWarp * V <= kThreads);
   extern __shared__ __align__(128) float shared[];
   const int64_t linear = blockIdx.x / scratch.splits;
   const int split = static_cast<int>(blockIdx.x % scratch.splits);
   const WindowView window = window_at(grid, linear);
   const int padded = padded_tokens(window);
-  const int begin = split * share;
-  const int end = min(begin + share, channels);
+  const int begin = split * channels_per_split;
+  const int end = min(begin + channels_per_split, channels);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int tiles = padded / kSquare;
-  const int columns = tiles / 2 + 1;
-  const int squares = tiles * columns;
+  const int strips = padded / kMmaTile;
+  const int columns = strips / 2 + 1;
+  const int tiles = strips * columns;
   auto* staged = reinterpret_cast<Term*>(shared);
   auto* places =
       reinterpret_cast<int64_t*>(reinterpret_cast<char*>(shared) + gram_staged_bytes(padded));
   float* mean = scratch.means + linear * channels;
-  float* gram =
-      scratch.windows + linear * scratch.room + static_cast<int64_t>(split) * squares * kSquareSize;
+  float* gram = scratch.windows + linear * scratch.floats_per_window +
+                static_cast<int64_t>(split) * tiles * kMmaTileSize;
 
   find_rows(window, channels, places);
   compute_mean<T, V>(tokens, places, window.tokens(), begin, end, shared, mean);
-  RowSlice<T, V> slice{tokens, places, window.tokens(), mean, end};
+  StagedRows<T, V> slice{tokens, places, window.tokens(), mean, end};
 
-  for (int base = 0; base < squares; base += kWarps * kOwnSquares) {
-    const int left = min(squares - base, kWarps * kOwnSquares);
-    const int first_square = base + left * warp / kWarps;
-    const int own = base + left * (warp + 1) / kWarps - first_square;
-    SquareSums sums[kOwnSquares] = {};
-    slice.fetch_rows(begin);
+  for (int base = 0; base < tiles; base += kWarps * kWarpTiles) {
+    const int left = min(tiles - base, kWarps * kWarpTiles);
+    const int first_tile = base + left * warp / kWarps;
+    const int own = base + left * (warp + 1) / kWarps - first_tile;
+    Accumulator sums[kWarpTiles] = {};
+    slice.prefetch_rows(begin);
     for (int first = begin; first < end; first += kStaged) {
-      slice.fetch_origin(first);
-      // The channels staged before have been read.
+      slice.prefetch_origin(first);
+      // All warps have read the channels staged before.
       __syncthreads();
-      slice.put(staged, padded, first);
+      slice.to_shared(staged, padded, first);
       __syncthreads();
-      slice.fetch_rows(first + kStaged);
+      slice.prefetch_rows(first + kStaged);
 #pragma unroll 1
-      for (int k = 0; k < kStaged; k += kSquare) {
-        int strip = first_square / columns;
-        int ahead = first_square % columns;
-        SquareTerms x;
+      for (int k = 0; k < kStaged; k += kMmaTile) {
+        int strip = first_tile / columns;
+        int ahead = first_tile % columns;
+        SplitFragment x;
 #pragma unroll
-        for (int o = 0; o < kOwnSquares; ++o) {
+        for (int o = 0; o < kWarpTiles; ++o) {
           if (o < own) {
             if (o == 0 || ahead == 0) {
 #pragma unroll
               for (int t = 0; t < kTerms; ++t) {
-                const int at = (t * padded + strip * kSquare) * kStagedStride + k;
-                load_square(staged + at, kStagedStride, x[t]);
+                const int at = (t * padded + strip * kMmaTile) * kStagedStride + k;
+                load_fragment(staged + at, kStagedStride, x[t]);
               }
             }
-            const int beside = strip + ahead - (strip + ahead < tiles ? 0 : tiles);
-            SquareTerms y;
+            const int beside = strip + ahead - (strip + ahead < strips ? 0 : strips);
+            SplitFragment y;
 #pragma unroll
             for (int t = 0; t < kTerms; ++t) {
-              const int at = (t * padded + beside * kSquare) * kStagedStride + k;
-              load_square(staged + at, kStagedStride, y[t]);
+              const int at = (t * padded + beside * kMmaTile) * kStagedStride + k;
+              load_fragment(staged + at, kStagedStride, y[t]);
             }
-            add_products(x, y, sums[o]);
+            mma_bf16x3(x, y, sums[o]);
             if (++ahead == columns) {
               ahead = 0;
               ++strip;
@@ -165,16 +166,17 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
 #pragma unroll
-    for (int o = 0; o < kOwnSquares; ++o) {
+    for (int o = 0; o < kWarpTiles; ++o) {
       if (o < own) {
-        store_square(sums[o], gram + static_cast<int64_t>(first_square + o) * kSquareSize, kSquare);
+        store_accumulator(sums[o], gram + static_cast<int64_t>(first_tile + o) * kMmaTileSize,
+                          kMmaTile);
       }
     }
   }
 }
 
-// S = A Z for some channels of a window. Z is taken about the window's mean, which is added again:
-// a row of A sums to 1.
+// S = A Z for some channels of a window. Z is taken relative to the window's mean, which is added
+// again at the end, because every row of A sums to 1.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
     centres_kernel(const T* __restrict__ tokens,  // (B, H, W, C)
@@ -198,11 +200,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float* mean = scratch.means + linear * channels;
 
   find_rows(window, channels, places);
-  RowSlice<T, V> slice{tokens, places, window.tokens(), mean, end};
-  slice.fetch_rows(begin);
-  slice.fetch_origin(begin);
+  StagedRows<T, V> slice{tokens, places, window.tokens(), mean, end};
+  slice.prefetch_rows(begin);
+  slice.prefetch_origin(begin);
 
-  const float* a = scratch.windows + linear * scratch.room;
+  const float* a = scratch.windows + linear * scratch.floats_per_window;
   const int packs = padded / 4;
   for (int base = threadIdx.x; base < padded_cells * packs; base += kPacksOfA * kThreads) {
     float values[kPacksOfA][4] = {};
@@ -223,34 +225,34 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   for (int first = begin; first < end; first += kStaged) {
-    slice.put(staged, padded, first);
+    slice.to_shared(staged, padded, first);
     __syncthreads();
-    slice.fetch_rows(first + kStaged);
-    // A square of 16 centres and 16 channels is computed by one warp.
-    constexpr int kAcross = kStaged / kSquare;
-    for (int square = warp; square < padded_cells / kSquare * kAcross; square += kWarps) {
-      const int strip = square / kAcross * kSquare;
-      const int column = square % kAcross * kSquare;
-      // Elsewhere these rows of A are zero.
-      const int from = cell_tokens(window, strip, radius).begin / kSquare * kSquare;
-      const int to = cell_tokens(window, min(strip + kSquare, window.cells()) - 1, radius).end;
-      SquareSums sum = {};
-      // More of these would need registers that hold the next slice.
+    slice.prefetch_rows(first + kStaged);
+    // A warp computes a tile of 16 centres and 16 channels.
+    constexpr int kAcross = kStaged / kMmaTile;
+    for (int tile = warp; tile < padded_cells / kMmaTile * kAcross; tile += kWarps) {
+      const int strip = tile / kAcross * kMmaTile;
+      const int column = tile % kAcross * kMmaTile;
+      // Outside of this range these rows of A are zero.
+      const int from = cell_tokens(window, strip, radius).begin / kMmaTile * kMmaTile;
+      const int to = cell_tokens(window, min(strip + kMmaTile, window.cells()) - 1, radius).end;
+      Accumulator sum = {};
+      // Unrolled, this would need the registers that hold the prefetched channels.
 #pragma unroll 1
-      for (int p = from; p < to; p += kSquare) {
-        SquareTerms x;
-        SquareTerms y;
+      for (int p = from; p < to; p += kMmaTile) {
+        SplitFragment x;
+        SplitFragment y;
 #pragma unroll
         for (int t = 0; t < kTerms; ++t) {
-          load_square(rows + (t * padded_cells + strip) * stride + p, stride, x[t]);
-          load_square_transposed(staged + (t * padded + p) * kStagedStride + column, kStagedStride,
-                                 y[t]);
+          load_fragment(rows + (t * padded_cells + strip) * stride + p, stride, x[t]);
+          load_fragment_transposed(staged + (t * padded + p) * kStagedStride + column,
+                                   kStagedStride, y[t]);
         }
-        add_products(x, y, sum);
+        mma_bf16x3(x, y, sum);
       }
-      store_square(sum, sums + strip * kCentreStride + column, kCentreStride);
+      store_accumulator(sum, sums + strip * kCentreStride + column, kCentreStride);
     }
-    slice.fetch_origin(first + kStaged);
+    slice.prefetch_origin(first + kStaged);
     __syncthreads();
     constexpr int kPacks = kStaged / V;
     for (int n = threadIdx.x; n < window.cells() * kPacks; n += kThreads) {
@@ -299,68 +301,70 @@ GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocesso
   const Grid& grid = tokens.grid;
   const WindowSizes sizes(grid);
   const int64_t windows = grid.windows();
-  if (sizes.tokens == 0 || windows > kMostWindows ||
+  if (sizes.tokens == 0 || windows > kMaxWindows ||
       std::max({sizes.gram(), sizes.iterate(), sizes.centres()}) > shared_memory) {
     return {};
   }
   const int64_t count = tokens.batch * windows;
   const int64_t bytes =
       token_count(grid, tokens.batch) * tokens.channels * (tokens.type == Type::kFloat ? 4 : 2);
-  const int64_t besides = tokens.channels + 2 + spread_parts(tokens.channels);
-  const int64_t most = std::max(bytes, kFreeScratch) / 4 / count - besides;
-  const int64_t gram = gram_squares(sizes.padded) * kSquareSize;
+  const int64_t overhead = tokens.channels + 2 + spread_parts(tokens.channels);
+  const int64_t max_floats = std::max(bytes, kFreeScratch) / 4 / count - overhead;
+  const int64_t gram = gram_tiles(sizes.padded) * kMmaTileSize;
   const int64_t rows = sizes.cells * sizes.padded;
-  if (std::max(gram, rows) > most) {
+  if (std::max(gram, rows) > max_floats) {
     return {};
   }
-  // There is room for two blocks a multiprocessor. The last of them to begin decide.
-  const int64_t slots = int64_t{2} * multiprocessors;
-  const int64_t most_splits = std::min(int64_t{tokens.channels / kLeastShare}, most / gram);
+  // Two blocks fit on a multiprocessor; the last wave determines the run time.
+  const int64_t blocks_at_once = int64_t{2} * multiprocessors;
+  const int64_t max_splits =
+      std::min(int64_t{tokens.channels / kMinChannelsPerSplit}, max_floats / gram);
   GramPlan plan{};
-  int64_t least = std::numeric_limits<int64_t>::max();
-  for (int64_t splits = 1; splits <= std::max<int64_t>(most_splits, 1); ++splits) {
+  int64_t min_cost = std::numeric_limits<int64_t>::max();
+  for (int64_t splits = 1; splits <= std::max<int64_t>(max_splits, 1); ++splits) {
     const int64_t slices = ceil_div<int64_t>(tokens.channels, splits * kStaged);
-    const int share = static_cast<int>(slices) * kStaged;
-    const int parts = ceil_div(tokens.channels, share);
-    const int64_t cost = ceil_div(count * parts, slots) * (share + kShareCost);
-    if (cost < least) {
-      least = cost;
+    const int channels_per_split = static_cast<int>(slices) * kStaged;
+    const int parts = ceil_div(tokens.channels, channels_per_split);
+    const int64_t cost =
+        ceil_div(count * parts, blocks_at_once) * (channels_per_split + kSplitOverhead);
+    if (cost < min_cost) {
+      min_cost = cost;
       plan.splits = parts;
-      plan.share = share;
+      plan.channels_per_split = channels_per_split;
     }
   }
-  plan.room = std::max(plan.splits * gram, rows);
-  plan.scratch =
-      count * (plan.room + tokens.channels + 2) + tokens.batch * spread_parts(tokens.channels);
+  plan.floats_per_window = std::max(plan.splits * gram, rows);
+  plan.scratch = count * (plan.floats_per_window + tokens.channels + 2) +
+                 tokens.batch * spread_parts(tokens.channels);
   return plan;
 }
 
 cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
-                                const GramReduction& reduction, float* scratch) {
+                                const ReduceParams& reduction, float* scratch) {
   Launcher launch{tokens.stream};
   const Grid& grid = tokens.grid;
   const WindowSizes sizes(grid);
   const int64_t count = tokens.batch * grid.windows();
   GramScratch parts{};
   parts.windows = scratch;
-  parts.means = parts.windows + count * plan.room;
-  parts.near = parts.means + count * tokens.channels;
-  parts.away = parts.near + count;
-  parts.room = plan.room;
+  parts.means = parts.windows + count * plan.floats_per_window;
+  parts.nearest_sums = parts.means + count * tokens.channels;
+  parts.deviation_sums = parts.nearest_sums + count;
+  parts.floats_per_window = plan.floats_per_window;
   parts.splits = plan.splits;
   with_type(tokens.type, [&](auto type) {
     using T = decltype(type);
-    constexpr int V = kWide<T>;
+    constexpr int V = kVectorSize<T>;
     const auto* data = static_cast<const T*>(tokens.data);
     auto* centres = static_cast<T*>(reduction.centres);
-    const bool wide = can_read_wide<T>(tokens.channels, data, centres);
-    launch.blocks(wide ? gram_kernel<T, V> : gram_kernel<T, 1>, count * plan.splits, kThreads,
-                  sizes.gram(), data, parts, grid, tokens.channels, plan.share);
+    const bool vectorised = can_vectorise<T>(tokens.channels, data, centres);
+    launch.blocks(vectorised ? gram_kernel<T, V> : gram_kernel<T, 1>, count * plan.splits, kThreads,
+                  sizes.gram(), data, parts, grid, tokens.channels, plan.channels_per_split);
     if (reduction.automatic) {
       launch_window_spread(launch, tokens, reduction.radius, parts, sizes.iterate());
     }
     launch_window_iterate(launch, tokens, reduction, parts, sizes.iterate());
-    launch.blocks(wide ? centres_kernel<T, V> : centres_kernel<T, 1>,
+    launch.blocks(vectorised ? centres_kernel<T, V> : centres_kernel<T, 1>,
                   count * ceil_div(tokens.channels, kCentreChannels), kThreads, sizes.centres(),
                   data, parts, centres, grid, reduction.radius, tokens.channels);
   });

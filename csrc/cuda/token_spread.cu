@@ -1,6 +1,6 @@
 // token_spread: mean squared distance of an image's tokens to their nearest initial centre.
 //
-// Four launches: centres by pooling, the image's mean token, two distances a token, one sum an
+// Four launches: centres by pooling, the image's mean token, two distances per token, one sum per
 // image. Every sum has a fixed order, so the same input gives the same bits.
 #include <algorithm>
 #include <cfloat>
@@ -13,13 +13,14 @@
 namespace expedite_d2::cuda {
 namespace {
 
-// Threads of a block of mean_kernel that read neighbouring channels: 64 bytes of a token when each
-// reads 16. Few, so that even one image has blocks for most of a GPU.
+// Threads of a block of mean_kernel that read neighbouring channels: 64 bytes of a token if each
+// reads
+// 16. Few, so that a single image still has blocks for most of a GPU.
 constexpr int kMeanAcross = 4;
 constexpr int kMeanThreads = 1024;
 
-// Mean token of each image. A block for kMeanAcross V channels of an image, a thread for V of them
-// and every so many tokens.
+// Mean token of each image. One block per kMeanAcross V channels of an image; each thread takes V
+// channels of every kDown-th token.
 template <typename T, int V>
 __global__ void __launch_bounds__(kMeanThreads)
     mean_kernel(const T* __restrict__ tokens,  // (B, N, C)
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kMeanThreads)
 }
 
 // The smaller number, or NaN if either is.
-__device__ __forceinline__ float least_or_nan(float a, float b) {
+__device__ __forceinline__ float min_or_nan(float a, float b) {
   return a < b || a != a ? a : b;
 }
 
@@ -94,17 +95,17 @@ __global__ void __launch_bounds__(kThreads, 2)
                     const float* __restrict__ mean,     // (B, C)
                     float* __restrict__ nearest,        // (B, H, W)
                     float* __restrict__ deviation,      // (B, H, W)
-                    Grid grid, PairTiles tiles, int radius, Slots slots, int channels) {
+                    Grid grid, PairTiles tiles, int radius, CandidateShape shape, int channels) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const TokenPair& pair = token_pair(grid, radius, tiles);
   float distances[kPair] = {};
-  float least[kPair] = {INFINITY, INFINITY};
+  float min_distance[kPair] = {INFINITY, INFINITY};
   for (int32_t first = 0; first < tiles.candidates; first += kWarp) {
     pair_distances<V>(tokens, centres, pair, first, channels, distances);
 #pragma unroll
     for (int t = 0; t < kPair; ++t) {
-      if (pair.slot(t, first + lane, slots.columns) >= 0) {
-        least[t] = least_or_nan(distances[t], least[t]);
+      if (pair.slot(t, first + lane, shape.columns) >= 0) {
+        min_distance[t] = min_or_nan(distances[t], min_distance[t]);
       }
     }
   }
@@ -115,19 +116,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      least[t] = least_or_nan(__shfl_xor_sync(kAllLanes, least[t], offset), least[t]);
+      min_distance[t] =
+          min_or_nan(__shfl_xor_sync(kAllLanes, min_distance[t], offset), min_distance[t]);
     }
     const int64_t token = pair.first_token + t;
-    const float away =
+    const float own_deviation =
         row_distance<V>(tokens + token * channels, mean + pair.image * channels, channels);
     if (lane == 0) {
-      nearest[token] = least[t];
-      deviation[token] = away;
+      nearest[token] = min_distance[t];
+      deviation[token] = own_deviation;
     }
   }
 }
 
-// Means over the tokens of an image, and the floor. A block an image.
+// Means over the tokens of an image, and the floor. One block per image.
 __global__ void __launch_bounds__(kThreads, 1)
     spread_kernel(const float* __restrict__ nearest,    // (B, N)
                   const float* __restrict__ deviation,  // (B, N)
@@ -135,18 +137,18 @@ __global__ void __launch_bounds__(kThreads, 1)
                   int64_t count) {
   __shared__ float sums[kWarps];
   const int64_t image = blockIdx.x;
-  float near = 0.f;
-  float away = 0.f;
+  float nearest_sum = 0.f;
+  float deviation_sum = 0.f;
   for (int64_t n = threadIdx.x; n < count; n += kThreads) {
-    near += nearest[image * count + n];
-    away += deviation[image * count + n];
+    nearest_sum += nearest[image * count + n];
+    deviation_sum += deviation[image * count + n];
   }
-  near = block_sum(near, sums) / static_cast<float>(count);
-  away = block_sum(away, sums) / static_cast<float>(count);
+  nearest_sum = block_sum(nearest_sum, sums) / static_cast<float>(count);
+  deviation_sum = block_sum(deviation_sum, sums) / static_cast<float>(count);
   if (threadIdx.x == 0) {
-    const float floor = fmaf(kSpreadFloor, away, FLT_MIN);
+    const float floor = fmaf(kSpreadFloor, deviation_sum, FLT_MIN);
     // NaN fails the comparison and is passed on.
-    spread[image] = near < floor ? floor : near;
+    spread[image] = nearest_sum < floor ? floor : nearest_sum;
   }
 }
 
@@ -157,10 +159,10 @@ void launch_distances(Launcher& launch, const Tokens& tokens, int radius, float*
   launch.blocks(mean_kernel<T, V>, tokens.batch * ceil_div(tokens.channels, kMeanAcross * V),
                 kMeanThreads, 0, data, mean, token_count(tokens.grid, 1), tokens.channels);
   launch_pool<T, V, float>(launch, tokens, centres);
-  const Slots slots = candidate_slots(tokens.grid, radius);
-  const PairTiles tiles(tokens.grid, slots, tokens.batch);
-  launch.blocks(distance_kernel<T, std::min(V, kWide<float>)>, tiles.blocks, kThreads, 0, data,
-                centres, mean, nearest, deviation, tokens.grid, tiles, radius, slots,
+  const CandidateShape shape = candidate_shape(tokens.grid, radius);
+  const PairTiles tiles(tokens.grid, shape, tokens.batch);
+  launch.blocks(distance_kernel<T, std::min(V, kVectorSize<float>)>, tiles.blocks, kThreads, 0,
+                data, centres, mean, nearest, deviation, tokens.grid, tiles, radius, shape,
                 tokens.channels);
 }
 
@@ -171,8 +173,8 @@ cudaError_t launch_token_spread(const Tokens& tokens, int radius, float* spread,
   Launcher launch{tokens.stream};
   with_type(tokens.type, [&](auto type) {
     using T = decltype(type);
-    const auto run = can_read_wide<T>(tokens.channels, tokens.data, mean, centres)
-                         ? launch_distances<T, kWide<T>>
+    const auto run = can_vectorise<T>(tokens.channels, tokens.data, mean, centres)
+                         ? launch_distances<T, kVectorSize<T>>
                          : launch_distances<T, 1>;
     run(launch, tokens, radius, mean, centres, nearest, deviation);
   });

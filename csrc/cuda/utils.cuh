@@ -20,12 +20,12 @@ namespace expedite_d2::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-// Eight warps a block: enough of them to hide latency, few enough registers left to each.
+// Eight warps per block: enough to hide latency, few enough to leave each of them its registers.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 // Channels that a thread reads at once where alignment allows: 16 bytes.
 template <typename T>
-constexpr int kWide = 16 / static_cast<int>(sizeof(T));
+constexpr int kVectorSize = 16 / static_cast<int>(sizeof(T));
 
 template <typename T>
 EXPEDITE_HOST_DEVICE T ceil_div(T a, T b) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ void load(const T* from, float (&values)[V]) {
   unpack<T>(load_raw<V>(from), values);
 }
 
-// Channels that nobody else reads: caches give them up first.
+// Reads channels that are used only once: caches evict them first.
 template <int V, typename T>
 __device__ __forceinline__ Raw<T, V> load_once(const T* from) {
   if constexpr (sizeof(Raw<T, V>) == sizeof(uint4)) {
@@ -83,8 +83,8 @@ __device__ __forceinline__ Raw<T, V> load_once(const T* from) {
   }
 }
 
-// The same place `row` rows of `bytes` later. In C++ it would be a product of 64-bit numbers, as
-// the compiler widens what is the same in all rounds of a loop ahead of it.
+// The address `row` rows of `bytes` after `first`. In plain C++ the compiler would widen `bytes`
+// ahead of a loop and multiply 64-bit numbers.
 template <typename T>
 __device__ __forceinline__ T* row_at(T* first, int row, uint32_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
@@ -93,8 +93,8 @@ __device__ __forceinline__ T* row_at(T* first, int row, uint32_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + offset);
 }
 
-// Channels of such a row, or zeros where there is none. To be unpacked once all reads that shall be
-// under way together have begun.
+// Channels of such a row, or zeros where there is none. To be unpacked once all reads that are to
+// be in flight together have been issued.
 template <int V, typename T>
 __device__ __forceinline__ Raw<T, V> load_if(bool exists, const T* first, int row, uint32_t bytes) {
   Raw<T, V> raw = {};
@@ -124,9 +124,9 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Sums over the lanes of a full warp of as many values: lane l gets that of values[l]. Lanes hand
-// each other half of what is left to add up, so all the sums take little more than one.
-// Recursive, because loops of that shape are not always unrolled.
+// Sums over the lanes of a full warp, N at once: lane l gets the sum of values[l]. In each step
+// lanes exchange half of their remaining values, so all sums together cost little more than one.
+// Recursive, because loops of this shape are not always unrolled.
 template <int N>
 __device__ __forceinline__ float warp_sums(const float (&values)[N]) {
   static_assert(N <= kWarp && (N & (N - 1)) == 0);
@@ -150,7 +150,7 @@ __device__ __forceinline__ float warp_sums(const float (&values)[N]) {
 template <int Warps = kWarps>
 __device__ __forceinline__ float block_sum(float value, float* sums) {
   value = warp_sum(value);
-  // Another sum may still be read.
+  // A previous sum may still be read.
   __syncthreads();
   if (threadIdx.x % kWarp == 0) {
     sums[threadIdx.x / kWarp] = value;
@@ -163,11 +163,11 @@ __device__ __forceinline__ float block_sum(float value, float* sums) {
   return total;
 }
 
-// Weight, before normalisation, of a squared distance that exceeds the least one by `excess`. NaN
-// fails the comparison and stays.
-__device__ __forceinline__ float falloff(float tau, float excess) {
+// Weight, before normalisation, of a squared distance that exceeds the smallest one by `excess`.
+// NaN fails the comparison and stays.
+__device__ __forceinline__ float unnormalised_weight(float tau, float excess) {
   const float exponent = -tau * excess;
-  return exponent < kLeastExponent ? 0.f : expf(exponent);
+  return exponent < kMinExponent ? 0.f : expf(exponent);
 }
 
 // The running number of this thread's warp in the whole grid.
@@ -181,9 +181,9 @@ __device__ __forceinline__ float image_temperature(const Temperature& temperatur
                                temperature.spread == nullptr ? 1.f : temperature.spread[b]);
 }
 
-// Lets a kernel without static shared memory ask for all that a block may have, whatever this
-// launch needs: it is the kernel's property, so that the smaller size of a launch from another
-// thread would forbid the larger one of this.
+// Allows a kernel without static shared memory all that a block may have, whatever this launch
+// needs: the limit belongs to the kernel, so the smaller one of a launch from another thread would
+// forbid this larger one.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   int device = 0;
   int bytes = 0;
@@ -246,10 +246,11 @@ void with_type(Type type, F f) {
 }
 
 // Whether rows of `channels` T that start at these addresses, or of float32 beside them, can be
-// read kWide<T> channels at once. Null is aligned.
+// read kVectorSize<T> channels at once. Null is aligned.
 template <typename T, typename... Pointers>
-bool can_read_wide(int channels, const Pointers*... addresses) {
-  return channels % kWide<T> == 0 && ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
+bool can_vectorise(int channels, const Pointers*... addresses) {
+  return channels % kVectorSize<T> == 0 &&
+         ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
 }
 
 // Tokens or centres of all images.

@@ -32,7 +32,7 @@ EXPEDITE_HOST_DEVICE Position position(int64_t linear, int32_t height, int32_t w
   return {row / height, static_cast<int32_t>(row % height), static_cast<int32_t>(linear % width)};
 }
 
-// Initial centres: the average of each cell's real tokens. A warp for 32 V channels of a cell.
+// Initial centres: the average of each cell's real tokens. One warp per 32 V channels of a cell.
 template <typename T, typename Out, int V>
 __global__ void __launch_bounds__(kThreads, 1)
     pool_kernel(const T* __restrict__ tokens,  // (B, H, W, C)
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
-  // An existing cell holds a token, so this is no division by zero.
+  // An existing cell holds a token, so this does not divide by zero.
   const float count = static_cast<float>(rows.size() * columns.size());
 #pragma unroll
   for (int v = 0; v < V; ++v) {

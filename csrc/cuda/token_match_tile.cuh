@@ -1,7 +1,7 @@
 // Products of a tile of tokens with a tile of centres on the tensor cores, for token_match.
 //
-// Numbers are split into terms and multiplied as products.cuh has it. Here the tile has one size,
-// of rows from two tensors, whose norms are added up on the way.
+// Numbers are split into terms and multiplied as in products.cuh. Here the tile has a fixed size,
+// its rows come from two tensors, and their squared norms are summed on the way.
 #pragma once
 
 #include <cmath>
@@ -11,24 +11,24 @@
 
 namespace expedite_d2::cuda {
 
-// Tokens and centres of a tile. Four warps have a quarter of their products each.
+// Tokens and centres of a block's tile. Each of four warps computes a quarter of the products.
 constexpr int kTileTokens = 64;
 constexpr int kTileCentres = 64;
 constexpr int kTileRows = kTileTokens + kTileCentres;
 constexpr int kTileWarps = 4;
 constexpr int kTileThreads = kTileWarps * kWarp;
-// Squares of a quarter along each axis.
-constexpr int kQuarterSide = kTileTokens / 2 / kSquare;
+// MMA tiles along each axis of a warp's tile.
+constexpr int kWarpTileSide = kTileTokens / 2 / kMmaTile;
 // A row of products is eight floats longer, so that four rows lie in all banks.
 constexpr int kProductStride = kTileCentres + 8;
 // Bytes of the staged rows; later the products are in their place.
 constexpr int kTileBytes = kTileRows * kTerms * kStagedStride * static_cast<int>(sizeof(Term));
 static_assert(kTileTokens * kProductStride * static_cast<int>(sizeof(float)) <= kTileBytes);
 
-// A slice of kStaged channels of a tile's rows on the way to shared memory: every thread holds V
+// kStaged channels of all rows of a tile on their way to shared memory: every thread holds V
 // channels of each kDown-th row.
 template <typename T, int V>
-struct Slice {
+struct StagedTile {
   static constexpr int kAcross = kStaged / V;
   static constexpr int kDown = kTileThreads / kAcross;
   static constexpr int kHeld = kTileRows / kDown;
@@ -36,9 +36,10 @@ struct Slice {
   Raw<T, V> rows[kHeld];
   Raw<T, V> origin;
 
-  // Reads the slice that begins at channel `first`. Rows that do not exist have negative offsets.
-  __device__ __forceinline__ void fetch(const T* tokens, const T* centres, const int64_t* offsets,
-                                        const T* origin_row, int first, int channels) {
+  // Reads the channels from `first` on. Rows that do not exist have negative offsets.
+  __device__ __forceinline__ void prefetch(const T* tokens, const T* centres,
+                                           const int64_t* offsets, const T* origin_row, int first,
+                                           int channels) {
     const int c = first + static_cast<int>(threadIdx.x) % kAcross * V;
     const int row = static_cast<int>(threadIdx.x) / kAcross;
     const bool has_channels = c < channels;
@@ -57,16 +58,16 @@ struct Slice {
     }
   }
 
-  // Stages the slice about the origin and adds the squares of its numbers to the rows' norms. What
-  // becomes of rows that do not exist is nobody's concern.
-  __device__ __forceinline__ void put(Term* staged, float (&norms)[kHeld]) const {
+  // Subtracts the origin, stages the channels and adds their squares to the rows' norms. Rows past
+  // the end are left undefined.
+  __device__ __forceinline__ void to_shared(Term* staged, float (&norms)[kHeld]) const {
     const int c = static_cast<int>(threadIdx.x) % kAcross * V;
     const int row = static_cast<int>(threadIdx.x) / kAcross;
     float zero[V];
     unpack<T>(origin, zero);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      // Or it would spoil the distances of all tokens, not only those to one centre.
+      // A non-finite origin would contaminate every token's distances.
       zero[v] = isfinite(zero[v]) ? zero[v] : 0.f;
     }
 #pragma unroll
@@ -84,42 +85,42 @@ struct Slice {
   }
 };
 
-// A warp's quarter of the products, in registers.
-struct Quarter {
-  SquareSums sums[kQuarterSide][kQuarterSide] = {};
+// The products of one warp, in registers.
+struct WarpTile {
+  Accumulator sums[kWarpTileSide][kWarpTileSide] = {};
   int row, column;  // first ones
 
-  __device__ Quarter() {
+  __device__ WarpTile() {
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    row = warp / 2 * kQuarterSide * kSquare;
-    column = warp % 2 * kQuarterSide * kSquare;
+    row = warp / 2 * kWarpTileSide * kMmaTile;
+    column = warp % 2 * kWarpTileSide * kMmaTile;
   }
 
   // Adds the products of the staged channels.
   __device__ __forceinline__ void add(const Term* staged) {
-    const auto square = [&](int term, int first_row, int k) {
+    const auto at = [&](int term, int first_row, int k) {
       return staged + (term * kTileRows + first_row) * kStagedStride + k;
     };
 #pragma unroll 1
-    for (int k = 0; k < kStaged; k += kSquare) {
-      SquareTerms y[kQuarterSide];
+    for (int k = 0; k < kStaged; k += kMmaTile) {
+      SplitFragment y[kWarpTileSide];
 #pragma unroll
-      for (int j = 0; j < kQuarterSide; ++j) {
+      for (int j = 0; j < kWarpTileSide; ++j) {
 #pragma unroll
         for (int t = 0; t < kTerms; ++t) {
-          load_square(square(t, kTileTokens + column + j * kSquare, k), kStagedStride, y[j][t]);
+          load_fragment(at(t, kTileTokens + column + j * kMmaTile, k), kStagedStride, y[j][t]);
         }
       }
 #pragma unroll
-      for (int i = 0; i < kQuarterSide; ++i) {
-        SquareTerms x;
+      for (int i = 0; i < kWarpTileSide; ++i) {
+        SplitFragment x;
 #pragma unroll
         for (int t = 0; t < kTerms; ++t) {
-          load_square(square(t, row + i * kSquare, k), kStagedStride, x[t]);
+          load_fragment(at(t, row + i * kMmaTile, k), kStagedStride, x[t]);
         }
 #pragma unroll
-        for (int j = 0; j < kQuarterSide; ++j) {
-          add_products(x, y[j], sums[i][j]);
+        for (int j = 0; j < kWarpTileSide; ++j) {
+          mma_bf16x3(x, y[j], sums[i][j]);
         }
       }
     }
@@ -128,12 +129,12 @@ struct Quarter {
   // Row t of `products` is that of token t, kProductStride long.
   __device__ __forceinline__ void store(float* products) const {
 #pragma unroll
-    for (int i = 0; i < kQuarterSide; ++i) {
+    for (int i = 0; i < kWarpTileSide; ++i) {
 #pragma unroll
-      for (int j = 0; j < kQuarterSide; ++j) {
-        store_square(sums[i][j],
-                     products + (row + i * kSquare) * kProductStride + column + j * kSquare,
-                     kProductStride);
+      for (int j = 0; j < kWarpTileSide; ++j) {
+        store_accumulator(sums[i][j],
+                          products + (row + i * kMmaTile) * kProductStride + column + j * kMmaTile,
+                          kProductStride);
       }
     }
   }
