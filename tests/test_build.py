@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import setuptools
 import torch
+from setuptools import dist
+from setuptools._distutils import ccompiler
 from torch.utils import cpp_extension
 
 from expedite_d2 import _ext
@@ -195,6 +197,19 @@ def setup_script() -> Iterator[dict[str, Any]]:
         patch.setenv("FORCE_CUDA", "0")
         patch.setattr(setuptools, "setup", lambda **keywords: None)
         yield runpy.run_path("setup.py")
+
+
+def test_host_entry_and_kernels_of_one_stem_become_two_objects(setup_script, monkeypatch):
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", lambda self: None)
+    command = setup_script["build_ext"](dist.Distribution())
+    command.compiler = ccompiler.new_compiler()
+    command.compiler.src_extensions += [".cu"]  # as torch does
+    command.build_extensions()
+    sources = sorted(str(p) for p in Path("csrc").rglob("*.c*") if p.suffix in (".cpp", ".cu"))
+    objects = command.compiler.object_filenames(sources, output_dir="build")
+    assert len(set(objects)) == len(sources)
+    assert "build/csrc/cuda/token_match.o" in objects
+    assert "build/csrc/cuda/token_match.cu.o" in objects
 
 
 @pytest.mark.parametrize("cxx", ["g++", "g++ -m64", "env g++", "env -u NOTHING g++ -m64", "'g++'"])
