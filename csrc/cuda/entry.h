@@ -82,10 +82,10 @@ inline GramPlan make_gram_plan(const Tokens& tokens) {
   return gram_plan(tokens, shared_memory_limit(), device_attribute(cudaDevAttrMultiProcessorCount));
 }
 
-inline void run_gram(const Tokens& tokens, const GramPlan& plan, const ReduceParams& reduction,
+inline void run_gram(const Tokens& tokens, const GramPlan& plan, const ReduceParams& params,
                      const at::TensorOptions& options) {
   const at::Tensor scratch = at::empty({plan.scratch}, options.dtype(at::kFloat));
-  C10_CUDA_CHECK(launch_token_reduce(tokens, plan, reduction, scratch.mutable_data_ptr<float>()));
+  C10_CUDA_CHECK(launch_token_reduce(tokens, plan, params, scratch.mutable_data_ptr<float>()));
 }
 
 // Entries that token_reduce calls where it has no kernels of its own.

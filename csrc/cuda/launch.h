@@ -76,7 +76,7 @@ struct GramPlan {
 GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocessors);
 // `scratch` is aligned to 32 bytes.
 cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
-                                const ReduceParams& reduction, float* scratch);
+                                const ReduceParams& params, float* scratch);
 
 // Parts that the centres are divided into, each with a list of topk for every token. A single part
 // needs no scratch.
@@ -99,7 +99,7 @@ struct ReconstructParams {
   int channels;
   cudaStream_t stream;
 };
-cudaError_t launch_token_reconstruct(const ReconstructParams& sizes,
+cudaError_t launch_token_reconstruct(const ReconstructParams& params,
                                      const void* refined,     // (B, K, C)
                                      const int32_t* indices,  // (B, N, topk)
                                      const float* weights,    // (B, N, topk)
@@ -126,13 +126,13 @@ struct DeformAttnParams {
   cudaStream_t stream;
 };
 // `locations` and their gradient are aligned to 8 bytes.
-cudaError_t launch_ms_deform_attn(const DeformAttnParams& sizes,
+cudaError_t launch_ms_deform_attn(const DeformAttnParams& params,
                                   const void* value,       // (B, S, heads, D)
                                   const float* locations,  // (B, Q, heads, levels, points, 2)
                                   const float* weights,    // (B, Q, heads, levels, points)
                                   void* out);              // (B, Q, heads, D)
 cudaError_t launch_ms_deform_attn_backward(
-    const DeformAttnParams& sizes,
+    const DeformAttnParams& params,
     const void* grad,        // (B, Q, heads, D)
     const void* value,       // (B, S, heads, D)
     const float* locations,  // (B, Q, heads, levels, points, 2)

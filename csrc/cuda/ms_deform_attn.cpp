@@ -21,25 +21,25 @@ DeformAttnParams make_params(const char* op, const at::Tensor& value,
   TORCH_CHECK_VALUE(value.size(2) <= ((1 << 30) - 1) / value.size(3), op,
                     ": expected value of fewer than 2**30 channels in all heads, got ",
                     value.size(2), " heads of ", value.size(3));
-  DeformAttnParams sizes{kernel_type(value),
-                         value.size(0),
-                         value.size(1),
-                         locations.size(1),
-                         value.size(2),
-                         checked_channels(op, value),
-                         static_cast<int>(value.size(2) * value.size(3)),
-                         static_cast<int>(levels),
-                         static_cast<int>(locations.size(4)),
-                         {},
-                         {},
-                         {},
-                         c10::cuda::getCurrentCUDAStream().stream()};
+  DeformAttnParams params{kernel_type(value),
+                          value.size(0),
+                          value.size(1),
+                          locations.size(1),
+                          value.size(2),
+                          checked_channels(op, value),
+                          static_cast<int>(value.size(2) * value.size(3)),
+                          static_cast<int>(levels),
+                          static_cast<int>(locations.size(4)),
+                          {},
+                          {},
+                          {},
+                          c10::cuda::getCurrentCUDAStream().stream()};
   for (int64_t level = 0; level < levels; ++level) {
-    sizes.height[level] = static_cast<int32_t>(spatial_shapes[2 * level]);
-    sizes.width[level] = static_cast<int32_t>(spatial_shapes[2 * level + 1]);
-    sizes.start[level] = static_cast<int32_t>(level_start[level]);
+    params.height[level] = static_cast<int32_t>(spatial_shapes[2 * level]);
+    params.width[level] = static_cast<int32_t>(spatial_shapes[2 * level + 1]);
+    params.start[level] = static_cast<int32_t>(level_start[level]);
   }
-  return sizes;
+  return params;
 }
 
 // Dense float32, aligned so that both coordinates are read at once.
@@ -66,9 +66,9 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value,                // (B, S,
   const at::Tensor value_ = value.contiguous();
   const at::Tensor locations_ = dense_locations(sampling_locations);
   const at::Tensor weights_ = attention_weights.to(at::kFloat).contiguous();
-  const DeformAttnParams sizes =
+  const DeformAttnParams params =
       make_params(op, value, spatial_shapes, level_start, sampling_locations);
-  C10_CUDA_CHECK(launch_ms_deform_attn(sizes, value_.const_data_ptr(),
+  C10_CUDA_CHECK(launch_ms_deform_attn(params, value_.const_data_ptr(),
                                        locations_.const_data_ptr<float>(),
                                        weights_.const_data_ptr<float>(), out.mutable_data_ptr()));
   return out;
@@ -96,10 +96,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(
     const at::Tensor value_ = value.contiguous();
     const at::Tensor locations_ = dense_locations(sampling_locations);
     const at::Tensor weights_ = attention_weights.to(at::kFloat).contiguous();
-    const DeformAttnParams sizes =
+    const DeformAttnParams params =
         make_params(op, value, spatial_shapes, level_start, sampling_locations);
     C10_CUDA_CHECK(launch_ms_deform_attn_backward(
-        sizes, grad_.const_data_ptr(), value_.const_data_ptr(), locations_.const_data_ptr<float>(),
+        params, grad_.const_data_ptr(), value_.const_data_ptr(), locations_.const_data_ptr<float>(),
         weights_.const_data_ptr<float>(), grad_value.mutable_data_ptr<float>(),
         grad_locations.mutable_data_ptr<float>(), grad_weights.mutable_data_ptr<float>()));
   }

@@ -28,12 +28,12 @@ at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
   const Temperature tau = make_temperature(temperature, spread_);
   const GramPlan plan = make_gram_plan(input);
   if (iterations > 0 && plan.splits > 0) {
-    ReduceParams reduction{};
-    reduction.iterations = iterations;
-    reduction.radius = radius;
-    reduction.temperature = tau;
-    reduction.centres = centres.mutable_data_ptr();
-    run_gram(input, plan, reduction, tokens.options());
+    ReduceParams params{};
+    params.iterations = iterations;
+    params.radius = radius;
+    params.temperature = tau;
+    params.centres = centres.mutable_data_ptr();
+    run_gram(input, plan, params, tokens.options());
     return centres;
   }
   at::Tensor scratch, responsibilities;

@@ -24,14 +24,14 @@ at::Tensor token_reconstruct_cuda(const at::Tensor& refined,                   /
   const at::Tensor weights_ = weights.contiguous();
   const std::optional<at::Tensor> tokens_ = dense(tokens);
   const std::optional<at::Tensor> centres_ = dense(centres);
-  const ReconstructParams sizes{kernel_type(refined),
-                                indices.size(0),
-                                indices.size(1) * indices.size(2),
-                                refined.size(1) * refined.size(2),
-                                indices.size(3),
-                                checked_channels(op, refined),
-                                c10::cuda::getCurrentCUDAStream().stream()};
-  C10_CUDA_CHECK(launch_token_reconstruct(sizes, refined_.const_data_ptr(),
+  const ReconstructParams params{kernel_type(refined),
+                                 indices.size(0),
+                                 indices.size(1) * indices.size(2),
+                                 refined.size(1) * refined.size(2),
+                                 indices.size(3),
+                                 checked_channels(op, refined),
+                                 c10::cuda::getCurrentCUDAStream().stream()};
+  C10_CUDA_CHECK(launch_token_reconstruct(params, refined_.const_data_ptr(),
                                           indices_.const_data_ptr<int32_t>(),
                                           weights_.const_data_ptr<float>(), data_or_null(tokens_),
                                           data_or_null(centres_), out.mutable_data_ptr()));

@@ -106,24 +106,24 @@ auto choose_kernel(bool residual) {
 
 }  // namespace
 
-cudaError_t launch_token_reconstruct(const ReconstructParams& sizes, const void* refined,
+cudaError_t launch_token_reconstruct(const ReconstructParams& params, const void* refined,
                                      const int32_t* indices, const float* weights,
                                      const void* tokens, const void* centres, void* out) {
-  Launcher launch{sizes.stream};
+  Launcher launch{params.stream};
   const bool residual = tokens != nullptr;
-  with_type(sizes.type, [&](auto type) {
+  with_type(params.type, [&](auto type) {
     using T = decltype(type);
     const auto* y = static_cast<const T*>(refined);
     const auto* z = static_cast<const T*>(tokens);
     const auto* s = static_cast<const T*>(centres);
     auto* to = static_cast<T*>(out);
-    const bool vectorised = can_vectorise<T>(sizes.channels, y, z, s, to);
-    const int parts = ceil_div(sizes.channels, kWarp * (vectorised ? kVectorSize<T> : 1));
-    const int64_t tiles = ceil_div<int64_t>(sizes.tokens, kWarps);
+    const bool vectorised = can_vectorise<T>(params.channels, y, z, s, to);
+    const int parts = ceil_div(params.channels, kWarp * (vectorised ? kVectorSize<T> : 1));
+    const int64_t tiles = ceil_div<int64_t>(params.tokens, kWarps);
     launch.blocks(
         vectorised ? choose_kernel<T, kVectorSize<T>>(residual) : choose_kernel<T, 1>(residual),
-        sizes.batch * tiles * parts, kThreads, 0, y, indices, weights, z, s, to, sizes.tokens,
-        static_cast<uint32_t>(tiles), sizes.cells, sizes.topk, sizes.channels);
+        params.batch * tiles * parts, kThreads, 0, y, indices, weights, z, s, to, params.tokens,
+        static_cast<uint32_t>(tiles), params.cells, params.topk, params.channels);
   });
   return launch.error;
 }

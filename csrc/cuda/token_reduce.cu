@@ -340,7 +340,7 @@ GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocesso
 }
 
 cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
-                                const ReduceParams& reduction, float* scratch) {
+                                const ReduceParams& params, float* scratch) {
   Launcher launch{tokens.stream};
   const Grid& grid = tokens.grid;
   const WindowSizes sizes(grid);
@@ -356,17 +356,17 @@ cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
     using T = decltype(type);
     constexpr int V = kVectorSize<T>;
     const auto* data = static_cast<const T*>(tokens.data);
-    auto* centres = static_cast<T*>(reduction.centres);
+    auto* centres = static_cast<T*>(params.centres);
     const bool vectorised = can_vectorise<T>(tokens.channels, data, centres);
     launch.blocks(vectorised ? gram_kernel<T, V> : gram_kernel<T, 1>, count * plan.splits, kThreads,
                   sizes.gram(), data, parts, grid, tokens.channels, plan.channels_per_split);
-    if (reduction.automatic) {
-      launch_window_spread(launch, tokens, reduction.radius, parts, sizes.iterate());
+    if (params.automatic) {
+      launch_window_spread(launch, tokens, params.radius, parts, sizes.iterate());
     }
-    launch_window_iterate(launch, tokens, reduction, parts, sizes.iterate());
+    launch_window_iterate(launch, tokens, params, parts, sizes.iterate());
     launch.blocks(vectorised ? centres_kernel<T, V> : centres_kernel<T, 1>,
                   count * ceil_div(tokens.channels, kCentreChannels), kThreads, sizes.centres(),
-                  data, parts, centres, grid, reduction.radius, tokens.channels);
+                  data, parts, centres, grid, params.radius, tokens.channels);
   });
   return launch.error;
 }

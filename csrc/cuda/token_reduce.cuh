@@ -55,7 +55,7 @@ void launch_window_spread(Launcher& launch, const Tokens& tokens, int radius,
 
 // From G to A, and the match. With `automatic`, also writes the spread and divides the temperature
 // by it.
-void launch_window_iterate(Launcher& launch, const Tokens& tokens, const ReduceParams& reduction,
+void launch_window_iterate(Launcher& launch, const Tokens& tokens, const ReduceParams& params,
                            const GramScratch& scratch, size_t shared_memory);
 
 }  // namespace expedite_d2::cuda

@@ -311,29 +311,28 @@ __device__ __forceinline__ void match(const SharedWindow& memory, const WindowVi
 
 // All iterations of a window, the match, and A.
 __global__ void __launch_bounds__(kIterateThreads, 1)
-    iterate_kernel(GramScratch scratch, ReduceParams reduction, Grid grid, int channels) {
+    iterate_kernel(GramScratch scratch, ReduceParams params, Grid grid, int channels) {
   extern __shared__ __align__(128) float shared[];
   const int64_t linear = blockIdx.x;
   const WindowView window = window_at(grid, linear);
   const SharedWindow memory(shared, window);
   float* own = scratch.windows + linear * scratch.floats_per_window;
   float tau = 0.f;
-  if (reduction.automatic) {
+  if (params.automatic) {
     const float spread = image_spread(scratch, grid, channels, window.image, memory.sums);
-    tau = effective_temperature(reduction.temperature.value, spread);
+    tau = effective_temperature(params.temperature.value, spread);
     if (threadIdx.x == 0 && window.row == 0 && window.column == 0) {
-      reduction.spread[window.image] = spread;
+      params.spread[window.image] = spread;
     }
   } else {
-    tau = image_temperature(reduction.temperature, window.image);
+    tau = image_temperature(params.temperature, window.image);
   }
   // With `automatic`, spread_kernel has added up the parts.
-  load_shared(memory, window, reduction.radius, own, reduction.automatic ? 1 : scratch.splits,
-              false);
-  for (int64_t step = 0; step < reduction.iterations; ++step) {
+  load_shared(memory, window, params.radius, own, params.automatic ? 1 : scratch.splits, false);
+  for (int64_t step = 0; step < params.iterations; ++step) {
     multiply_gram(memory, window, false);
-    assign(memory, window, reduction.radius, tau);
-    update(memory, window, reduction.radius);
+    assign(memory, window, params.radius, tau);
+    update(memory, window, params.radius);
   }
   // All parts of G have been read: A takes their place.
   const int packs = padded_tokens(window) / 4;
@@ -342,9 +341,9 @@ __global__ void __launch_bounds__(kIterateThreads, 1)
     load<4>(memory.rows + n / packs * memory.stride + n % packs * 4, a);
     store<4>(own + 4 * n, a);
   }
-  if (reduction.indices != nullptr) {
+  if (params.indices != nullptr) {
     multiply_gram(memory, window, true);
-    match(memory, window, reduction.topk, tau, reduction.indices, reduction.weights);
+    match(memory, window, params.topk, tau, params.indices, params.weights);
   }
 }
 
@@ -368,10 +367,10 @@ void launch_window_spread(Launcher& launch, const Tokens& tokens, int radius,
                 windows);
 }
 
-void launch_window_iterate(Launcher& launch, const Tokens& tokens, const ReduceParams& reduction,
+void launch_window_iterate(Launcher& launch, const Tokens& tokens, const ReduceParams& params,
                            const GramScratch& scratch, size_t shared_memory) {
   launch.blocks(iterate_kernel, window_count(tokens), kIterateThreads, shared_memory, scratch,
-                reduction, tokens.grid, tokens.channels);
+                params, tokens.grid, tokens.channels);
 }
 
 }  // namespace expedite_d2::cuda
