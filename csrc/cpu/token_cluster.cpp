@@ -26,7 +26,7 @@ struct ClusterParams {
   int64_t iterations;
   int32_t radius;
   float temperature;
-  const float* spread;  // one an image, or null
+  const float* spread;  // one per image, or null
 
   float tau(int64_t batch) const {
     return effective_temperature(temperature, spread ? spread[batch] : 1.0f);
@@ -318,7 +318,7 @@ bool gram_is_cheaper(const ClusterParams& params, bool has_window) {
   const int64_t side = 2 * static_cast<int64_t>(params.radius) + 1;
   const int64_t slots = std::min<int64_t>(side, params.grid.rows.clusters) *
                         std::min<int64_t>(side, params.grid.columns.clusters);
-  // Multiply-adds a token and channel: half a row of G, against a subtraction, a multiply-add and
+  // Multiply-adds per token and channel: half a row of G, against a subtraction, a multiply-add and
   // the weighted sum for every candidate and iteration. Above 1024 tokens, G leaves the cache. A
   // whole image is best shared among the threads, which the Gram form does not do.
   return has_window && n <= 1024 && n / 2 < 3 * params.iterations * slots;

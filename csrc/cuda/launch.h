@@ -89,7 +89,7 @@ cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocesso
                                int32_t* indices,     // (B, H, W, topk)
                                float* weights);      // (B, H, W, topk)
 
-// Sizes for all of token_reconstruct's tensors; N tokens and K centres an image.
+// Sizes for all of token_reconstruct's tensors; N tokens and K centres per image.
 struct ReconstructParams {
   Type type;
   int64_t batch;

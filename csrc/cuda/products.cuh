@@ -127,8 +127,7 @@ struct StagedRows {
   }
 
   // Stages the channels from `first` on. Term t of row r begins at staged + (t * padded + r) *
-  // kStagedStride. Rows from `count` to `padded` and channels from `end` on are
-  // zeros.
+  // kStagedStride. Rows from `count` to `padded` and channels from `end` on are zeros.
   __device__ __forceinline__ void to_shared(Term* staged, int padded, int first) const {
     const int c = static_cast<int>(threadIdx.x) % kAcross * V;
     const int row = static_cast<int>(threadIdx.x) / kAcross;

@@ -19,7 +19,7 @@ constexpr int kTileWarps = 4;
 constexpr int kTileThreads = kTileWarps * kWarp;
 // MMA tiles along each axis of a warp's tile.
 constexpr int kWarpTileSide = kTileTokens / 2 / kMmaTile;
-// A row of products is eight floats longer, so that four rows lie in all banks.
+// A row of products is eight floats longer, so that four rows cover all banks.
 constexpr int kProductStride = kTileCentres + 8;
 // Bytes of the staged rows; later the products are in their place.
 constexpr int kTileBytes = kTileRows * kTerms * kStagedStride * static_cast<int>(sizeof(Term));
