@@ -293,6 +293,9 @@ SEQUENCES = dict(CASES)
 CASES |= {
     "official swin": SwinCase(lambda: randomised(SwinTransformer)),
     "detectron2 vit": Detectron2Case(lambda: randomised(Detectron2ViT)),
+    "detectron2 vit, no positions": Detectron2Case(
+        lambda: randomised(Detectron2ViT, use_rel_pos=False)
+    ),
     "detectron2 vit, global": Detectron2Case(
         lambda: randomised(Detectron2ViT, window_block_indexes=())
     ),

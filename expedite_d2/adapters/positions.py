@@ -23,13 +23,11 @@ class Table(NoPositions):
         argument: name of the block's argument for a bias.
         own: the module in a block, and the name of its method, that return the bias of the block's
             own table, which is left out on clusters; None if the block has no table.
-        refuses: raises for masks among the arguments of a call.
     """
 
     bias: Callable[[Any, Any, Size, Size], Tensor | None]
     argument: str
     own: Callable[[Any], tuple[nn.Module, str] | None]
-    refuses: Callable[[BlockCall], None] = lambda call: refuse_masks(*call.args)
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Replaces the biases of the blocks' own tables by none."""
@@ -39,7 +37,7 @@ class Table(NoPositions):
 
     def run(self, call: BlockCall) -> Tensor:
         """Runs the block with the bias between clusters."""
-        self.refuses(call)
+        refuse_masks(*call.args)
         bias = self.bias(call.encoder, call.block.owner, call.state.grid, call.cells)
         return call.block.original(call.x, **{**call.kwargs, self.argument: bias})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from expedite_d2.adapters.family import BlockCall, Family, NoPositions, Size, refuse_masks
@@ -36,7 +35,11 @@ def _configured(encoder: Any) -> Size:
 
 
 class _CallersMask(Gate):
-    """Refuses a mask from the caller, before the encoder makes its own mask of it."""
+    """Refuses a mask from the caller, once, before the encoder makes its own mask of it.
+
+    Whatever mask the blocks are passed then has no effect; none of them need look at its values,
+    which are unknown in a trace and take a synchronisation on a GPU.
+    """
 
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The argument after pixels, masked positions and interpolation, by position or by name.
@@ -47,16 +50,12 @@ class _CallersMask(Gate):
 
 
 class _NoPositionsBesideMasks(NoPositions):
-    """Blocks without positions. A traced encoder passes them a mask even if it was given none."""
+    """Blocks without positions, which may be passed a mask that has no effect."""
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         return [_CallersMask(hourglass.encoder)]
 
     def run(self, call: BlockCall) -> Tensor:
-        if not torch.compiler.is_compiling():
-            refuse_masks(*call.args, call.kwargs.get("attention_mask"))
-        # The values of a traced mask are unknown, but it is the encoder's own: `_CallersMask` has
-        # refused any other.
         call = call.without_masks()
         return call.block.original(call.x, *call.args, **call.kwargs)
 
@@ -109,12 +108,6 @@ def _own_bias(layer: Any) -> tuple[nn.Module, str] | None:
     return None if bias is None else (bias, "forward")
 
 
-def _refuse_masks(call: BlockCall) -> None:
-    # A shared bias is passed as a mask.
-    if call.encoder.shared_position_bias is None and not torch.compiler.is_compiling():
-        refuse_masks(*call.args, call.kwargs.get("attention_mask"))
-
-
 class _TableBesideMasks(Table):
     """BEiT's tables, and the check for masks of the caller."""
 
@@ -126,9 +119,7 @@ BEIT = replace(
     VIT,
     name="transformers BeitModel",
     classes=("BeitModel",),
-    positions=_TableBesideMasks(
-        bias=_bias, argument="attention_mask", own=_own_bias, refuses=_refuse_masks
-    ),
+    positions=_TableBesideMasks(bias=_bias, argument="attention_mask", own=_own_bias),
     run=lambda encoder, images: encoder(images),
 )
 

@@ -180,6 +180,24 @@ def test_vit_equals_hand_composition(
 # ---- use ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rel_pos": False}, {"window_block_indexes": ()}], ids=str
+)
+def test_vit_is_restored_copied_and_compiled(vit: Make, changes: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    model, x = vit(**changes), images(32, 40)
+    with torch.no_grad():
+        plain = model(x)["last_feat"]
+        expected = expedite(model, alpha=1, clusters=(4, 4))(x)["last_feat"]
+        assert not torch.equal(expected, plain)
+        other = copy.deepcopy(model)
+        assert torch.equal(other(x)["last_feat"], expected)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x)["last_feat"], expected)
+        for restored in (restore(other), restore(model)):
+            assert torch.equal(restored(x)["last_feat"], plain)
+
+
 def test_vit_leaves_small_images_alone(vit: Make) -> None:
     model, x = vit(window_block_indexes=()), images(32, 40)
     with torch.no_grad():

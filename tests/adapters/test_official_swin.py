@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite
+from expedite_d2.adapters import expedite, restore
 from expedite_d2.models.backbones.swin import ExpeditedSwinTransformer
 from expedite_d2.reducers import Reduction
 from expedite_d2.tools.calibrate import calibrate
@@ -96,6 +97,18 @@ def test_official_swin_equals_ours(official: Any, reduction: Reduction) -> None:
         x = images(*size).double()
         for theirs, expected in zip(run(official, x), run(model, x), strict=True):
             torch.testing.assert_close(theirs, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_official_swin_is_restored_and_copied(official: Any) -> None:
+    x = images(*SIZES[1])
+    plain = run(official, x)
+    expected = run(expedite(official, alpha=4, clusters=(4, 4)), x)
+    assert torch.equal(expected[1], plain[1]) and not torch.equal(expected[2], plain[2])
+    other = copy.deepcopy(official)
+    assert all(map(torch.equal, run(other, x), expected))
+    assert all(map(torch.equal, run(restore(other), x), plain))
+    assert all(map(torch.equal, run(official, x), expected))
+    assert all(map(torch.equal, run(restore(official), x), plain))
 
 
 def test_official_swin_is_found_and_calibrated(official: Any) -> None:
