@@ -27,7 +27,7 @@ demo: $(STAMP)
 	$(PYTHON) train_net.py --eval-only --compare --config-file $(CONFIG) OUTPUT_DIR output/demo
 
 demo-all: $(STAMP)
-	$(PYTHON) -m expedite_d2.evaluation.demo --output output/demo
+	$(PYTHON) -m expedite_d2 demo --output output/demo
 
 # A worker a core, and no more than memory and gain allow: each has imported all libraries, and one
 # test alone takes up to a minute. They take tests from one another, so that none is idle.

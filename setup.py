@@ -245,12 +245,12 @@ class build_ext(BuildExtension):
 
 
 class build_py(_build_py):
-    """Puts configs/ into the wheel as expedite_d2/configs, where ``find_config`` looks."""
+    """Puts configs/ into the wheel as expedite_d2/d2/configs, where ``find_config`` looks."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib) / "expedite_d2" / "configs"
+            target = Path(self.build_lib) / "expedite_d2" / "d2" / "configs"
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(ROOT / "configs", target)
 

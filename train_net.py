@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 
-from expedite_d2.config import cli
 from expedite_d2.d2 import build_model, default_argument_parser, launch
-from expedite_d2.engine import build_trained_model, do_test, do_train, setup
-from expedite_d2.evaluation.compare import compare
-from expedite_d2.evaluation.profile import profile
+from expedite_d2.d2.comparison.compare import compare
+from expedite_d2.d2.comparison.profile import profile
+from expedite_d2.d2.engine import build_trained_model, do_test, do_train, setup
+from expedite_d2.errors import cli
 
 
 def main(args: argparse.Namespace) -> None:

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expedite_d2 import _ext
+from expedite_d2.d2.modeling.float32_products import multiply
 from expedite_d2.files import replacing
-from expedite_d2.models.float32_products import multiply
 
 Call = Callable[[], Any]
 

@@ -28,13 +28,14 @@ from benchmarks.models import flattened
 from benchmarks.pooling import average_pooled
 from benchmarks.systems import SYSTEMS, TITLES, config, pair, run, sizes
 from benchmarks.tome import block_multiplyadds, equal_schedule, merging
-from expedite_d2.config import cli, load_config
 from expedite_d2.d2 import CfgNode
-from expedite_d2.data import build_test_loader
-from expedite_d2.evaluation import build_evaluators, inference_on_dataset
-from expedite_d2.evaluation.compare import build_pair
-from expedite_d2.evaluation.cost import count_gflops
-from expedite_d2.models.backbones.vit import ExpeditedViT
+from expedite_d2.d2.comparison.compare import build_pair
+from expedite_d2.d2.comparison.cost import count_gflops
+from expedite_d2.d2.config import load_config
+from expedite_d2.d2.data import build_test_loader
+from expedite_d2.d2.evaluation import build_evaluators, inference_on_dataset
+from expedite_d2.d2.modeling.backbone.vit import ExpeditedViT
+from expedite_d2.errors import cli
 
 SPEED = ("segmenter", "panoptic")
 # Each of them where its config has weights.

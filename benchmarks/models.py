@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.common import DTYPES, Call, Recorder, compiled, difference, measure, parser
 from benchmarks.systems import SYSTEMS, TITLES, config, outside, pair, run, sizes
-from expedite_d2.config import cli
-from expedite_d2.evaluation.cost import count_gflops
-from expedite_d2.evaluation.latency import PeakMemory
+from expedite_d2.d2.comparison.cost import count_gflops
+from expedite_d2.errors import cli
+from expedite_d2.tools.latency import PeakMemory
 
 # Of a compiled output from the eager one in float32: sums in another order. In half types rounding
 # alone is more than that, and may be twice the eager output's own.

@@ -38,7 +38,7 @@ from benchmarks.common import (
 )
 from benchmarks.operator_table import TOKENS, Operator
 from expedite_d2 import _ext
-from expedite_d2.config import cli
+from expedite_d2.errors import cli
 
 SUITES = (TOKENS, ATTENTION)
 # Relative to the norm of the float64 result: what rounding makes of sums and outputs. Of float32

@@ -23,7 +23,7 @@ from benchmarks.common import ROOT
 from benchmarks.competitors import headlines
 from benchmarks.operators import floor
 from benchmarks.systems import TITLES
-from expedite_d2.config import cli
+from expedite_d2.errors import cli
 from expedite_d2.files import replacing
 
 Row = dict[str, Any]

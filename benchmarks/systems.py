@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
 
 from benchmarks.common import ROOT, difference
-from expedite_d2.checkpoint import load_weights
-from expedite_d2.config import load_config
 from expedite_d2.d2 import CfgNode
-from expedite_d2.evaluation.compare import build_pair
-from expedite_d2.models.meta_arch.mask2former_heads import transformers_config
+from expedite_d2.d2.checkpoint import load_weights
+from expedite_d2.d2.comparison.compare import build_pair
+from expedite_d2.d2.config import load_config
+from expedite_d2.d2.modeling.meta_arch.mask2former_heads import transformers_config
 
 # Ours computes the same as transformers' up to the order of float32 sums.
 TOLERANCE = 1e-3

@@ -1,11 +1,11 @@
 """Large vision transformers made faster at dense prediction, without fine-tuning.
 
-Importing the package puts its backbones and meta-architectures into Detectron2's registries.
+This is the library, which needs torch alone; the Detectron2 project that stands on it is
+``expedite_d2.d2``.
 """
 
 from __future__ import annotations
 
-from expedite_d2 import models
 from expedite_d2.adapters import (
     Family,
     expedite,
@@ -22,7 +22,7 @@ from expedite_d2.reducers import (
     reconstruct,
     reduce,
 )
-from expedite_d2.tools import describe
+from expedite_d2.tools import calibrate, describe
 
 __version__ = "0.1.0"
 
@@ -31,12 +31,12 @@ __all__ = [
     "Clustering",
     "Family",
     "Reduction",
+    "calibrate",
     "clustering_of",
     "describe",
     "expedite",
     "families",
     "is_expedited",
-    "models",
     "reconstruct",
     "reduce",
     "register_family",

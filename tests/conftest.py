@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,28 +16,6 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-
-
-@pytest.fixture(scope="session")
-def launch_two() -> Callable[..., None]:
-    """``launch`` of two processes on the CPU, forked from one that has imported everything."""
-    import torch
-
-    from expedite_d2.d2 import common, launch
-
-    start = functools.partial(common.mp.start_processes, start_method="forkserver")
-    multiprocessing.set_forkserver_preload(["expedite_d2.engine", "expedite_d2.evaluation.compare"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        multiprocessing.forkserver.ensure_running()
-
-    def run(function: Callable[..., None], *args: object) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "device_count", lambda: 0)
-            patch.setattr(common.mp, "start_processes", start)
-            launch(function, 2, dist_url="auto", args=args)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from expedite_d2.config import cli
-from expedite_d2.errors import UNFORESEEN, sentence_of
+from expedite_d2.errors import UNFORESEEN, cli, sentence_of
 
 
 def run(code: str, module: str = "expedite_d2.somewhere") -> Exception:

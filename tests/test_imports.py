@@ -1,4 +1,4 @@
-"""The arrows between the parts of the package, held by reading the imports."""
+"""The arrows between the parts of the package, held by reading and by running the imports."""
 
 from __future__ import annotations
 
@@ -13,39 +13,35 @@ import expedite_d2
 PACKAGE = Path(expedite_d2.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# A part may import parts to its left, its neighbours between the same bars, and itself.
-ORDER = [
-    {"_ext", "files", "profiling"},
-    {"ops"},
-    {"reducers"},
-    {"adapters"},
-    {"tools"},
-    {"models"},
-    {"data", "evaluation", "checkpoint"},
-    {"engine"},
-    {"predict", "calibrate"},
+# A part may import the parts before it, and itself.
+LIBRARY = ["files", "profiling", "_ext", "ops", "reducers", "adapters", "tools"]
+PROJECT = [
+    "logger",
+    "builtin",
+    "provider",
+    "progress",
+    "config",
+    "modeling",
+    "visualize",
+    "checkpoint",
+    "data",
+    "evaluation",
+    "engine",
+    "comparison",
 ]
-# Everything from the models on may use these; they use nothing of ours but what stands here.
-LEAVES: dict[str, set[str]] = {
-    "progress": set(),
-    "errors": set(),
-    "d2": {"errors", "files"},
-    "config": {"config_rules", "d2", "errors"},
-    "config_rules": set(),
-    "visualize": set(),
-    "muon": {"d2"},
-    "solver": {"config_rules", "d2", "muon"},
-}
-# What needs torch alone.
-CORE = ("_ext", "files", "ops", "profiling", "reducers", "adapters", "tools")
-RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+# Standard library alone, for both rooms.
+SHARED = {"errors", "files"}
+# Packages of others that the library imports; the last two when a file is read or written.
+FOREIGN = {"torch", "yaml", "safetensors"}
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def place(path: Path) -> tuple[str, ...]:
+    """A file's name within the package, as an import has it."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def imports(path: Path) -> list[str]:
+def imports(path: Path) -> list[tuple[str, ...]]:
     """Full names of everything that a file imports, also inside functions."""
     names: list[str] = []
     package = ["expedite_d2", *path.relative_to(PACKAGE).parts[:-1]]
@@ -56,49 +52,49 @@ def imports(path: Path) -> list[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
             names += [".".join([*base, alias.name]) for alias in node.names]
-    return names
+    return [tuple(name.split(".")) for name in names]
 
 
-def own_parts(path: Path) -> set[str]:
-    names = [name.split(".") for name in imports(path)]
-    return {name[1] for name in names if name[0] == "expedite_d2" and len(name) > 1}
+def own(path: Path) -> list[tuple[str, ...]]:
+    """What a file imports of this package, without the package's name."""
+    return [name[1:] for name in imports(path) if name[0] == "expedite_d2" and len(name) > 1]
 
 
 def ids(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_imports_point_one_way(path: Path) -> None:
-    part = part_of(path)
-    if part == "__init__":
-        return
-    parts = {child.name.removesuffix(".py") for child in PACKAGE.iterdir()} | {"_C"}
-    used = (own_parts(path) & parts) - {part, "_C"}
-    if part in LEAVES:
-        assert used <= LEAVES[part]
-        return
-    assert part in RANK, f"{part} has no place in ORDER"
-    for other in used:
-        if other in LEAVES:
-            assert RANK[part] >= RANK["models"], f"{part} imports {other}"
-        else:
-            assert RANK[other] <= RANK[part], f"{part} imports {other}"
+IN_LIBRARY = [path for path in MODULES if place(path)[:1] != ("d2",) and path.name != "__main__.py"]
+IN_PROJECT = [path for path in MODULES if place(path)[:1] == ("d2",)]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in MODULES if part_of(path) in CORE],
-    ids=ids,
-)
-def test_imports_of_operators_adapters_and_tools_are_torch_alone(path: Path) -> None:
-    foreign = {name.split(".")[0] for name in imports(path)}
-    assert foreign - set(sys.stdlib_module_names) <= {"torch", "expedite_d2", "yaml"}
+@pytest.mark.parametrize("path", IN_LIBRARY, ids=ids)
+def test_imports_of_library_point_one_way(path: Path) -> None:
+    part = (place(path) or ("",))[0]
+    assert not any(name[0] == "d2" for name in own(path)), "the library imports the project"
+    if part:
+        assert part in {*LIBRARY, *SHARED}, f"{part} has no place in LIBRARY"
+        before = LIBRARY[: LIBRARY.index(part) + 1] if part in LIBRARY else [part]
+        assert {name[0] for name in own(path)} <= {*before, *SHARED, "_C"}
+    foreign = {name[0] for name in imports(path)} - {"expedite_d2", *sys.stdlib_module_names}
+    assert foreign <= (FOREIGN if part not in SHARED else set())
+
+
+@pytest.mark.parametrize("path", IN_PROJECT, ids=ids)
+def test_imports_of_project_point_one_way(path: Path) -> None:
+    part = place(path)[1] if len(place(path)) > 1 else ""
+    if not part:  # the door itself
+        return
+    assert part in PROJECT, f"{part} has no place in PROJECT"
+    before = PROJECT[: PROJECT.index(part) + 1]
+    parts = {child.name.removesuffix(".py") for child in (PACKAGE / "d2").iterdir()}
+    used = {name[1] for name in own(path) if name[0] == "d2" and len(name) > 1}
+    assert used <= parts, f"imports names from the door: {used - parts}"
+    assert used <= set(before)
 
 
 def test_imports_binary_in_one_place() -> None:
-    users = [ids(path) for path in MODULES if "_C" in own_parts(path)]
-    assert users == ["_ext.py"]
+    assert [ids(path) for path in MODULES if ("_C",) in own(path)] == ["_ext.py"]
 
 
 def test_imports_never_pretend_to_be_detectron2() -> None:

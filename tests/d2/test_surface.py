@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from expedite_d2 import d2
-from expedite_d2.config import load_config
 from expedite_d2.d2 import provider
+from expedite_d2.d2.config import load_config
 from expedite_d2.errors import sentence_of
 
 

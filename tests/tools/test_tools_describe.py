@@ -11,7 +11,7 @@ from settings_cases import clustered
 from torch import nn
 
 from expedite_d2.adapters import expedite, restore
-from expedite_d2.models.backbones.swin import ExpeditedSwinTransformer
+from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
 from expedite_d2.tools import count_multiply_adds, describe
 
 

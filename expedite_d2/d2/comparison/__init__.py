@@ -1,0 +1,1 @@
+"""Baseline and expedited side by side: accuracy, cost, latency, memory, as files and pictures."""

@@ -1,0 +1,21 @@
+"""The blocks of a config's encoder, plain and expedited, without weights.
+
+expedite-d2 describe --config-file F [--size H W] [KEY VALUE ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expedite_d2.d2.comparison.cost import meta_model
+from expedite_d2.d2.config import load_config
+from expedite_d2.d2.config.command_line import config_parser
+from expedite_d2.tools import describe
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print tokens and multiply-adds of each block."""
+    parser = config_parser("describe", "Tokens and multiply-adds of an encoder, block by block.")
+    parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image in pixels")
+    args = parser.parse_args(argv)
+    print(describe(meta_model(load_config(args.config_file, args.opts)), args.size))

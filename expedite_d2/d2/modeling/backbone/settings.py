@@ -1,0 +1,77 @@
+"""Settings that all backbones read in the same way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from expedite_d2.d2.provider import ShapeSpec
+from expedite_d2.reducers import Cluster, Reduction
+
+
+def reduction_from_config(cfg: Any) -> Reduction | None:
+    """Returns the settings of ``MODEL.EXPEDITE``; None if it is not enabled."""
+    expedite = cfg.MODEL.EXPEDITE
+    if not expedite.ENABLED:
+        return None
+    cluster = Cluster(
+        at=expedite.ALPHA,
+        grid=tuple(expedite.CLUSTERS),
+        iterations=expedite.ITERATIONS,
+        neighbourhood=expedite.NEIGHBOURHOOD,
+        topk=expedite.TOPK,
+        temperature=expedite.TEMPERATURE,
+    )
+    return Reduction((cluster,), expedite.RECONSTRUCTION)
+
+
+class OutputShapes(dict[str, ShapeSpec]):
+    """Outputs of a backbone by name; an unknown name raises an error that lists the known ones.
+
+    Detectron2's own heads index it with names from the config.
+    """
+
+    def __init__(self, backbone: object, shapes: Mapping[str, ShapeSpec]) -> None:
+        """
+        Args:
+            backbone: the backbone.
+            shapes: channels and stride of each.
+        """
+        super().__init__(shapes)
+        self._owner = type(backbone).__name__
+
+    def __missing__(self, name: str) -> ShapeSpec:
+        raise KeyError(
+            f"{self._owner} has no output {name!r}, which the IN_FEATURES of a head asks for: it "
+            f"has {', '.join(self)}"
+        )
+
+
+def check_features(key: str, names: Sequence[str], shapes: Mapping[str, ShapeSpec]) -> None:
+    """Raises a ValueError if the config key ``key`` names maps that do not exist."""
+    if not names or any(name not in shapes for name in names):
+        raise ValueError(f"{key} must be among {list(shapes)}, got {list(names)}")
+
+
+def check_clusters(backbone: Any, size: Sequence[int], key: str) -> None:
+    """Raises if images have no more tokens than an expedited ViT has clusters.
+
+    Args:
+        backbone: the ViT; its `size_divisibility` is the side of a patch.
+        size: height and width of the images.
+        key: config key of the size, for the message.
+
+    Raises:
+        ValueError: all images of this size would run unreduced.
+    """
+    reduction, side = backbone.reduction, backbone.size_divisibility
+    if reduction is None:
+        return
+    rows, columns = (math.ceil(length / side) for length in size)
+    if reduction.cluster.reduced(rows, columns) == (rows, columns):
+        clusters = reduction.cluster.cells(rows, columns)
+        raise ValueError(
+            f"MODEL.EXPEDITE.CLUSTERS must be fewer than the {rows}x{columns} tokens of {key} "
+            f"{list(size)}, got {clusters[0]}x{clusters[1]}"
+        )
