@@ -142,7 +142,7 @@ def test_main_draws_every_image_at_its_own_size(config: str, tmp_path: Path) -> 
 
 
 def test_main_draws_panoptic_predictions(config: str, tmp_path: Path) -> None:
-    arguments = ["--config-file", config, "--input", str(save(tmp_path / "x.png"))]
+    arguments = ["predict", "--config-file", config, "--input", str(save(tmp_path / "x.png"))]
     main(
         arguments
         + ["--output", str(tmp_path / "out"), "DATASETS.TEST", "('scenes_val',)"]
