@@ -30,7 +30,7 @@ _TYPE_MISMATCH = re.compile(
 # What an official YAML names, and what stands in where that class is not registered.
 _BACKBONES = {"D2SwinTransformer": "ExpeditedSwinTransformer"}
 _TRANSLATIONS = {
-    "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, {"MaskFormer": "ExpediteMask2Former"}),
+    "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, {"MaskFormer": "ExpeditedMask2Former"}),
     "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, _BACKBONES),
     "MODEL.EXPEDITE.BACKBONE": (BACKBONE_REGISTRY, _BACKBONES),
 }
