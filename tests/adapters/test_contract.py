@@ -21,6 +21,8 @@ kinds = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 MECHANISMS = ["timm vit", "timm beit, own bias", "transformers beit, both biases"]
 MECHANISMS += ["transformers dpt", "official swin", "detectron2 vit"]
 mechanisms = pytest.mark.parametrize("case", [CASES[name] for name in MECHANISMS], ids=MECHANISMS)
+# And of each kind of positions one, for what takes a minute.
+KINDS_OF_POSITIONS = ["timm vit", "timm beit, own bias", "official swin", "detectron2 vit"]
 
 
 def expedited(case: Case) -> Any:
@@ -169,6 +171,17 @@ def test_compiles_without_breaks(case: Case) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(case.run(compiled, x), case.run(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS_OF_POSITIONS)
+@pytest.mark.slow
+def test_inductor_makes_code_of_it(name: str) -> None:
+    torch.compiler.reset()
+    case = CASES[name]
+    model, x = expedited(case), case.images()
+    with torch.no_grad():
+        out = case.run(torch.compile(model, fullgraph=True), x)
+        torch.testing.assert_close(out, case.run(model, x), rtol=1e-3, atol=1e-3)
 
 
 @mechanisms
