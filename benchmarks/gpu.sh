@@ -99,7 +99,7 @@ build
 describe
 case "$section" in
   tests)
-    timeout "$(left)" "$PYTHON" -m pytest -q -rs tests/test_build.py tests/ops tests/test_hourglass.py \
+    timeout "$(left)" "$PYTHON" -m pytest -q -rs tests/test_build.py tests/ops tests/reducers \
       --junit-xml="$OUT/tests.xml"
     timeout "$(left)" "$PYTHON" -m pytest -q -rs -m cuda tests --ignore=tests/ops \
       --junit-xml="$OUT/tests_cuda.xml" || [ $? -eq 5 ]  # 5: no further test is marked
