@@ -29,7 +29,7 @@ demo: $(STAMP)
 demo-all: $(STAMP)
 	$(PYTHON) -m expedite_d2 demo --output output/demo
 
-# A worker a core, and no more than memory and gain allow: each has imported all libraries, and one
+# One worker per core, and no more than memory and gain allow: each has imported all libraries, and one
 # test alone takes up to a minute. They take tests from one another, so that none is idle.
 WORKERS := -n logical --maxprocesses 8 --dist worksteal
 

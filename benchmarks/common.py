@@ -235,7 +235,7 @@ def measure(
 
 @torch.inference_mode()
 def ceilings(device: str, dtypes: Sequence[str], quick: bool = False) -> dict[str, Any]:
-    """What this machine reaches: bytes a second of a copy, multiply-adds a second of a product.
+    """What this machine reaches: bytes per second of a copy, multiply-adds per second of a product.
 
     On random data: products of zeros run faster than any real one. A product is taken as layers
     take it, in float32 where a CPU is slow in the dtype.
