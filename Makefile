@@ -29,8 +29,8 @@ demo: $(STAMP)
 demo-all: $(STAMP)
 	$(PYTHON) -m expedite_d2 demo --output output/demo
 
-# One worker per core, and no more than memory and gain allow: each has imported all libraries, and one
-# test alone takes up to a minute. They take tests from one another, so that none is idle.
+# One worker per core, and no more than memory and gain allow: each has imported all libraries, and
+# one test alone takes up to a minute. They take tests from one another, so that none is idle.
 WORKERS := -n logical --maxprocesses 8 --dist worksteal
 
 test: $(STAMP)
