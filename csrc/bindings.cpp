@@ -1,6 +1,6 @@
 // The module expedite_d2._C. Loading it registers the kernels: each file of cpu/ and cuda/ adds its
-// own to the operators, whose schemas stand in expedite_d2/ops. The module itself only tells how it
-// was built.
+// own to the operators, whose schemas stand in expedite_d2/ops. The module itself only reports
+// how it was built.
 #include <optional>
 #include <string>
 #include <vector>

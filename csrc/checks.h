@@ -1,6 +1,6 @@
 // Checks of the operators' arguments, the same for the CPU and the CUDA entries. The public Python
-// functions have already checked what a user can get wrong; these hold for whoever calls
-// torch.ops.expedite_d2 directly, so that no kernel ever reads out of bounds.
+// functions have already checked what a user can get wrong; these hold for direct calls of
+// torch.ops.expedite_d2, too, so that no kernel ever reads out of bounds.
 //
 // Every message names the operator, the argument, what was expected and what came.
 #pragma once

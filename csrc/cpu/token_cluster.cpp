@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include "cpu/candidates.h"
+#include "cpu/entry.h"
 
 namespace expedite_d2 {
 namespace {
@@ -23,6 +24,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct ClusterParams {
   Grid grid;
+  bool has_window;
   int64_t iterations;
   int32_t radius;
   float temperature;
@@ -34,22 +36,16 @@ struct ClusterParams {
 };
 
 // Adds `mean` to all rows, if there is one.
-template <typename T>
 void store_centres(const float* rows, const WindowView& window, int64_t stride, const float* mean,
-                   const Map<T>& centres) {
+                   const Map<float>& centres) {
   at::parallel_for(0, window.cells(), 16, [&](int64_t begin, int64_t end) {
-    Buffer sum(stride);
     for (int64_t cell = begin; cell < end; ++cell) {
       const float* row = rows + cell * stride;
-      if (mean) {
-        for (int64_t c = 0; c < stride; ++c) {
-          sum.get()[c] = row[c] + mean[c];
-        }
-        row = sum.get();
+      float* to = centres.at(window.image, window.cell_top() + cell / window.cell_columns,
+                             window.cell_left() + cell % window.cell_columns);
+      for (int64_t c = 0; c < centres.channels; ++c) {
+        to[c] = mean ? row[c] + mean[c] : row[c];
       }
-      store_row(row, centres.channels,
-                centres.at(window.image, window.cell_top() + cell / window.cell_columns,
-                           window.cell_left() + cell % window.cell_columns));
     }
   });
 }
@@ -172,8 +168,8 @@ void gram_softmax(const std::vector<TokenRect>& reached, int32_t width, float ta
 }
 
 template <typename T>
-void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const WindowView& window,
-                     const ClusterParams& params, GramMemory& memory) {
+void cluster_by_gram(const Map<const T>& tokens, const Map<float>& centres,
+                     const WindowView& window, const ClusterParams& params, GramMemory& memory) {
   const int64_t n = window.tokens(), k = window.cells();
   const int64_t stride = padded(tokens.channels), ld = padded(n);
   const int32_t width = window.width;
@@ -237,6 +233,7 @@ void cluster_by_gram(const Map<const T>& tokens, const Map<T>& centres, const Wi
     weighted_rows(memory.indices.get(), memory.weights.get(), count, memory.tokens.get(), stride,
                   stride, memory.centres.get() + cell * stride);
   }
+  propagate_nan(memory.centres.get(), k, stride, 1);
   store_centres(memory.centres.get(), window, stride, memory.mean.get(), centres);
 }
 
@@ -284,8 +281,8 @@ void list_members(const Map<const T>& tokens, const WindowView& window, int32_t 
 }
 
 template <typename T>
-void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const WindowView& window,
-                      const ClusterParams& params) {
+void cluster_directly(const Map<const T>& tokens, const Map<float>& centres,
+                      const WindowView& window, const ClusterParams& params) {
   const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
   const float tau = params.tau(window.image);
   const Candidates candidates(window, params.radius);
@@ -309,11 +306,14 @@ void cluster_directly(const Map<const T>& tokens, const Map<T>& centres, const W
       }
     });
   }
+  if (params.has_window) {
+    propagate_nan(s.get(), k, stride, params.iterations > 0 ? 1 : tokens.channels);
+  }
   store_centres(s.get(), window, stride, nullptr, centres);
 }
 
 // Decided by sizes alone, never by the number of threads: the two forms differ in the last bits.
-bool gram_is_cheaper(const ClusterParams& params, bool has_window) {
+bool gram_is_cheaper(const ClusterParams& params) {
   const int64_t n = static_cast<int64_t>(params.grid.rows.window) * params.grid.columns.window;
   const int64_t side = 2 * static_cast<int64_t>(params.radius) + 1;
   const int64_t slots = std::min<int64_t>(side, params.grid.rows.clusters) *
@@ -321,16 +321,15 @@ bool gram_is_cheaper(const ClusterParams& params, bool has_window) {
   // Multiply-adds per token and channel: half a row of G, against a subtraction, a multiply-add and
   // the weighted sum for every candidate and iteration. Above 1024 tokens, G leaves the cache. A
   // whole image is best shared among the threads, which the Gram form does not do.
-  return has_window && n <= 1024 && n / 2 < 3 * params.iterations * slots;
+  return params.has_window && n <= 1024 && n / 2 < 3 * params.iterations * slots;
 }
 
 template <typename T>
-void cluster(const at::Tensor& tokens, const at::Tensor& centres, const ClusterParams& params,
-             bool has_window) {
+void cluster(const at::Tensor& tokens, const at::Tensor& centres, const ClusterParams& params) {
   const auto from = read_map<T>(tokens);
-  const auto to = write_map<T>(centres);
+  const auto to = write_map<float>(centres);
   const Grid& grid = params.grid;
-  if (!gram_is_cheaper(params, has_window)) {
+  if (!gram_is_cheaper(params)) {
     for_each_window(grid, tokens.size(0),
                     [&](const WindowView& window) { cluster_directly(from, to, window, params); });
     return;
@@ -354,23 +353,34 @@ at::Tensor token_cluster_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,
   check_iterations(kName, iterations);
   check_neighbourhood(kName, neighbourhood);
   check_spread(kName, spread, tokens);
-  at::Tensor centres = at::empty(
-      {tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)}, tokens.options());
+  return find_centres(tokens, grid, window.has_value(), iterations, neighbourhood, temperature,
+                      spread)
+      .to(tokens.scalar_type());
+}
+
+}  // namespace
+
+at::Tensor cpu::find_centres(const at::Tensor& tokens, const Grid& grid, bool has_window,
+                             int64_t iterations, int64_t neighbourhood, double temperature,
+                             const std::optional<at::Tensor>& spread) {
+  at::Tensor centres =
+      at::empty({tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)},
+                tokens.options().dtype(at::kFloat));
   if (centres.numel() == 0) {
     return centres;
   }
   const at::Tensor tokens_ = with_dense_channels(tokens);
   const at::Tensor spread_ = spread.has_value() ? spread->contiguous() : at::Tensor();
-  const ClusterParams params{grid, iterations, static_cast<int32_t>(neighbourhood / 2),
+  const ClusterParams params{grid,
+                             has_window,
+                             iterations,
+                             static_cast<int32_t>(neighbourhood / 2),
                              static_cast<float>(temperature),
                              spread_.defined() ? spread_.const_data_ptr<float>() : nullptr};
-  with_type(tokens.scalar_type(), [&](auto type) {
-    cluster<decltype(type)>(tokens_, centres, params, window.has_value());
-  });
+  with_type(tokens.scalar_type(),
+            [&](auto type) { cluster<decltype(type)>(tokens_, centres, params); });
   return centres;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(expedite_d2, CPU, m) {
   m.impl("token_cluster", &token_cluster_cpu);

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/entry.h"
 #include "cpu/windows.h"
 
 namespace expedite_d2 {
@@ -91,7 +92,7 @@ void write_matches(const Outputs& out, const WindowView& window, int64_t p, cons
 }
 
 template <typename T>
-void match(const Map<const T>& tokens, const Map<const T>& centres, const WindowView& window,
+void match(const Map<const T>& tokens, const Map<const float>& centres, const WindowView& window,
            float tau, const Outputs& out) {
   const int64_t n = window.tokens(), k = window.cells(), stride = padded(tokens.channels);
   Buffer s(k * stride), norms(k), mean(stride), zero(stride);
@@ -141,6 +142,15 @@ std::tuple<at::Tensor, at::Tensor> token_match_cpu(const at::Tensor& tokens,
               {tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)});
   check_topk(kName, topk);
   check_spread(kName, spread, tokens);
+  return find_matches(tokens, centres.to(at::kFloat), grid, topk, temperature, spread);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> cpu::find_matches(const at::Tensor& tokens,
+                                                     const at::Tensor& centres, const Grid& grid,
+                                                     int64_t topk, double temperature,
+                                                     const std::optional<at::Tensor>& spread) {
   const int64_t batch = tokens.size(0), height = tokens.size(1), width = tokens.size(2);
   at::Tensor indices = at::empty({batch, height, width, topk}, tokens.options().dtype(at::kInt));
   at::Tensor weights = at::empty({batch, height, width, topk}, tokens.options().dtype(at::kFloat));
@@ -154,7 +164,8 @@ std::tuple<at::Tensor, at::Tensor> token_match_cpu(const at::Tensor& tokens,
   const Outputs out{indices.mutable_data_ptr<int32_t>(), weights.mutable_data_ptr<float>(), topk};
   with_type(tokens.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const auto from = read_map<T>(tokens_), to = read_map<T>(centres_);
+    const auto from = read_map<T>(tokens_);
+    const auto to = read_map<float>(centres_);
     for_each_window(grid, batch, [&](const WindowView& at) {
       const float tau = effective_temperature(static_cast<float>(temperature),
                                               spreads ? spreads[at.image] : 1.0f);
@@ -163,8 +174,6 @@ std::tuple<at::Tensor, at::Tensor> token_match_cpu(const at::Tensor& tokens,
   });
   return {indices, weights};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(expedite_d2, CPU, m) {
   m.impl("token_match", &token_match_cpu);

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "cpu/candidates.h"
+#include "cpu/entry.h"
 
 namespace expedite_d2 {
 namespace {
@@ -112,6 +113,12 @@ at::Tensor token_spread_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,
   check_tokens(kName, "tokens", tokens);
   const Grid grid = make_grid(kName, tokens, clusters, window);
   check_neighbourhood(kName, neighbourhood);
+  return measure_spread(tokens, grid, neighbourhood);
+}
+
+}  // namespace
+
+at::Tensor cpu::measure_spread(const at::Tensor& tokens, const Grid& grid, int64_t neighbourhood) {
   at::Tensor spread = at::empty({tokens.size(0)}, tokens.options().dtype(at::kFloat));
   if (tokens.numel() == 0) {
     return spread.zero_();
@@ -137,8 +144,6 @@ at::Tensor token_spread_cpu(const at::Tensor& tokens, at::IntArrayRef clusters,
   }
   return spread;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(expedite_d2, CPU, m) {
   m.impl("token_spread", &token_spread_cpu);

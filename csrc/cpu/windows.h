@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -127,6 +128,19 @@ inline void centre_rows(float* rows, int64_t count, int64_t stride, float* mean)
     mean[c] = std::isfinite(mean[c]) ? mean[c] / static_cast<float>(count) : 0.0f;
   }
   subtract_row(rows, count, stride, mean);
+}
+
+// Makes all centres of a window NaN if one is not finite, because one of the tokens is not. The
+// first `channels` are looked at: one after an iteration, which leaves the token's home cell NaN in
+// every channel, but all of an average.
+inline void propagate_nan(float* rows, int64_t cells, int64_t stride, int64_t channels) {
+  for (int64_t cell = 0; cell < cells; ++cell) {
+    const float* row = rows + cell * stride;
+    if (!std::all_of(row, row + channels, [](float x) { return std::isfinite(x); })) {
+      std::fill_n(rows, cells * stride, std::numeric_limits<float>::quiet_NaN());
+      return;
+    }
+  }
 }
 
 // Tokens of a window: some of its rows and some of its columns.

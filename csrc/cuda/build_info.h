@@ -1,4 +1,4 @@
-// What nvcc was told, for bindings.cpp, which is not compiled by nvcc. Only in builds with CUDA.
+// What only nvcc knows of a build with CUDA, for bindings.cpp, which the C++ compiler compiles.
 #pragma once
 
 #include <string>

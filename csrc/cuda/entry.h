@@ -78,8 +78,12 @@ inline size_t shared_memory_limit() {
   return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-inline GramPlan make_gram_plan(const Tokens& tokens) {
-  return gram_plan(tokens, shared_memory_limit(), device_attribute(cudaDevAttrMultiProcessorCount));
+// Gram matrices are for windows alone: with them, a token that is not finite spoils all centres,
+// which is what it means in a window, but not in a whole image.
+inline GramPlan make_gram_plan(const Tokens& tokens, bool has_window) {
+  return !has_window ? GramPlan{}
+                     : gram_plan(tokens, shared_memory_limit(),
+                                 device_attribute(cudaDevAttrMultiProcessorCount));
 }
 
 inline void run_gram(const Tokens& tokens, const GramPlan& plan, const ReduceParams& params,
@@ -88,18 +92,22 @@ inline void run_gram(const Tokens& tokens, const GramPlan& plan, const ReducePar
   C10_CUDA_CHECK(launch_token_reduce(tokens, plan, params, scratch.mutable_data_ptr<float>()));
 }
 
-// Entries that token_reduce calls where it has no kernels of its own.
-at::Tensor token_spread_cuda(const at::Tensor& tokens, at::IntArrayRef clusters,
-                             at::OptionalIntArrayRef window, int64_t neighbourhood);
-at::Tensor token_cluster_cuda(const at::Tensor& tokens, at::IntArrayRef clusters,
-                              at::OptionalIntArrayRef window, int64_t iterations,
-                              int64_t neighbourhood, double temperature,
-                              const std::optional<at::Tensor>& spread);
-std::tuple<at::Tensor, at::Tensor> token_match_cuda(const at::Tensor& tokens,
-                                                    const at::Tensor& centres,
-                                                    at::IntArrayRef clusters,
-                                                    at::OptionalIntArrayRef window, int64_t topk,
-                                                    double temperature,
-                                                    const std::optional<at::Tensor>& spread);
+// What token_reduce calls of the other operators where it has no kernels of its own. `tokens` are
+// dense and checked, and `input` describes them.
+
+// The spread of each image, (B,).
+at::Tensor measure_spread(const at::Tensor& tokens,  // (B, H, W, C)
+                          const Tokens& input, int64_t neighbourhood);
+
+// Centres (B, h', w', C) in float32, before token_cluster rounds them to the type of the tokens.
+at::Tensor find_centres(const at::Tensor& tokens,  // (B, H, W, C)
+                        const Tokens& input, bool has_window, int64_t iterations,
+                        int64_t neighbourhood, Temperature temperature);
+
+// Indices and weights, (B, H, W, topk).
+std::tuple<at::Tensor, at::Tensor> find_matches(
+    const at::Tensor& tokens,   // (B, H, W, C)
+    const at::Tensor& centres,  // float32 (B, h', w', C)
+    const Tokens& input, int64_t topk, Temperature temperature);
 
 }  // namespace expedite_d2::cuda

@@ -44,12 +44,11 @@ struct CandidateShape {
 };
 CandidateShape candidate_shape(const Grid& grid, int radius);
 
-// Any size. `iterations` 0 needs no scratch; float32 tokens need no `scratch_centres`.
+// Any size. `iterations` 0 needs no scratch.
 cudaError_t launch_token_cluster(const Tokens& tokens, int64_t iterations, int radius,
-                                 Temperature temperature,
-                                 void* centres,             // (B, h', w', C)
-                                 float* scratch_centres,    // scratch (B, h', w', C)
-                                 float* responsibilities);  // scratch (B, H, W, shape)
+                                 bool has_window, Temperature temperature,
+                                 float* centres,            // (B, h', w', C)
+                                 float* responsibilities);  // scratch (B, H, W, shape) or null
 
 // token_cluster or token_reduce for small windows, whose Gram matrices fit into shared memory.
 struct ReduceParams {
@@ -83,11 +82,11 @@ cudaError_t launch_token_reduce(const Tokens& tokens, const GramPlan& plan,
 int match_parts(const Tokens& tokens, int topk, int multiprocessors);
 cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocessors,
                                Temperature temperature,
-                               const void* centres,  // (B, h', w', C)
-                               float* distances,     // scratch (B, H, W, parts, topk) or null
-                               int32_t* neighbours,  // scratch (B, H, W, parts, topk) or null
-                               int32_t* indices,     // (B, H, W, topk)
-                               float* weights);      // (B, H, W, topk)
+                               const float* centres,  // (B, h', w', C)
+                               float* distances,      // scratch (B, H, W, parts, topk) or null
+                               int32_t* neighbours,   // scratch (B, H, W, parts, topk) or null
+                               int32_t* indices,      // (B, H, W, topk)
+                               float* weights);       // (B, H, W, topk)
 
 // Sizes for all of token_reconstruct's tensors; N tokens and K centres per image.
 struct ReconstructParams {

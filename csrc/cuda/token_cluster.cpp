@@ -4,6 +4,7 @@
 #include "cuda/entry.h"
 
 namespace expedite_d2::cuda {
+namespace {
 
 at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
                               at::IntArrayRef clusters,        // (h, w)
@@ -17,37 +18,44 @@ at::Tensor token_cluster_cuda(const at::Tensor& tokens,        // (B, H, W, C)
   check_iterations(op, iterations);
   const Grid grid = make_grid(op, tokens, clusters, window);
   const c10::cuda::CUDAGuard guard(tokens.device());
+  const at::Tensor tokens_ = tokens.contiguous();
+  const std::optional<at::Tensor> spread_ = dense(spread);
+  const Tokens input = make_tokens(op, tokens_, grid);
+  const Temperature tau = make_temperature(temperature, spread_);
+  const GramPlan plan = make_gram_plan(input, window.has_value());
+  if (iterations == 0 || plan.splits == 0) {
+    return find_centres(tokens_, input, window.has_value(), iterations, neighbourhood, tau)
+        .to(tokens.scalar_type());
+  }
   const at::Tensor centres = empty_map(tokens, grid, tokens.scalar_type());
+  ReduceParams params{};
+  params.iterations = iterations;
+  params.radius = static_cast<int>(neighbourhood / 2);
+  params.temperature = tau;
+  params.centres = centres.mutable_data_ptr();
+  run_gram(input, plan, params, tokens.options());
+  return centres;
+}
+
+}  // namespace
+
+at::Tensor find_centres(const at::Tensor& tokens, const Tokens& input, bool has_window,
+                        int64_t iterations, int64_t neighbourhood, Temperature temperature) {
+  const at::Tensor centres = empty_map(tokens, input.grid, at::kFloat);
   if (centres.numel() == 0) {
     return centres;
   }
-  const at::Tensor tokens_ = tokens.contiguous();
-  const std::optional<at::Tensor> spread_ = dense(spread);
   const int radius = static_cast<int>(neighbourhood / 2);
-  const Tokens input = make_tokens(op, tokens_, grid);
-  const Temperature tau = make_temperature(temperature, spread_);
-  const GramPlan plan = make_gram_plan(input);
-  if (iterations > 0 && plan.splits > 0) {
-    ReduceParams params{};
-    params.iterations = iterations;
-    params.radius = radius;
-    params.temperature = tau;
-    params.centres = centres.mutable_data_ptr();
-    run_gram(input, plan, params, tokens.options());
-    return centres;
-  }
-  at::Tensor scratch, responsibilities;
+  at::Tensor responsibilities;
   if (iterations > 0) {
-    const CandidateShape shape = candidate_shape(grid, radius);
-    scratch = input.type == Type::kFloat ? centres : empty_map(tokens, grid, at::kFloat);
+    const CandidateShape shape = candidate_shape(input.grid, radius);
     responsibilities =
         at::empty({tokens.size(0), tokens.size(1), tokens.size(2), shape.rows, shape.columns},
-                  scratch.options());
+                  centres.options());
   }
-  C10_CUDA_CHECK(
-      launch_token_cluster(input, iterations, radius, tau, centres.mutable_data_ptr(),
-                           iterations > 0 ? scratch.mutable_data_ptr<float>() : nullptr,
-                           iterations > 0 ? responsibilities.mutable_data_ptr<float>() : nullptr));
+  C10_CUDA_CHECK(launch_token_cluster(
+      input, iterations, radius, has_window, temperature, centres.mutable_data_ptr<float>(),
+      iterations > 0 ? responsibilities.mutable_data_ptr<float>() : nullptr));
   return centres;
 }
 

@@ -4,10 +4,9 @@
 // take that of token_reduce.cu and token_reduce_iterate.cu. Everything else runs here, with two
 // launches per iteration: only the candidates of a token are considered, so the work grows with
 // tokens x neighbourhood^2 and no tokens x centres matrix exists. In device memory this path keeps
-// the centres in float32 (for 16-bit tokens) and one responsibility for each token and candidate.
+// the centres in float32 and one responsibility for each token and candidate.
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "cuda/candidates.cuh"
 #include "cuda/utils.cuh"
@@ -131,14 +130,12 @@ struct __align__(16) StagedToken {
 };
 
 // New centres: the mean of the tokens that have the cell as a candidate, weighted by their
-// responsibilities. One block per kQuads x kQuads quads of cells and 32 V channels. `previous` and
-// `centres` may be one tensor: a thread reads only what it writes.
-template <typename T, typename Out, int V>
+// responsibilities. One block per kQuads x kQuads quads of cells and 32 V channels.
+template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
     update_kernel(const T* __restrict__ tokens,                // (B, H, W, C)
                   const float* __restrict__ responsibilities,  // (B, H, W, slots)
-                  const float* previous,                       // (B, h', w', C)
-                  Out* centres,                                // (B, h', w', C)
+                  float* __restrict__ centres,                 // (B, h', w', C)
                   Grid grid, int radius, CandidateShape shape, int channels) {
   constexpr int kBlockSide = kSide * kQuads;
   // For the block's rows of cells, and for its columns.
@@ -253,50 +250,61 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t to =
         ((at.image * grid.rows.cells() + i) * grid.columns.cells() + j) * channels + c;
     const float total = mass[k] + partial_sums[quad][k * (V + 1) + V][lane];
-    float centre[V];
     // A centre without mass keeps its value. NaN is not zero, so it reaches the output.
-    if (total == 0.f) {
-      load<V>(previous + to, centre);
-    } else {
+    if (total != 0.f) {
+      float centre[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         centre[v] = (sums[k][v] + partial_sums[quad][k * (V + 1) + v][lane]) / total;
       }
+      store<V>(centres + to, centre);
     }
-    store<V>(centres + to, centre);
   }
 }
 
-template <typename T, int V, typename Out>
-void launch_update(Launcher& launch, const Tokens& tokens, int radius,
-                   const float* responsibilities, const float* previous, Out* centres) {
-  const Grid& grid = tokens.grid;
-  const int64_t tiles = tokens.batch * ceil_div(grid.rows.cells(), kSide * kQuads) *
-                        ceil_div(grid.columns.cells(), kSide * kQuads);
-  launch.blocks(update_kernel<T, Out, V>, tiles * ceil_div(tokens.channels, kWarp * V), kThreads, 0,
-                static_cast<const T*>(tokens.data), responsibilities, previous, centres, grid,
-                radius, candidate_shape(grid, radius), tokens.channels);
+// Makes all centres of a window NaN if one is not finite in its first `looked_at` channels, because
+// one of the tokens is not. One block per window.
+__global__ void __launch_bounds__(kThreads, 2)
+    propagate_nan_kernel(float* centres,  // (B, h', w', C)
+                         Grid grid, int looked_at, int channels) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const WindowView window = window_at(grid, blockIdx.x);
+  __shared__ float sums[kWarps];
+  float found = 0.f;
+  for (int i = warp; i < window.cells(); i += kWarps) {
+    const float* centre = centres + window.centre(i) * channels;
+    for (int c = lane; c < looked_at; c += kWarp) {
+      found += isfinite(centre[c]) ? 0.f : 1.f;
+    }
+  }
+  if (block_sum(found, sums) > 0.f) {
+    for (int i = warp; i < window.cells(); i += kWarps) {
+      float* centre = centres + window.centre(i) * channels;
+      for (int c = lane; c < channels; c += kWarp) {
+        centre[c] = NAN;
+      }
+    }
+  }
 }
 
 template <typename T, int V>
 void launch_iterations(Launcher& launch, const Tokens& tokens, int64_t iterations, int radius,
-                       Temperature temperature, T* out, float* centres, float* responsibilities) {
-  if (iterations == 0) {
-    launch_pool<T, V, T>(launch, tokens, out);
-    return;
-  }
-  const CandidateShape shape = candidate_shape(tokens.grid, radius);
-  const PairTiles tiles(tokens.grid, shape, tokens.batch);
-  launch_pool<T, V, float>(launch, tokens, centres);
-  for (int64_t step = 1; step <= iterations; ++step) {
+                       Temperature temperature, float* centres, float* responsibilities) {
+  const Grid& grid = tokens.grid;
+  const CandidateShape shape = candidate_shape(grid, radius);
+  const PairTiles tiles(grid, shape, tokens.batch);
+  const int64_t blocks = tokens.batch * ceil_div(grid.rows.cells(), kSide * kQuads) *
+                         ceil_div(grid.columns.cells(), kSide * kQuads) *
+                         ceil_div(tokens.channels, kWarp * V);
+  const auto* data = static_cast<const T*>(tokens.data);
+  launch_pool<T, V>(launch, tokens, centres);
+  for (int64_t step = 0; step < iterations; ++step) {
     launch.blocks(responsibility_kernel<T, std::min(V, kVectorSize<float>)>, tiles.blocks, kThreads,
-                  0, static_cast<const T*>(tokens.data), centres, temperature, responsibilities,
-                  tokens.grid, tiles, radius, shape, tokens.channels);
-    if (step < iterations) {
-      launch_update<T, V, float>(launch, tokens, radius, responsibilities, centres, centres);
-    } else {
-      launch_update<T, V, T>(launch, tokens, radius, responsibilities, centres, out);
-    }
+                  0, data, centres, temperature, responsibilities, grid, tiles, radius, shape,
+                  tokens.channels);
+    launch.blocks(update_kernel<T, V>, blocks, kThreads, 0, data, responsibilities, centres, grid,
+                  radius, shape, tokens.channels);
   }
 }
 
@@ -311,21 +319,23 @@ CandidateShape candidate_shape(const Grid& grid, int radius) {
 }
 
 cudaError_t launch_token_cluster(const Tokens& tokens, int64_t iterations, int radius,
-                                 Temperature temperature, void* centres, float* scratch_centres,
+                                 bool has_window, Temperature temperature, float* centres,
                                  float* responsibilities) {
   Launcher launch{tokens.stream};
   with_type(tokens.type, [&](auto type) {
     using T = decltype(type);
-    auto* out = static_cast<T*>(centres);
-    float* precise = scratch_centres;
-    if constexpr (std::is_same_v<T, float>) {
-      precise = out;
-    }
-    const auto run = can_vectorise<T>(tokens.channels, tokens.data, out, precise)
+    const auto run = can_vectorise<T>(tokens.channels, tokens.data, centres)
                          ? launch_iterations<T, kVectorSize<T>>
                          : launch_iterations<T, 1>;
-    run(launch, tokens, iterations, radius, temperature, out, precise, responsibilities);
+    run(launch, tokens, iterations, radius, temperature, centres, responsibilities);
   });
+  if (has_window) {
+    // Where a token is not finite, its home cell is NaN in every channel after an iteration, while
+    // an average is so in the token's channels alone.
+    const int looked_at = iterations > 0 ? 1 : tokens.channels;
+    launch.blocks(propagate_nan_kernel, tokens.batch * tokens.grid.windows(), kThreads, 0, centres,
+                  tokens.grid, looked_at, tokens.channels);
+  }
   return launch.error;
 }
 

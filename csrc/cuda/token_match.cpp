@@ -4,6 +4,7 @@
 #include "cuda/entry.h"
 
 namespace expedite_d2::cuda {
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> token_match_cuda(
     const at::Tensor& tokens,        // (B, H, W, C)
@@ -23,6 +24,18 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
   check_shape(op, "centres", centres,
               {tokens.size(0), grid.rows.cells(), grid.columns.cells(), tokens.size(3)});
   const c10::cuda::CUDAGuard guard(tokens.device());
+  const at::Tensor tokens_ = tokens.contiguous();
+  const at::Tensor centres_ = centres.to(at::kFloat).contiguous();
+  const std::optional<at::Tensor> spread_ = dense(spread);
+  return find_matches(tokens_, centres_, make_tokens(op, tokens_, grid), topk,
+                      make_temperature(temperature, spread_));
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> find_matches(const at::Tensor& tokens, const at::Tensor& centres,
+                                                const Tokens& input, int64_t topk,
+                                                Temperature temperature) {
   const auto options = tokens.options();
   const at::Tensor indices =
       at::empty({tokens.size(0), tokens.size(1), tokens.size(2), topk}, options.dtype(at::kInt));
@@ -30,10 +43,6 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
   if (indices.numel() == 0) {
     return {indices, weights};
   }
-  const at::Tensor tokens_ = tokens.contiguous();
-  const at::Tensor centres_ = centres.contiguous();
-  const std::optional<at::Tensor> spread_ = dense(spread);
-  const Tokens input = make_tokens(op, tokens_, grid);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int parts = match_parts(input, static_cast<int>(topk), multiprocessors);
   at::Tensor distances, neighbours;
@@ -43,8 +52,8 @@ std::tuple<at::Tensor, at::Tensor> token_match_cuda(
     neighbours = at::empty(distances.sizes(), indices.options());
   }
   C10_CUDA_CHECK(launch_token_match(
-      input, static_cast<int>(topk), multiprocessors, make_temperature(temperature, spread_),
-      centres_.const_data_ptr(), parts > 1 ? distances.mutable_data_ptr<float>() : nullptr,
+      input, static_cast<int>(topk), multiprocessors, temperature, centres.const_data_ptr<float>(),
+      parts > 1 ? distances.mutable_data_ptr<float>() : nullptr,
       parts > 1 ? neighbours.mutable_data_ptr<int32_t>() : nullptr,
       indices.mutable_data_ptr<int32_t>(), weights.mutable_data_ptr<float>()));
   return {indices, weights};

@@ -89,12 +89,12 @@ struct MatchPlan {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
-    match_kernel(const T* __restrict__ tokens,   // (B, H, W, C)
-                 const T* __restrict__ centres,  // (B, h', w', C)
-                 float* distances,               // (B, H, W, parts, topk)
-                 int32_t* neighbours,            // (B, H, W, parts, topk)
-                 int32_t* indices,               // (B, H, W, topk); neighbours if there is one part
-                 float* weights,                 // (B, H, W, topk); distances likewise
+    match_kernel(const T* __restrict__ tokens,       // (B, H, W, C)
+                 const float* __restrict__ centres,  // (B, h', w', C)
+                 float* distances,                   // (B, H, W, parts, topk)
+                 int32_t* neighbours,                // (B, H, W, parts, topk)
+                 int32_t* indices,  // (B, H, W, topk); neighbours if there is one part
+                 float* weights,    // (B, H, W, topk); distances likewise
                  Temperature temperature, Grid grid, MatchPlan plan, int topk, int channels) {
   extern __shared__ __align__(16) float shared[];
   __shared__ int64_t offsets[kTileRows];
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
     return;
   }
   // The origin of all distances of these tokens: the centre of the cell where the middle one is.
-  const T* origin = centres + window.centre(window.home(first_token + count / 2)) * channels;
+  const float* origin = centres + window.centre(window.home(first_token + count / 2)) * channels;
   const auto list_of = [&](int t) -> TopkList {
     const int64_t first = (window.token(first_token + t) * plan.parts + part) * topk;
     return {distances + first, neighbours + first, topk};
@@ -235,7 +235,7 @@ int match_parts(const Tokens& tokens, int topk, int multiprocessors) {
 }
 
 cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocessors,
-                               Temperature temperature, const void* centres, float* distances,
+                               Temperature temperature, const float* centres, float* distances,
                                int32_t* neighbours, int32_t* indices, float* weights) {
   const MatchPlan plan(tokens, topk, multiprocessors);
   Launcher launch{tokens.stream};
@@ -246,10 +246,9 @@ cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocesso
   with_type(tokens.type, [&](auto type) {
     using T = decltype(type);
     const auto* z = static_cast<const T*>(tokens.data);
-    const auto* s = static_cast<const T*>(centres);
-    launch.blocks(can_vectorise<T>(tokens.channels, z, s) ? match_kernel<T, kVectorSize<T>>
-                                                          : match_kernel<T, 1>,
-                  plan.blocks, kTileThreads, kTileBytes, z, s, distances, neighbours, indices,
+    launch.blocks(can_vectorise<T>(tokens.channels, z, centres) ? match_kernel<T, kVectorSize<T>>
+                                                                : match_kernel<T, 1>,
+                  plan.blocks, kTileThreads, kTileBytes, z, centres, distances, neighbours, indices,
                   weights, temperature, tokens.grid, plan, topk, tokens.channels);
   });
   if (plan.parts > 1) {

@@ -31,15 +31,18 @@ template <typename T, int V>
 struct StagedTile {
   static constexpr int kAcross = kStaged / V;
   static constexpr int kDown = kTileThreads / kAcross;
-  static constexpr int kHeld = kTileRows / kDown;
+  static constexpr int kHeldTokens = kTileTokens / kDown;
+  static constexpr int kHeldCentres = kTileCentres / kDown;
+  static constexpr int kHeld = kHeldTokens + kHeldCentres;
 
-  Raw<T, V> rows[kHeld];
-  Raw<T, V> origin;
+  Raw<T, V> tokens[kHeldTokens];
+  Raw<float, V> centres[kHeldCentres];
+  Raw<float, V> origin;
 
   // Reads the channels from `first` on. Rows that do not exist have negative offsets.
-  __device__ __forceinline__ void prefetch(const T* tokens, const T* centres,
-                                           const int64_t* offsets, const T* origin_row, int first,
-                                           int channels) {
+  __device__ __forceinline__ void prefetch(const T* all_tokens, const float* all_centres,
+                                           const int64_t* offsets, const float* origin_row,
+                                           int first, int channels) {
     const int c = first + static_cast<int>(threadIdx.x) % kAcross * V;
     const int row = static_cast<int>(threadIdx.x) / kAcross;
     const bool has_channels = c < channels;
@@ -47,14 +50,20 @@ struct StagedTile {
     if (has_channels) {
       origin = load_raw<V>(origin_row + c);
     }
-#pragma unroll
-    for (int n = 0; n < kHeld; ++n) {
-      const int64_t offset = offsets[row + n * kDown];
-      const T* from = n * kDown < kTileTokens ? tokens : centres;
-      rows[n] = {};
+    const auto read = [&](const auto* from, int r, auto& raw) {
+      const int64_t offset = offsets[r];
+      raw = {};
       if (has_channels && offset >= 0) {
-        rows[n] = load_raw<V>(from + offset + c);
+        raw = load_raw<V>(from + offset + c);
       }
+    };
+#pragma unroll
+    for (int n = 0; n < kHeldTokens; ++n) {
+      read(all_tokens, row + n * kDown, tokens[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < kHeldCentres; ++n) {
+      read(all_centres, kTileTokens + row + n * kDown, centres[n]);
     }
   }
 
@@ -64,16 +73,13 @@ struct StagedTile {
     const int c = static_cast<int>(threadIdx.x) % kAcross * V;
     const int row = static_cast<int>(threadIdx.x) / kAcross;
     float zero[V];
-    unpack<T>(origin, zero);
+    unpack<float>(origin, zero);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       // A non-finite origin would contaminate every token's distances.
       zero[v] = isfinite(zero[v]) ? zero[v] : 0.f;
     }
-#pragma unroll
-    for (int n = 0; n < kHeld; ++n) {
-      float values[V];
-      unpack<T>(rows[n], values);
+    const auto stage = [&](int n, float (&values)[V]) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         values[v] -= zero[v];
@@ -81,6 +87,18 @@ struct StagedTile {
       }
       store_terms<V>(staged + (row + n * kDown) * kStagedStride + c, kTileRows * kStagedStride,
                      values);
+    };
+#pragma unroll
+    for (int n = 0; n < kHeldTokens; ++n) {
+      float values[V];
+      unpack<T>(tokens[n], values);
+      stage(n, values);
+    }
+#pragma unroll
+    for (int n = 0; n < kHeldCentres; ++n) {
+      float values[V];
+      unpack<float>(centres[n], values);
+      stage(kHeldTokens + n, values);
     }
   }
 };

@@ -1,5 +1,5 @@
-// token_reduce on CUDA: the host entry, which composes the three operators where windows do not
-// fit.
+// token_reduce on CUDA: the host entry, which composes the three operators for whole images and
+// where windows do not fit.
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
 
@@ -25,15 +25,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_reduce_cuda(
   const at::Tensor tokens_ = tokens.contiguous();
   const Tokens input = make_tokens(op, tokens_, grid);
   const auto options = tokens.options();
-  const GramPlan plan = tokens.numel() > 0 ? make_gram_plan(input) : GramPlan{};
+  const bool has_window = window.has_value();
+  const GramPlan plan = make_gram_plan(input, has_window);
   if (plan.splits == 0) {
-    const auto spread = automatic ? token_spread_cuda(tokens_, clusters, window, neighbourhood)
-                                  : at::ones({tokens.size(0)}, options.dtype(at::kFloat));
-    const auto centres = token_cluster_cuda(tokens_, clusters, window, iterations, neighbourhood,
-                                            temperature, spread);
-    const auto [indices, weights] =
-        token_match_cuda(tokens_, centres, clusters, window, topk, temperature, spread);
-    return {spread, centres, indices, weights};
+    const at::Tensor spread = automatic ? measure_spread(tokens_, input, neighbourhood)
+                                        : at::ones({tokens.size(0)}, options.dtype(at::kFloat));
+    const Temperature tau = make_temperature(temperature, spread);
+    const at::Tensor centres =
+        find_centres(tokens_, input, has_window, iterations, neighbourhood, tau);
+    const auto [indices, weights] = find_matches(tokens_, centres, input, topk, tau);
+    return {spread, centres.to(tokens.scalar_type()), indices, weights};
   }
   const int64_t images = tokens.size(0);
   const at::Tensor spread = automatic ? at::empty({images}, options.dtype(at::kFloat))

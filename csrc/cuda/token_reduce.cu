@@ -8,8 +8,9 @@
 // (token_reduce_iterate.cu). The window's mean token is subtracted in G: otherwise the distances of
 // tokens with a large common offset would be lost to cancellation.
 //
-// A window of 144 tokens and 64 cells needs 156 KiB of shared memory, so cards with less take other
-// paths.
+// A token that is not finite spoils the Gram matrix, so that all centres and matches of its window
+// are NaN. A window of 144 tokens and 64 cells needs 156 KiB of shared memory; cards with less take
+// other paths, with the same results up to rounding.
 #include <algorithm>
 #include <cmath>
 
@@ -271,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Tokens and cells of a full window; `tokens` 0 where a window has more than any card can take.
+// Tokens and cells of a full window; `tokens` 0 where a window has none, or more than any card can
+// take.
 struct WindowSizes {
   int64_t tokens;
   int64_t padded;
@@ -301,7 +303,7 @@ GramPlan gram_plan(const Tokens& tokens, size_t shared_memory, int multiprocesso
   const Grid& grid = tokens.grid;
   const WindowSizes sizes(grid);
   const int64_t windows = grid.windows();
-  if (sizes.tokens == 0 || windows > kMaxWindows ||
+  if (sizes.tokens == 0 || tokens.batch == 0 || tokens.channels == 0 || windows > kMaxWindows ||
       std::max({sizes.gram(), sizes.iterate(), sizes.centres()}) > shared_memory) {
     return {};
   }

@@ -309,6 +309,22 @@ __device__ __forceinline__ void match(const SharedWindow& memory, const WindowVi
   });
 }
 
+// Makes A NaN, and with it all centres and matches of the window, where a token is not finite.
+__device__ __forceinline__ void propagate_nan(const SharedWindow& memory,
+                                              const WindowView& window) {
+  float norms = 0.f;
+  for (int p = threadIdx.x; p < window.tokens(); p += kIterateThreads) {
+    norms += memory.squared_norm(p);
+  }
+  if (isfinite(block_sum<kIterateWarps>(norms, memory.sums))) {
+    return;
+  }
+  for (int n = threadIdx.x; n < window.cells() * (memory.stride / 4); n += kIterateThreads) {
+    store<4>(memory.rows + 4 * n, {NAN, NAN, NAN, NAN});
+  }
+  __syncthreads();
+}
+
 // All iterations of a window, the match, and A.
 __global__ void __launch_bounds__(kIterateThreads, 1)
     iterate_kernel(GramScratch scratch, ReduceParams params, Grid grid, int channels) {
@@ -334,6 +350,7 @@ __global__ void __launch_bounds__(kIterateThreads, 1)
     assign(memory, window, params.radius, tau);
     update(memory, window, params.radius);
   }
+  propagate_nan(memory, window);
   // All parts of G have been read: A takes their place.
   const int packs = padded_tokens(window) / 4;
   for (int n = threadIdx.x; n < window.cells() * packs; n += kIterateThreads) {

@@ -169,9 +169,9 @@ __device__ __forceinline__ void load_shared(const SharedWindow& memory, const Wi
       if (keep) {
         store<4>(parts + 4 * n, sum);
       }
-      const int squared_norm = n / (kMmaTile * kPacks);
-      const int strip = squared_norm / columns;
-      const int ahead = squared_norm % columns;
+      const int tile = n / (kMmaTile * kPacks);
+      const int strip = tile / columns;
+      const int ahead = tile % columns;
       const int p = strip * kMmaTile + n / kPacks % kMmaTile;
       const int r = (strip + ahead) % strips * kMmaTile + n % kPacks * 4;
       store<4>(memory.gram + p * stride + r, sum);

@@ -158,7 +158,7 @@ void launch_distances(Launcher& launch, const Tokens& tokens, int radius, float*
   const auto* data = static_cast<const T*>(tokens.data);
   launch.blocks(mean_kernel<T, V>, tokens.batch * ceil_div(tokens.channels, kMeanAcross * V),
                 kMeanThreads, 0, data, mean, token_count(tokens.grid, 1), tokens.channels);
-  launch_pool<T, V, float>(launch, tokens, centres);
+  launch_pool<T, V>(launch, tokens, centres);
   const CandidateShape shape = candidate_shape(tokens.grid, radius);
   const PairTiles tiles(tokens.grid, shape, tokens.batch);
   launch.blocks(distance_kernel<T, std::min(V, kVectorSize<float>)>, tiles.blocks, kThreads, 0,

@@ -33,10 +33,10 @@ EXPEDITE_HOST_DEVICE Position position(int64_t linear, int32_t height, int32_t w
 }
 
 // Initial centres: the average of each cell's real tokens. One warp per 32 V channels of a cell.
-template <typename T, typename Out, int V>
+template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 1)
     pool_kernel(const T* __restrict__ tokens,  // (B, H, W, C)
-                Out* __restrict__ centres,     // (B, h', w', C)
+                float* __restrict__ centres,   // (B, h', w', C)
                 Grid grid, int channels, int64_t cells) {
   const int parts = ceil_div(channels, kWarp * V);
   const int64_t warp = global_warp();
@@ -73,10 +73,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   store<V>(centres + cell * channels + c, sum);
 }
 
-template <typename T, int V, typename Out>
-void launch_pool(Launcher& launch, const Tokens& tokens, Out* centres) {
+template <typename T, int V>
+void launch_pool(Launcher& launch, const Tokens& tokens, float* centres) {
   const int64_t cells = cell_count(tokens.grid, tokens.batch);
-  launch.warps(pool_kernel<T, Out, V>, cells * ceil_div(tokens.channels, kWarp * V),
+  launch.warps(pool_kernel<T, V>, cells * ceil_div(tokens.channels, kWarp * V),
                static_cast<const T*>(tokens.data), centres, tokens.grid, tokens.channels, cells);
 }
 

@@ -133,7 +133,9 @@ def token_cluster(
 
     Note:
         Distances and sums are float32 (float64 for float64 tokens), also under autocast;
-        deterministic. A NaN stays within its window.
+        deterministic. With ``window``, a token that is not finite makes all centres of its window
+        NaN, and no others. Without, it spreads from its cell to those that share tokens with it, in
+        each iteration.
     """
     op = "token_cluster"
     check_map(op, "tokens", tokens)

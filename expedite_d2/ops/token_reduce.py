@@ -32,33 +32,11 @@ class Reduced(NamedTuple):
     weights: Tensor
 
 
-def _compose(
-    tokens: Tensor,
-    clusters: Sequence[int],
-    window: Sequence[int] | None,
-    iterations: int,
-    neighbourhood: int,
-    topk: int,
-    temperature: float,
-    automatic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Composes the three operators, each dispatched to its own kernel."""
-    ops = torch.ops.expedite_d2
-    grid = (clusters, window)
-    if automatic:
-        spread = ops.token_spread(tokens, *grid, neighbourhood)
-    else:
-        spread = tokens.new_ones(tokens.shape[0], dtype=torch.float32)
-    centres = ops.token_cluster(tokens, *grid, iterations, neighbourhood, temperature, spread)
-    indices, weights = ops.token_match(tokens, centres, *grid, topk, temperature, spread)
-    return spread, centres, indices, weights
-
-
 _token_reduce = define(
     "token_reduce",
     "(Tensor tokens, int[] clusters, int[]? window, int iterations, int neighbourhood, int topk, "
     "float temperature, bool automatic) -> (Tensor, Tensor, Tensor, Tensor)",
-    _compose,
+    token_reduce_ref,
 )
 
 
@@ -136,9 +114,10 @@ def token_reduce(
 ) -> Reduced:
     """Clusters the tokens of a grid or of its windows, and matches every token to the centres.
 
-    The same as :func:`token_spread` (where ``automatic``), :func:`token_cluster` and
-    :func:`token_match` one after the other, which describe the details. On CUDA, small windows
-    share what the three have in common: the distances between the tokens of a window.
+    :func:`token_spread` (where ``automatic``), :func:`token_cluster` and :func:`token_match` one
+    after the other, which describe the details; but tokens are matched to the centres before those
+    are rounded to the type of ``tokens``. On CUDA, small windows share what the three have in
+    common: the distances between the tokens of a window.
 
     Args:
         tokens: (B, H, W, C), float32, bfloat16, float16 or float64, of any stride.
@@ -165,10 +144,11 @@ def token_reduce(
         ValueError, TypeError: For an argument of wrong shape, value or type.
 
     Note:
-        Distances and sums are float32 (float64 for float64 tokens), also under autocast;
-        deterministic. Where small windows share their distances, tokens of half types are matched
-        to the centres before those are rounded to that type, and a NaN among a window's tokens
-        spoils all of its matches.
+        Distances, sums and the centres that tokens are matched to are float32 (float64 for float64
+        tokens), also under autocast; deterministic. With ``window``, a token that is not finite
+        makes all centres and weights of its window NaN, and the indices there the window's first
+        cells. With ``automatic``, it makes the spread of its image NaN, and thereby all of the
+        image's weights.
     """
     op = "token_reduce"
     check_map(op, "tokens", tokens)

@@ -14,6 +14,7 @@ from expedite_d2.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TEMPERATURE = 8.0
+EPSILON = torch.finfo(torch.float32).eps
 
 
 class Case(NamedTuple):
@@ -29,6 +30,21 @@ class Case(NamedTuple):
         m_h, m_w = self.window or self.shape[1:3]
         rows, columns = self.shape[1] * self.clusters[0], self.shape[2] * self.clusters[1]
         return -(-rows // m_h), -(-columns // m_w)
+
+    def window_of(self, size: tuple[int, int], side: tuple[int, int]) -> Tensor:
+        """Number of the window of each place of a map of `size`, `side` places in each window."""
+        columns = -(-self.shape[2] // (self.window or self.shape[1:3])[1])
+        rows = torch.arange(size[0]) // side[0]
+        return rows[:, None] * columns + torch.arange(size[1]) // side[1]
+
+    def token_windows(self) -> Tensor:
+        """(H, W)"""
+        size = self.shape[1:3]
+        return self.window_of(size, self.window or size)
+
+    def cell_windows(self) -> Tensor:
+        """(h', w')"""
+        return self.window_of(self.map_size, self.clusters)
 
 
 CASES = {
@@ -173,7 +189,60 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 
 def squared_distance(tokens: Tensor, centres: Tensor, indices: Tensor) -> Tensor:
     """Float64 squared distances (B, H, W, topk) of tokens to the centres they are matched to."""
-    flat = centres.double().flatten(1, 2)
+    return (tokens.double()[..., None, :] - chosen(centres.double(), indices)).square().sum(-1)
+
+
+def chosen(centres: Tensor, indices: Tensor) -> Tensor:
+    """The centres (B, H, W, topk, C) that tokens are matched to."""
+    flat = centres.flatten(1, 2)
     batch = torch.arange(flat.shape[0], device=flat.device).view(-1, 1, 1, 1)
-    chosen = flat[batch, indices.long()]  # (B, H, W, topk, C)
-    return (tokens.double()[..., None, :] - chosen).square().sum(-1)
+    return flat[batch, indices.long()]
+
+
+def distance_error(case: Case, tokens: Tensor, centres: Tensor) -> Tensor:
+    """How far float32 may be off a squared distance of each token to the centres, (B, H, W, 1).
+
+    The distances are expanded around a mean, of the window's tokens or of its centres, so that
+    what is rounded is the squares of what is left.
+    """
+    tokens, centres = tokens.double(), centres.double()
+    error = torch.zeros_like(tokens[..., :1])
+    inside, cells = case.token_windows(), case.cell_windows()
+    for w in range(int(inside.max()) + 1):
+        z, s = tokens[:, inside == w], centres[:, cells == w]
+        mean = z.mean(1, keepdim=True)
+        largest = (s - mean).square().sum(2).amax(1)[:, None]
+        size = (z - mean).square().sum(2) + largest + EPSILON * mean.square().sum(2)
+        error[:, inside == w] = 16 * EPSILON * size[..., None]
+    return error
+
+
+def assert_matches_of_reduction(
+    case: Case, tokens: Tensor, args: tuple[Any, ...], found: tuple[Tensor, ...]
+) -> None:
+    """Indices and weights of token_reduce are those of the centres before these are rounded.
+
+    Ranks are compared: of two centres that are equally near up to rounding, either may be first.
+    The spread is the one that was found, as what is divided by it amplifies its last bits.
+    """
+    clusters, window, iterations, neighbourhood, topk, temperature, _ = args
+    spread, _, indices, weights = found
+    settings = (clusters, window, iterations, neighbourhood, temperature, spread)
+    exact = tokens.double()
+    centres = reference.token_cluster_ref(exact, *settings)
+    expected = reference.token_match_ref(
+        exact, centres, clusters, window, topk, temperature, spread
+    )
+    # What float32 itself makes of the case tells how much its rounding is amplified.
+    rounded = reference.token_cluster_ref(tokens.float(), *settings)
+    moved = 30 * (rounded - centres).norm(dim=-1) + 8 * EPSILON * centres.norm(dim=-1)
+    either = torch.cat([expected[0], indices], 3)
+    moved = chosen(moved[..., None], either).amax(3)  # (B, H, W, 1)
+    nearest = squared_distance(tokens, centres, expected[0])
+    error = distance_error(case, tokens, centres) + 2 * moved * nearest.sqrt() + moved**2
+    difference = squared_distance(tokens, centres, indices) - nearest
+    assert (difference.abs() <= 2 * error).all()
+    tau = (temperature / spread.double()).view(-1, 1, 1, 1)
+    # A weight is at most as wrong as an exponent.
+    wrong = (weights - expected[1]).abs()
+    assert (wrong <= 1e-5 + 2 * (tau * error).nan_to_num(1.0)).all()

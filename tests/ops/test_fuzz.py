@@ -12,7 +12,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from fuzz_layouts import LAYOUTS
-from op_cases import DTYPES, Case, assert_kernel, squared_distance
+from op_cases import (
+    DTYPES,
+    EPSILON,
+    Case,
+    assert_kernel,
+    assert_matches_of_reduction,
+    distance_error,
+    squared_distance,
+)
 from torch import Tensor
 
 from expedite_d2.ops import reference
@@ -22,7 +30,6 @@ KERNELS = torch.ops.expedite_d2
 NAMES = ("token_spread", "token_cluster", "token_match", "token_reconstruct")
 # Around the widths of registers and tiles.
 CHANNELS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 70, 130)
-EPSILON = torch.finfo(torch.float32).eps
 
 
 class Fuzz(NamedTuple):
@@ -187,42 +194,6 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert torch.equal(bits(a), bits(b))
 
 
-def window_of(fuzz: Fuzz, size: tuple[int, int], side: tuple[int, int]) -> Tensor:
-    """Number of the window that each place of a map of `size` belongs to, `side` places each."""
-    columns = -(-fuzz.case.shape[2] // (fuzz.case.window or fuzz.case.shape[1:3])[1])
-    rows = torch.arange(size[0]) // side[0]
-    return rows[:, None] * columns + torch.arange(size[1]) // side[1]
-
-
-def token_windows(fuzz: Fuzz) -> Tensor:
-    """(H, W)"""
-    size = fuzz.case.shape[1:3]
-    return window_of(fuzz, size, fuzz.case.window or size)
-
-
-def cell_windows(fuzz: Fuzz) -> Tensor:
-    """(h', w')"""
-    return window_of(fuzz, fuzz.case.map_size, fuzz.case.clusters)
-
-
-def distance_error(fuzz: Fuzz, data: Data) -> Tensor:
-    """How far float32 may be off a squared distance of each token to the centres, (B, H, W, 1).
-
-    The distances are expanded around a mean, of the window's tokens or of its centres, so that
-    what is rounded is the squares of what is left.
-    """
-    tokens, centres = data.tokens.double(), data.centres.double()
-    error = torch.zeros(*tokens.shape[:3], 1, dtype=torch.float64)
-    inside, cells = token_windows(fuzz), cell_windows(fuzz)
-    for w in range(int(inside.max()) + 1):
-        z, s = tokens[:, inside == w], centres[:, cells == w]
-        mean = z.mean(1, keepdim=True)
-        largest = (s - mean).square().sum(2).amax(1)[:, None]
-        size = (z - mean).square().sum(2) + largest + EPSILON * mean.square().sum(2)
-        error[:, inside == w] = 16 * EPSILON * size[..., None]
-    return error
-
-
 def tolerance(fuzz: Fuzz) -> float:
     """Half a unit in the last place of the type; float32 sums in another order."""
     return {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[fuzz.dtype]
@@ -245,10 +216,15 @@ def assert_spread(fuzz: Fuzz, data: Data, out: Tensor) -> None:
 def check_cluster(fuzz: Fuzz, data: Data, device: str) -> None:
     args = arguments(fuzz, data).token_cluster
     (out,) = outputs(fuzz, "token_cluster", args, device)
+    assert_centres(fuzz, data, out, args[1:])
+
+
+def assert_centres(fuzz: Fuzz, data: Data, out: Tensor, settings: Sequence) -> None:
+    """Those of token_cluster_ref."""
     assert_averages(fuzz, data, out)
     # What float32 itself makes of the case tells how much its rounding is amplified.
-    exact = reference.token_cluster_ref(args[0].double(), *args[1:])
-    rounded = reference.token_cluster_ref(args[0].float(), *args[1:])
+    exact = reference.token_cluster_ref(data.tokens.double(), *settings)
+    rounded = reference.token_cluster_ref(data.tokens.float(), *settings)
     amplified = (rounded - exact).abs().max()
     slack = tolerance(fuzz) * data.tokens.double().abs().max()
     assert ((out - exact).abs() <= slack + 30 * amplified).all()
@@ -257,7 +233,7 @@ def check_cluster(fuzz: Fuzz, data: Data, device: str) -> None:
 def assert_averages(fuzz: Fuzz, data: Data, out: Tensor) -> None:
     """Centres of this form, within the range of their window's tokens."""
     assert out.is_contiguous() and out.shape[1:3] == fuzz.case.map_size
-    inside, cells = token_windows(fuzz), cell_windows(fuzz)
+    inside, cells = fuzz.case.token_windows(), fuzz.case.cell_windows()
     tokens = data.tokens.double()
     slack = tolerance(fuzz) * tokens.abs().max()
     for w in range(int(inside.max()) + 1):
@@ -271,7 +247,7 @@ def check_match(fuzz: Fuzz, data: Data, device: str) -> None:
     indices, weights = outputs(fuzz, "token_match", args, device)
     assert_indices_in_window(fuzz, indices)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    error = distance_error(fuzz, data)
+    error = distance_error(fuzz.case, data.tokens, data.centres)
     found = squared_distance(data.tokens, data.centres, indices)
     best = squared_distance(data.tokens, data.centres, data.indices)
     assert ((found - best).abs() <= 2 * error).all()
@@ -293,21 +269,23 @@ def check_reconstruct(fuzz: Fuzz, data: Data, device: str) -> None:
 
 
 def check_reduce(fuzz: Fuzz, data: Data, device: str) -> None:
-    args = arguments(fuzz, data).token_reduce
-    spread, centres, indices, weights = outputs(fuzz, "token_reduce", args, device)
+    tokens, *args = arguments(fuzz, data).token_reduce
+    found = outputs(fuzz, "token_reduce", (tokens, *args), device)
+    spread, centres, indices, weights = found
     if fuzz.automatic:
         assert_spread(fuzz, data, spread)
     else:
         assert (spread == 1).all()
-    assert_averages(fuzz, data, centres)
+    assert_centres(fuzz, data, centres, (*args[:4], fuzz.temperature, spread))
     assert_indices_in_window(fuzz, indices)
+    assert_matches_of_reduction(fuzz.case, tokens, tuple(args), found)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
 def assert_indices_in_window(fuzz: Fuzz, indices: Tensor) -> None:
-    cells = cell_windows(fuzz)
+    cells = fuzz.case.cell_windows()
     assert 0 <= indices.min() and indices.max() < cells.numel()
-    assert (cells.flatten()[indices.long()] == token_windows(fuzz)[..., None]).all()
+    assert (cells.flatten()[indices.long()] == fuzz.case.token_windows()[..., None]).all()
 
 
 def spoil(fuzz: Fuzz, data: Data) -> tuple[Tensor, Tensor]:
@@ -328,9 +306,11 @@ def check_bad_tokens(fuzz: Fuzz, data: Data, device: str) -> None:
     tokens, mask = spoil(fuzz, data)
     spoilt = data._replace(tokens=tokens)
     good, bad = arguments(fuzz, data), arguments(fuzz, spoilt)
-    windows = torch.zeros(fuzz.case.shape[0], int(token_windows(fuzz).max()) + 1, dtype=torch.bool)
+    windows = torch.zeros(
+        fuzz.case.shape[0], int(fuzz.case.token_windows().max()) + 1, dtype=torch.bool
+    )
     b, y, x = mask.nonzero(as_tuple=True)
-    windows[b, token_windows(fuzz)[y, x]] = True
+    windows[b, fuzz.case.token_windows()[y, x]] = True
 
     (spread,) = outputs(fuzz, "token_spread", bad.token_spread, device)
     assert torch.equal(spread.isnan(), mask.flatten(1).any(1))
@@ -344,7 +324,7 @@ def check_bad_tokens(fuzz: Fuzz, data: Data, device: str) -> None:
         for p, s, m in zip((y, x), side, fuzz.case.clusters, strict=True)
     )
     assert not out[b, row, column].isfinite().all(1).any()
-    kept = ~windows[:, cell_windows(fuzz)]
+    kept = ~windows[:, fuzz.case.cell_windows()]
     assert_same_bits(out[kept], clean[kept])
 
     indices, weights = outputs(fuzz, "token_match", bad.token_match, device)
@@ -352,7 +332,7 @@ def check_bad_tokens(fuzz: Fuzz, data: Data, device: str) -> None:
     assert weights[mask].isnan().any(1).all()
     assert torch.equal(weights.isnan().any(-1), mask)
     torch.testing.assert_close(weights.sum(-1)[~mask], torch.ones_like(weights[..., 0][~mask]))
-    kept = ~windows[:, token_windows(fuzz)]
+    kept = ~windows[:, fuzz.case.token_windows()]
     for a, c in zip(
         (indices, weights), outputs(fuzz, "token_match", good.token_match, device), strict=True
     ):
@@ -360,6 +340,11 @@ def check_bad_tokens(fuzz: Fuzz, data: Data, device: str) -> None:
     # All of an image hangs on its spread, otherwise all of a window on its tokens.
     first, second = (outputs(fuzz, "token_reduce", a.token_reduce, device) for a in (good, bad))
     assert_indices_in_window(fuzz, second[2])
+    if fuzz.case.window is not None:
+        expected = reference.token_reduce_ref(*bad.token_reduce)
+        assert second[1][windows[:, fuzz.case.cell_windows()]].isnan().all()
+        assert second[3][~kept].isnan().all()
+        assert torch.equal(second[2][~kept], expected[2][~kept])
     kept &= ~(fuzz.automatic & mask.flatten(1).any(1))[:, None, None]
     for a, c in zip(second[2:], first[2:], strict=True):
         assert_same_bits(a[kept], c[kept])
@@ -373,7 +358,7 @@ def check_bad_tokens(fuzz: Fuzz, data: Data, device: str) -> None:
     (clean,) = outputs(fuzz, "token_reconstruct", good.token_reconstruct, device)
     args = (refined, *good.token_reconstruct[1:])
     (out,) = outputs(fuzz, "token_reconstruct", args, device)
-    looks = (data.indices == cell_windows(fuzz).numel() - 1).any(-1)
+    looks = (data.indices == fuzz.case.cell_windows().numel() - 1).any(-1)
     looks[1:] = False
     assert not out[..., -1][looks].isfinite().any()
     assert_same_bits(out[~looks], clean[~looks])

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "token_spread": ["tokens"],
     "token_cluster": ["tokens", "spread"],
     "token_match": ["tokens", "centres", "spread"],
+    "token_reduce": ["tokens"],
     "token_reconstruct": ["tokens", "centres", "refined", "weights"],
 }
 

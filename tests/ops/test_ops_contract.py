@@ -16,9 +16,9 @@ from op_cases import CASES, Sample, assert_kernel, make_sample
 from expedite_d2 import _ext, ops
 from expedite_d2.ops import reference
 
-KERNELS = ["token_spread", "token_cluster", "token_match", "token_reconstruct"]
-# On the CPU token_reduce is made of others' kernels.
-NAMES = [*KERNELS, "token_reduce"]
+# Those of which pipeline() below is made, and all.
+PARTS = ["token_spread", "token_cluster", "token_match", "token_reconstruct"]
+NAMES = [*PARTS, "token_reduce"]
 OPCHECK_CASES = ["windows", "ragged", "image", "one_token"]
 
 
@@ -62,7 +62,7 @@ def test_extension_is_loaded():
     assert set(info) == {"cuda", "archs", "compiler", "torch"} and info["compiler"]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_dispatcher_holds_the_kernel(name, device):
     assert_kernel(name, device)
 
@@ -188,7 +188,7 @@ def test_export(device):
     tokens = make_sample(CASES["windows"], device).tokens
     exported = torch.export.export(Pipeline(), (tokens,))
     targets = {str(node.target) for node in exported.graph.nodes}
-    assert {f"expedite_d2.{name}.default" for name in KERNELS} <= targets
+    assert {f"expedite_d2.{name}.default" for name in PARTS} <= targets
     for a, b in zip(exported.module()(tokens), pipeline(tokens), strict=True):
         assert torch.equal(a, b)
 
@@ -246,7 +246,7 @@ def test_threads_with_windows_of_different_sizes():
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX-512")
 def test_narrow_registers_agree():
     """Runs the kernels' other instruction set, which this machine would not choose."""
-    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in KERNELS]
+    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in PARTS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     command += ["-k", "cpu and float32 and kernel_equals_reference and not strided"]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
@@ -390,7 +390,7 @@ def test_arguments_on_two_devices_are_named(op, name):
 
 @pytest.mark.parametrize("op, name", [
     ("token_spread", "tokens"), ("token_cluster", "tokens"), ("token_match", "centres"),
-    ("token_reconstruct", "weights"),
+    ("token_reconstruct", "weights"), ("token_reduce", "tokens"),
 ])  # fmt: skip
 def test_kernels_check_shapes_themselves(op, name, device):
     """Whoever calls torch.ops directly gets an error, too, and no read out of bounds."""
@@ -402,6 +402,8 @@ def test_kernels_check_shapes_themselves(op, name, device):
         "token_cluster": "tokens clusters window iterations neighbourhood temperature spread",
         "token_match": "tokens centres clusters window topk temperature spread",
         "token_reconstruct": "refined indices weights tokens centres",
+        "token_reduce": "tokens clusters window iterations neighbourhood topk temperature",
     }[op]
+    automatic = [True] if op == "token_reduce" else []
     with pytest.raises(ValueError, match=f"{op}: expected {name} of shape"):
-        getattr(torch.ops.expedite_d2, op)(*(arguments[key] for key in order.split()))
+        getattr(torch.ops.expedite_d2, op)(*(arguments[key] for key in order.split()), *automatic)

@@ -6,21 +6,22 @@ import pytest
 import torch
 from op_cases import (
     CASES,
+    DTYPES,
     TEMPERATURE,
     Case,
     assert_centres_close,
     assert_kernel,
+    assert_matches_of_reduction,
     each_dtype,
     make_tokens,
-    squared_distance,
 )
 
-from expedite_d2.ops import token_cluster, token_match, token_reduce, token_spread
-from expedite_d2.ops.reference import token_match_ref, token_reduce_ref, token_spread_ref
+from expedite_d2.ops import reference, token_cluster, token_match, token_reduce, token_spread
+from expedite_d2.ops.reference import token_reduce_ref
 
 TINY = torch.finfo(torch.float32).tiny
-# Windows with channels enough for the path on CUDA that shares their distances, and whole images
-# that are small enough for it.
+# Windows with channels enough for several blocks each on the path on CUDA that shares their
+# distances, and an image as small.
 SHARED = {
     "swin": Case((1, 24, 24, 384), (8, 8), (12, 12)),
     "swin_ragged": Case((2, 13, 26, 288), (8, 8), (12, 12)),
@@ -49,11 +50,18 @@ def run(tokens: torch.Tensor, args: tuple) -> tuple[torch.Tensor, ...]:
     return torch.ops.expedite_d2.token_reduce(tokens, *args)
 
 
-@pytest.mark.cuda
-def test_token_reduce_has_a_kernel():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    assert_kernel("token_reduce", "cuda")
+def public(tokens: torch.Tensor, *args) -> tuple[torch.Tensor, ...]:
+    clusters, window, iterations, neighbourhood, topk, temperature, automatic = args
+    settings = {"window": window, "iterations": iterations, "neighbourhood": neighbourhood}
+    settings |= {"topk": topk, "temperature": temperature, "automatic": automatic}
+    return token_reduce(tokens, clusters, **settings)
+
+
+each_run = pytest.mark.parametrize("run", [public, token_reduce_ref])
+
+
+def test_token_reduce_has_a_kernel(device):
+    assert_kernel("token_reduce", device)
 
 
 @each_case
@@ -69,32 +77,8 @@ def test_token_reduce_equals_reference(case, dtype, automatic, device):
         assert centres.dtype == dtype and centres.shape[1:3] == case.map_size
         assert all(x.is_contiguous() for x in (spread, centres, indices, weights))
         assert_centres_close(centres, exact[1])
-        # Tokens of half types may be matched to the centres before those are rounded.
-        precise = run(tokens.float(), args)[1]
-        assert any(
-            _are_matches(tokens, s, args, exact[0], indices, weights) for s in (centres, precise)
-        )
+        assert_matches_of_reduction(case, tokens, args, (spread, centres, indices, weights))
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-
-
-def _are_matches(tokens, centres, args, spread, indices, weights) -> bool:
-    """Whether they are the nearest ones of these centres, with their weights."""
-    clusters, window, _, neighbourhood, topk, temperature, _ = args
-    exact = tokens.double()
-    expected = token_match_ref(exact, centres.double(), *args[:2], topk, temperature, spread)
-    found = squared_distance(tokens, centres, indices)
-    best = squared_distance(tokens, centres, expected[0])
-    # Distances from products are as precise as the tokens are far from their mean: to the last bits
-    # of the deviation. Another centre in the same place is right where it is as near.
-    deviation = (exact - exact.mean((1, 2), keepdim=True)).square().sum(-1).mean((1, 2))
-    scale = token_spread_ref(exact, clusters, window, neighbourhood).double()
-    rounded = (1e-4 * scale + 2e-6 * deviation).view(-1, 1, 1, 1)
-    different = indices != expected[0]
-    nearest = ((found - best).abs() <= rounded)[different].all()
-    # Where the spread is at its floor, so is the precision.
-    sharp = (temperature * 1e-6 * deviation / spread).view(-1, 1, 1, 1)
-    close = (weights - expected[1]).abs() <= 1e-4 + 1e-3 * expected[1] + sharp
-    return bool(nearest and close.all())
 
 
 @pytest.mark.parametrize("name", ["swin", "ragged_many", "image"])
@@ -125,7 +109,7 @@ def test_token_reduce_with_large_offset(name, device):
     torch.testing.assert_close(weights, exact[3], rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("run", [token_reduce_ref, torch.ops.expedite_d2.token_reduce])
+@each_run
 @each_temperature
 def test_token_reduce_of_a_constant_image(run, automatic, device):
     case = SHARED["swin_ragged"]
@@ -151,28 +135,80 @@ def test_token_reduce_floor_of_spread(name, device):
     )
 
 
-@pytest.mark.parametrize("name", ["swin_tiny", "windows", "image"])
-@pytest.mark.parametrize("run", [token_reduce_ref, torch.ops.expedite_d2.token_reduce])
-def test_token_reduce_nan_stays_in_its_window(name, run, device):
+@each_run
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_token_reduce_matches_to_centres_before_they_are_rounded(run, dtype, device):
+    """Two cells of two tokens each, whose means lie halfway between two numbers of the type."""
+    step = torch.finfo(dtype).eps
+    values = [1, 1 + step, 1 + 2 * step, 1 + 5 * step]
+    tokens = torch.tensor(values, dtype=dtype, device=device).view(1, 1, 4, 1)
+    for window in (None, (1, 4)):
+        _, centres, indices, weights = run(tokens, (1, 2), window, 0, 1, 2, 0.1 / step**2, False)
+        # Of 1 + step / 2 and 1 + 7 step / 2, the even neighbours.
+        assert centres.flatten().tolist() == [1, 1 + 4 * step]
+        assert indices.view(4, 2).tolist() == [[0, 1], [0, 1], [0, 1], [1, 0]]
+        # Distances to the nearer and to the other one, in steps.
+        distances = [(0.5, 3.5), (0.5, 2.5), (1.5, 1.5), (1.5, 4.5)]
+        expected = [1 / (1 + math.exp(0.1 * (a**2 - b**2))) for a, b in distances]
+        assert weights.view(4, 2)[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@each_run
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("name, iterations, neighbourhood, topk", [
+    ("windows", 1, 1, 4), ("wide", 5, 5, 4), ("swin_tiny", 0, 1, 4), ("home_only", 5, 1, 4),
+    ("ragged", 0, 3, 11), ("ragged_many", 1, 1, 4), ("ragged_odd_channels", 2, 3, 2),
+    ("more_cells_than_tokens", 0, 1, 40), ("large_window", 1, 3, 3), ("one_channel", 1, 1, 1),
+])  # fmt: skip
+def test_token_reduce_of_a_window_with_a_token_that_is_not_finite(
+    name, iterations, neighbourhood, topk, bad, dtype, run, device
+):
+    """Its centres and weights are NaN, its indices the first cells; other windows keep theirs."""
     case = ALL[name]
-    good = make_tokens(case).to(device)
-    bad = good.clone()
-    bad[1, 2, 3, 0] = torch.nan
-    window = case.window or case.shape[1:3]
+    good = make_tokens(case).to(device, dtype)
+    spoilt = good.clone()
+    spoilt[-1, 2, 3, -1] = bad
+    window = case.token_windows()[2, 3]
     for automatic in (False, True):
-        args = arguments(case, automatic)
-        before, after = run(good, *args), run(bad, *args)
-        spread, centres, indices, weights = after
-        assert spread.isnan().tolist() == [False, automatic]
-        assert 0 <= indices.min() and indices.max() < math.prod(case.map_size)
-        assert centres[1, : case.clusters[0], : case.clusters[1]].isnan().any()
-        assert weights[1, 2, 3].isnan().all()
-        for a, b in zip(before, after, strict=True):
-            assert torch.equal(a[0], b[0])
-        if not automatic:
-            for n, sides in ((1, case.clusters), (2, window), (3, window)):
-                assert torch.equal(before[n][1, sides[0] :], after[n][1, sides[0] :])
-                assert torch.equal(before[n][1, :, sides[1] :], after[n][1, :, sides[1] :])
+        args = (case.clusters, case.window, iterations, neighbourhood, topk, 3.0, automatic)
+        before, after = run(good, *args), run(spoilt, *args)
+        assert after[0].isnan().tolist() == [False] * (case.shape[0] - 1) + [automatic]
+        for n, windows in enumerate(
+            (case.cell_windows(), case.token_windows(), case.token_windows()), start=1
+        ):
+            lost = windows == window
+            # All of an image hangs on its spread.
+            kept = ~lost & (not automatic)
+            assert torch.equal(before[n][-1][kept], after[n][-1][kept])
+            assert torch.equal(before[n][:-1], after[n][:-1])
+            if n != 2:
+                assert after[n][-1][lost].isnan().all() and before[n].isfinite().all()
+        cells = (case.cell_windows() == window).flatten().nonzero().flatten()[:topk].tolist()
+        cells += cells[:1] * (topk - len(cells))
+        lost = after[2][-1][case.token_windows() == window]
+        assert (lost == torch.tensor(cells, device=device)).all()
+
+
+@pytest.mark.parametrize("parts", [torch.ops.expedite_d2, reference], ids=["kernel", "reference"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("name", ["image", "image_odd", "small_image"])
+def test_token_reduce_of_an_image_with_a_token_that_is_not_finite(name, bad, parts, device):
+    """Without windows, lost is what its parts lose."""
+    reduce, cluster, match = (
+        getattr(parts, name + "_ref" * (parts is reference))
+        for name in ("token_reduce", "token_cluster", "token_match")
+    )
+    case = ALL[name]
+    tokens = make_tokens(case).to(device)
+    tokens[-1, 2, 3, 0] = bad
+    for iterations in (0, 1, 5):
+        found = reduce(tokens, case.clusters, None, iterations, 3, 4, 3.0, False)
+        centres = cluster(tokens, case.clusters, None, iterations, 3, 3.0, None)
+        expected = (centres, *match(tokens, centres, case.clusters, None, 4, 3.0, None))
+        assert found[3][-1, 2, 3].isnan().all()
+        for a, b in zip(found[1:], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def test_token_reduce_picks_among_all_centres_at_nan(device):

@@ -33,15 +33,37 @@ def token_cluster_ref(
     spread: Tensor | None,
 ) -> Tensor:
     """Reference of :func:`expedite_d2.ops.token_cluster`; responsibilities count as constants."""
+    centres = precise_centres(
+        tokens, clusters, window, iterations, neighbourhood, temperature, spread
+    )
+    return centres.to(tokens.dtype)
+
+
+def precise_centres(
+    tokens: Tensor,
+    clusters: Sequence[int],
+    window: Sequence[int] | None,
+    iterations: int,
+    neighbourhood: int,
+    temperature: float,
+    spread: Tensor | None,
+) -> Tensor:
+    """Centres (B, h', w', C) in float32 or float64, before they are rounded to the tokens' type.
+
+    With ``window``, one token that is not finite makes all centres of its window NaN.
+    """
     with no_autocast(tokens):
         rows, grid = _assignments(
             tokens, clusters, window, iterations, neighbourhood, temperature, spread
         )
-        centres = rows @ unfold_tokens(tokens, grid)  # (B, W, K, C)
+        z = unfold_tokens(tokens, grid)
+        centres = rows @ z  # (B, W, K, C)
+        if window is not None:
+            # Adds 0, or NaN where a token is not finite.
+            centres = centres + (0 * z).sum((2, 3), keepdim=True)
         size = (grid.rows.cells, grid.columns.cells)
         side = (clusters[0], clusters[1])
-        centres = fold(centres, grid.rows.windows, grid.columns.windows, side, size)
-        return centres.to(tokens.dtype).contiguous()
+        return fold(centres, grid.rows.windows, grid.columns.windows, side, size).contiguous()
 
 
 def token_cluster_backward_ref(
