@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expedite_d2 import _ext
-from expedite_d2.d2.modeling.float32_products import multiply
+from expedite_d2.d2.modeling.upcast import upcast_product
 from expedite_d2.files import replacing
 
 Call = Callable[[], Any]
@@ -250,7 +250,7 @@ def ceilings(device: str, dtypes: Sequence[str], quick: bool = False) -> dict[st
     rates = {}
     for name in dtypes:
         a, b = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
-        rates[name] = side**3 / _least(partial(multiply, F.linear, a, b, None), device, quick)
+        rates[name] = side**3 / _least(partial(upcast_product, F.linear, a, b, None), device, quick)
     return {
         "gigabytes_per_second": 2 * source.numel() * source.element_size() / copied / 1e6,
         "gigamultiplyadds_per_second": {name: rate / 1e6 for name, rate in rates.items()},

@@ -15,7 +15,7 @@ from expedite_d2.d2 import CfgNode
 from expedite_d2.d2.checkpoint import load_weights
 from expedite_d2.d2.comparison.compare import build_pair
 from expedite_d2.d2.config import load_config
-from expedite_d2.d2.modeling.meta_arch.mask2former_heads import transformers_config
+from expedite_d2.d2.modeling.meta_arch.mask2former_heads import mask2former_config
 
 # Ours computes the same as transformers' up to the order of float32 sums.
 TOLERANCE = 1e-3
@@ -114,7 +114,7 @@ class Outside(nn.Module):
     def __init__(self, cfg: CfgNode, shapes: Sequence[Any]) -> None:
         super().__init__()
         swin = cfg.MODEL.SWIN
-        config = transformers_config(cfg, list(shapes))
+        config = mask2former_config(cfg, list(shapes))
         swin_config: Any = SwinConfig  # some of its keywords are not in its signature
         config.backbone_config = swin_config(
             image_size=swin.PRETRAIN_IMG_SIZE,

@@ -12,7 +12,7 @@ from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
 import expedite_d2.d2.modeling  # noqa: F401 (registers the architectures)
 from expedite_d2.d2 import Instances, MetadataCatalog, build_model, comm
 from expedite_d2.d2.config import load_config
-from expedite_d2.d2.modeling.meta_arch.mask2former_heads import transformers_config
+from expedite_d2.d2.modeling.meta_arch.mask2former_heads import mask2former_config
 from expedite_d2.d2.modeling.meta_arch.mask2former_inference import (
     instance_inference,
     panoptic_inference,
@@ -60,7 +60,7 @@ def test_loss_equals_transformers():
     model = build()
     backbone = SwinConfig(out_features=["stage1", "stage2", "stage3", "stage4"], depths=[1] * 4)
     shapes = [model.backbone.output_shape()[name] for name in model.in_features]
-    config = transformers_config(cfg, shapes)
+    config = mask2former_config(cfg, shapes)
     config.backbone_config = backbone
     theirs = Mask2FormerForUniversalSegmentation(config)
     masks = [torch.randn(2, QUERIES, 16, 24, requires_grad=True) for _ in range(DECODER_LAYERS)]
@@ -201,7 +201,7 @@ def test_semantic_alone_sums_classes_before_resizing():
     inputs = image(50, 70) | {"height": 100, "width": 140}
     with torch.no_grad():
         result = model([inputs])[0]
-        padded = model._preprocess([inputs], model.size_divisibility).tensor
+        padded = model.preprocess([inputs["image"]]).tensor
         classes, masks = model.logits(padded)
     assert padded.shape[-2:] == (64, 96)
     resize = torch.nn.functional.interpolate

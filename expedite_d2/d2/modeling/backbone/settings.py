@@ -54,7 +54,7 @@ def check_features(key: str, names: Sequence[str], shapes: Mapping[str, ShapeSpe
         raise ValueError(f"{key} must be among {list(shapes)}, got {list(names)}")
 
 
-def check_clusters(backbone: Any, size: Sequence[int], key: str) -> None:
+def check_reduces(backbone: Any, size: Sequence[int], key: str) -> None:
     """Raises if images have no more tokens than an expedited ViT has clusters.
 
     Args:

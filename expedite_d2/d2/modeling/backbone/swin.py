@@ -25,7 +25,7 @@ from expedite_d2.d2.modeling.backbone.swin_v2_blocks import (
     SwinV2Block,
 )
 from expedite_d2.d2.modeling.backbone.swin_windows import Windows, window_layout
-from expedite_d2.d2.modeling.float32_products import use_float32_products
+from expedite_d2.d2.modeling.upcast import upcast_layers
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.profiling import profiler_range
 from expedite_d2.reducers import Expeditable, Reduction, reconstruct, reduce
@@ -163,7 +163,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
         self.apply(_init_weights)
         if ape:
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-        use_float32_products(self)
+        upcast_layers(self)
         self.reduction = reduction
 
     @classmethod

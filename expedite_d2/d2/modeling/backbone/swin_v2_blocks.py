@@ -20,7 +20,7 @@ from expedite_d2.d2.modeling.backbone.swin_blocks import (
     split_heads,
 )
 from expedite_d2.d2.modeling.backbone.swin_windows import Windows, attend, bias_of_pairs
-from expedite_d2.d2.modeling.float32_products import multiply
+from expedite_d2.d2.modeling.upcast import upcast_product
 
 MAX_LOGIT_SCALE = math.log(100.0)
 MAX_BIAS = 16.0
@@ -106,7 +106,7 @@ class CosineWindowAttention(nn.Module):
         bias = None
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = multiply(F.linear, x, self.qkv.weight, bias)
+        qkv = upcast_product(F.linear, x, self.qkv.weight, bias)
         query, key, value = split_heads(qkv, self.num_heads)
         scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         x = attend(

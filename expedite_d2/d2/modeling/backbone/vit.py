@@ -14,8 +14,8 @@ from expedite_d2.adapters import clustering_of, expedite, restore
 from expedite_d2.adapters.family import inherits
 from expedite_d2.adapters.timm import beit_bias
 from expedite_d2.d2.modeling.backbone.settings import OutputShapes, reduction_from_config
-from expedite_d2.d2.modeling.float32_products import use_float32_products
 from expedite_d2.d2.modeling.lazy_timm import import_timm
+from expedite_d2.d2.modeling.upcast import upcast_layers
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.ops._checks import integer
 from expedite_d2.profiling import profiler_range
@@ -386,7 +386,7 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
             f"{vit.IMG_SIZE} and {vit.PATCH_SIZE}"
         )
     _set_norm_eps(model, vit.NAME, vit.NORM_EPS)
-    use_float32_products(model)
+    upcast_layers(model)
     return model
 
 

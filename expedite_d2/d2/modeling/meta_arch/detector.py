@@ -6,25 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from expedite_d2.d2.modeling.arithmetic import evaluation_arithmetic
 from expedite_d2.d2.modeling.backbone.fpn import FeaturePyramid
 from expedite_d2.d2.modeling.backbone.settings import check_features
 from expedite_d2.d2.modeling.meta_arch.cascade import CascadeHeads, Stage
 from expedite_d2.d2.modeling.meta_arch.detection_inference import Suppression, View, detect
+from expedite_d2.d2.modeling.meta_arch.image_model import ImageModel
 from expedite_d2.d2.modeling.meta_arch.regions import (
     RegionFeatures,
     RegionProposals,
     ground_truth,
     thing_ids,
 )
+from expedite_d2.d2.modeling.meta_arch.resize import result_size
 from expedite_d2.d2.modeling.meta_arch.sliding_window import refuse_sliding_window
-from expedite_d2.d2.provider import CfgNode, ImageList, Instances, build_backbone
+from expedite_d2.d2.provider import CfgNode, Instances
 from expedite_d2.profiling import profiler_range
 
 
-class PyramidDetector(nn.Module):
+class PyramidDetector(ImageModel):
     """Two-stage detector on a feature pyramid over the backbone ``MODEL.BACKBONE.NAME``.
 
     Args:
@@ -36,14 +37,10 @@ class PyramidDetector(nn.Module):
         ValueError: a key that asks for something unsupported.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, cfg: CfgNode, stages: Sequence[Stage], suppression: Suppression) -> None:
-        super().__init__()
         refuse_sliding_window(cfg)
+        super().__init__(cfg)
         heads = cfg.MODEL.ROI_HEADS
-        self.backbone = build_backbone(cfg)
         self.fpn = FeaturePyramid.from_config(cfg, self.backbone.output_shape())
         self.shapes = self.fpn.output_shape()
         check_features("MODEL.ROI_HEADS.IN_FEATURES", heads.IN_FEATURES, self.shapes)
@@ -62,27 +59,6 @@ class PyramidDetector(nn.Module):
         self.size_divisibility = max(
             self.backbone.size_divisibility, *list(self.fpn.strides.values())[:-1]
         )
-        self.register_buffer(
-            "pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False
-        )
-        self.eval_dtype: torch.dtype = getattr(torch, cfg.TEST.DTYPE)
-        datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-        self.dataset_name = datasets[0] if datasets else ""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model and of its inputs."""
-        return self.pixel_mean.device
-
-    def preprocess(self, images: Sequence[Tensor]) -> ImageList:
-        """Normalises images (3, h, w) and pads them to a batch."""
-        normalised = [
-            (image.to(self.device) - self.pixel_mean) / self.pixel_std for image in images
-        ]
-        return ImageList.from_tensors(normalised, self.size_divisibility)
 
     def pyramid(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W), normalised -> maps "p2" … "p6", float32."""
@@ -120,7 +96,7 @@ class PyramidDetector(nn.Module):
         self, views: Sequence[View], inputs: Mapping[str, Any], size: tuple[int, int]
     ) -> Instances:
         """Returns the detections of one image from its views, in the size that ``inputs`` gives."""
-        height, width = inputs.get("height", size[0]), inputs.get("width", size[1])
+        height, width = result_size(inputs, size)
         result = detect(views, self._masks, self.suppression, height, width)
         things = torch.tensor(self.thing_ids(), device=result.pred_classes.device)
         result.pred_classes = things[result.pred_classes]
@@ -153,7 +129,7 @@ class PyramidDetector(nn.Module):
             ``TEST.DETECTIONS_PER_IMAGE`` regions of each image; ``dense_logits``.
         """
         batch, _, height, width = images.shape
-        with evaluation_arithmetic(self):
+        with self.eval_autocast():
             maps = self.pyramid(images)
             regions = self.regions(maps)
             objectness, deltas = self.proposal_generator.scores(maps)
@@ -174,5 +150,5 @@ class PyramidDetector(nn.Module):
         return thing_ids(self.dataset_name, self.num_classes)
 
     def _masks(self, features: RegionFeatures, boxes: list[Tensor], classes: Tensor) -> Tensor:
-        with evaluation_arithmetic(self), profiler_range("expedite_d2.mask_heads", self.pixel_mean):
+        with self.eval_autocast(), profiler_range("expedite_d2.mask_heads", self.pixel_mean):
             return self.roi_heads.masks(features, boxes, classes)

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTDepthEstimationHead, DPTNeck
 
-from expedite_d2.d2.modeling.arithmetic import evaluation_arithmetic
-from expedite_d2.d2.modeling.backbone.settings import check_clusters
+from expedite_d2.d2.modeling.backbone.settings import check_reduces
 from expedite_d2.d2.modeling.backbone.vit import ExpeditedViT, ViTFeatures
-from expedite_d2.d2.modeling.float32_products import use_float32_products
 from expedite_d2.d2.modeling.meta_arch.dpt_loss import (
     gradient_loss,
     scale_invariant_loss,
     stack_depths,
 )
+from expedite_d2.d2.modeling.meta_arch.image_model import ImageModel
+from expedite_d2.d2.modeling.meta_arch.resize import result_size
 from expedite_d2.d2.modeling.meta_arch.sliding_window import refuse_sliding_window
-from expedite_d2.d2.provider import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
+from expedite_d2.d2.modeling.upcast import upcast_layers
+from expedite_d2.d2.provider import META_ARCH_REGISTRY, CfgNode
 from expedite_d2.profiling import profiler_range
 
 # Least inverse depth, as in the release: greater depths are not distinguished.
@@ -31,7 +32,7 @@ _LEAST_INVERSE = 1e-8
 
 
 @META_ARCH_REGISTRY.register()
-class ExpeditedDPT(nn.Module):
+class ExpeditedDPT(ImageModel):
     """Monocular depth: predicts the depth of every pixel of an image.
 
     Four features are fused: those of the four blocks ``MODEL.VIT.OUT_BLOCKS`` or, of a hybrid, two
@@ -45,11 +46,7 @@ class ExpeditedDPT(nn.Module):
         ValueError: settings that do not fit each other or the backbone.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
         dpt = cfg.MODEL.DPT
         refuse_sliding_window(cfg)
         if cfg.TEST.AUG.ENABLED:
@@ -57,14 +54,14 @@ class ExpeditedDPT(nn.Module):
                 "TEST.AUG averages scores of classes, which ExpeditedDPT has none of: ENABLED must "
                 "be False, got True"
             )
-        self.backbone = build_backbone(cfg)
+        super().__init__(cfg)
         if not isinstance(self.backbone, ExpeditedViT):
             raise ValueError(
                 "ExpeditedDPT needs MODEL.BACKBONE.NAME ExpeditedViT, got "
                 f"{type(self.backbone).__name__}"
             )
-        check_clusters(self.backbone, dpt.TEST_SIZE, "MODEL.DPT.TEST_SIZE")
-        config = transformers_config(cfg, self.backbone)
+        check_reduces(self.backbone, dpt.TEST_SIZE, "MODEL.DPT.TEST_SIZE")
+        config = dpt_config(cfg, self.backbone)
         self.neck = DPTNeck(config)
         self.head = DPTDepthEstimationHead(config)
         # Nothing is added to the coarsest map, so that this layer has no gradient, for which
@@ -73,30 +70,15 @@ class ExpeditedDPT(nn.Module):
         # With PyTorch's initialisation the output may start below 0, where the ReLU has no slope
         # and nothing is learnt.
         nn.init.ones_(cast(Tensor, self.head.head[-2].bias))
+        # The neck halves the map of tokens once.
+        self.size_divisibility = 2 * self.backbone.size_divisibility
         self.inverse = dpt.INVERSE
         self.scale = dpt.SCALE
         self.shift = dpt.SHIFT
         self.max_depth = dpt.MAX_DEPTH
         self.silog_weight = dpt.SILOG_WEIGHT
         self.gradient_weight = dpt.GRADIENT_WEIGHT
-        self.register_buffer(
-            "pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False
-        )
-        self.eval_dtype: torch.dtype = getattr(torch, cfg.TEST.DTYPE)
-        use_float32_products(self)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model and of its inputs."""
-        return self.pixel_mean.device
-
-    @property
-    def size_divisibility(self) -> int:
-        """Multiple to which images are padded: the neck halves the map of tokens once."""
-        return 2 * self.backbone.size_divisibility
+        upcast_layers(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, depth maps at evaluation, in Detectron2's formats.
@@ -110,7 +92,7 @@ class ExpeditedDPT(nn.Module):
             Training: a dict of scalar losses. Evaluation: for each image a dict with ``"depth"``
             (H, W) float32 in metres.
         """
-        images = self._preprocess(batched_inputs)
+        images = self.preprocess([inputs["image"] for inputs in batched_inputs])
         if self.training:
             return self._losses(images.tensor, _truths(batched_inputs))
         depths = self.depth(self.logits(images.tensor))
@@ -131,7 +113,7 @@ class ExpeditedDPT(nn.Module):
         Returns:
             (B, H, W) float32, at least 0.
         """
-        with evaluation_arithmetic(self):
+        with self.eval_autocast():
             features, grid = self._features(images)
             with profiler_range("expedite_d2.neck", images):
                 fused = self.neck(features, *grid)
@@ -142,13 +124,6 @@ class ExpeditedDPT(nn.Module):
         """Converts the prediction of the head to metres."""
         scaled = self.scale * logits + self.shift
         return scaled.clamp(min=_LEAST_INVERSE).reciprocal() if self.inverse else scaled
-
-    def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        images = [
-            (inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std
-            for inputs in batched_inputs
-        ]
-        return ImageList.from_tensors(images, self.size_divisibility)
 
     def _features(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
         """Returns the neck's four inputs, and the rows and columns of tokens.
@@ -173,7 +148,7 @@ class ExpeditedDPT(nn.Module):
         return losses
 
 
-def transformers_config(cfg: CfgNode, backbone: ExpeditedViT) -> DPTConfig:
+def dpt_config(cfg: CfgNode, backbone: ExpeditedViT) -> DPTConfig:
     """Makes transformers' configuration of the neck and head that ``MODEL.DPT`` describes.
 
     Raises:
@@ -220,7 +195,7 @@ def _truths(batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
 def _resized(depth: Tensor, image_size: tuple[int, int], inputs: dict[str, Any]) -> Tensor:
     """Removes the padding from the depth of one image, and resizes it to the requested size."""
     cut = depth[: image_size[0], : image_size[1]]
-    size = (inputs.get("height", image_size[0]), inputs.get("width", image_size[1]))
+    size = result_size(inputs, image_size)
     if cut.shape == size:
         return cut
     # Bicubic, as in the release. It may undershoot at an edge, but depth is never negative.

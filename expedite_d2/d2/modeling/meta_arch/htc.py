@@ -13,13 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from expedite_d2.d2.config.rules import DETECTOR_KEYS, check, each, whole
-from expedite_d2.d2.modeling.arithmetic import evaluation_arithmetic
-from expedite_d2.d2.modeling.float32_products import use_float32_products
 from expedite_d2.d2.modeling.meta_arch.cascade import cascade_stages
 from expedite_d2.d2.modeling.meta_arch.detection_inference import Suppression, View, augmented
 from expedite_d2.d2.modeling.meta_arch.detector import PyramidDetector
 from expedite_d2.d2.modeling.meta_arch.regions import RegionFeatures
 from expedite_d2.d2.modeling.meta_arch.semantic_heads import SemanticBranch
+from expedite_d2.d2.modeling.upcast import upcast_layers
 from expedite_d2.d2.provider import META_ARCH_REGISTRY, CfgNode, ImageList
 
 
@@ -44,7 +43,7 @@ class ExpeditedHTC(PyramidDetector):
             SemanticBranch(cfg, self.shapes) if cfg.MODEL.HTC.SEMANTIC_ON else None
         )
         self.augmentation: Any = cfg.TEST.AUG if cfg.TEST.AUG.ENABLED else None
-        use_float32_products(self)
+        upcast_layers(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, results at evaluation, in Detectron2's formats.
@@ -98,7 +97,7 @@ class ExpeditedHTC(PyramidDetector):
         return losses
 
     def _views(self, images: ImageList, flipped: bool = False) -> list[View]:
-        with evaluation_arithmetic(self):
+        with self.eval_autocast():
             maps = self.pyramid(images.tensor)
             return self.views(maps, self.regions(maps), images.image_sizes, flipped)
 

@@ -14,42 +14,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expedite_d2.d2.config.rules import MASK2FORMER_KEYS, check
-from expedite_d2.d2.modeling.arithmetic import arithmetic, evaluation_arithmetic
+from expedite_d2.d2.modeling.autocast import autocast_to
 from expedite_d2.d2.modeling.backbone.settings import check_features
-from expedite_d2.d2.modeling.float32_products import use_float32_products
+from expedite_d2.d2.modeling.meta_arch.image_model import ImageModel
+from expedite_d2.d2.modeling.meta_arch.losses import semantic_loss
 from expedite_d2.d2.modeling.meta_arch.mask2former_heads import (
     build_pixel_decoder,
     build_transformer_decoder,
-    transformers_config,
+    mask2former_config,
 )
 from expedite_d2.d2.modeling.meta_arch.mask2former_inference import (
     instance_inference,
     panoptic_inference,
-    resize_masks,
     select_instances,
     select_panoptic,
     semantic_inference,
-    upsample,
 )
 from expedite_d2.d2.modeling.meta_arch.mask2former_loss import (
     MaskClassificationLoss,
     prepare_targets,
-    semantic_loss,
 )
 from expedite_d2.d2.modeling.meta_arch.masked_decoder import predict_masks
+from expedite_d2.d2.modeling.meta_arch.resize import crop_and_resize, resize, result_size
 from expedite_d2.d2.modeling.meta_arch.sliding_window import SlidingWindow
-from expedite_d2.d2.provider import (
-    META_ARCH_REGISTRY,
-    CfgNode,
-    ImageList,
-    MetadataCatalog,
-    build_backbone,
-)
+from expedite_d2.d2.modeling.upcast import upcast_layers
+from expedite_d2.d2.provider import META_ARCH_REGISTRY, CfgNode, MetadataCatalog
 from expedite_d2.profiling import profiler_range
 
 
 @META_ARCH_REGISTRY.register()
-class ExpeditedMask2Former(nn.Module):
+class ExpeditedMask2Former(ImageModel):
     """Mask classification for panoptic, semantic and instance segmentation.
 
     Args:
@@ -61,19 +55,15 @@ class ExpeditedMask2Former(nn.Module):
         ValueError: a key that asks for something unsupported.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
         check(cfg, MASK2FORMER_KEYS)
+        super().__init__(cfg)
         head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
-        self.backbone = build_backbone(cfg)
         shapes = self.backbone.output_shape()
         check_features("MODEL.SEM_SEG_HEAD.IN_FEATURES", head.IN_FEATURES, shapes)
         self.in_features = sorted(head.IN_FEATURES, key=lambda name: shapes[name].stride)
         in_shapes = [shapes[name] for name in self.in_features]
-        config = transformers_config(cfg, in_shapes)
+        config = mask2former_config(cfg, in_shapes)
         self.pixel_decoder = build_pixel_decoder(config, in_shapes)
         self.transformer_module = build_transformer_decoder(config)
         self.class_predictor = nn.Linear(former.HIDDEN_DIM, head.NUM_CLASSES + 1)
@@ -88,14 +78,7 @@ class ExpeditedMask2Former(nn.Module):
         self.size_divisibility = former.SIZE_DIVISIBILITY
         if self.size_divisibility < 0:
             self.size_divisibility = self.backbone.size_divisibility
-        self.register_buffer(
-            "pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False
-        )
-        self.eval_dtype: torch.dtype = getattr(torch, cfg.TEST.DTYPE)
-        use_float32_products(self)
+        upcast_layers(self)
 
         self.semantic_on = former.TEST.SEMANTIC_ON
         self.panoptic_on = former.TEST.PANOPTIC_ON
@@ -114,13 +97,6 @@ class ExpeditedMask2Former(nn.Module):
                 "MODEL.MASK_FORMER.TEST, set SEMANTIC_ON True, PANOPTIC_ON and INSTANCE_ON False"
             )
         self.topk_per_image = cfg.TEST.DETECTIONS_PER_IMAGE
-        datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-        self.dataset_name = datasets[0] if datasets else ""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model and of its inputs."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, results at evaluation, in Detectron2's formats.
@@ -137,7 +113,7 @@ class ExpeditedMask2Former(nn.Module):
         """
         if self.sliding_window and not self.training:
             return self._sliding_results(self.sliding_window, batched_inputs)
-        images = self._preprocess(batched_inputs, self.size_divisibility)
+        images = self.preprocess([inputs["image"] for inputs in batched_inputs])
         size = (images.tensor.shape[-2], images.tensor.shape[-1])
         if self.training:
             return self._losses(images.tensor, batched_inputs, size)
@@ -159,20 +135,11 @@ class ExpeditedMask2Former(nn.Module):
         Returns:
             class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4), float32.
         """
-        with evaluation_arithmetic(self):
+        with self.eval_autocast():
             hidden, embeddings, features = self._decode(images)
             classes = self.class_predictor(hidden[-1].transpose(0, 1))
             masks = predict_masks(embeddings[-1], features)
         return classes.float(), masks.float()
-
-    def _preprocess(
-        self, batched_inputs: list[dict[str, Any]], size_divisibility: int
-    ) -> ImageList:
-        images = [
-            (inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std
-            for inputs in batched_inputs
-        ]
-        return ImageList.from_tensors(images, size_divisibility)
 
     def _decode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Returns queries (Q, B, C) and mask embeddings of all layers, and the mask features."""
@@ -180,7 +147,7 @@ class ExpeditedMask2Former(nn.Module):
             features = self.backbone(images)
         maps = [features[name].float() for name in self.in_features]
         # Training is always in float32 here, as in Mask2Former.
-        exact = arithmetic(torch.float32, self.device)
+        exact = autocast_to(torch.float32, self.device)
         with (
             profiler_range("expedite_d2.pixel_decoder", images),
             exact if self.training else contextlib.nullcontext(),
@@ -207,7 +174,7 @@ class ExpeditedMask2Former(nn.Module):
         classes = [self.class_predictor(layer.transpose(0, 1)).float() for layer in hidden]
         count = classes[0].shape[-1] - 1
         targets, labels = prepare_targets(batched_inputs, size, count, images.device)
-        with arithmetic(torch.float32, self.device):
+        with autocast_to(torch.float32, self.device):
             losses = self.criterion(masks, classes, targets, labels)
             if self.sem_aux_weight > 0:
                 pixel_logits = self.sem_aux(mask_features.float())
@@ -219,16 +186,16 @@ class ExpeditedMask2Former(nn.Module):
         self, window: SlidingWindow, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Returns semantic results, with scores averaged over the crops of each image."""
-        images = self._preprocess(batched_inputs, 0)  # every crop is padded separately
+        # Every crop is padded separately.
+        pictures = [inputs["image"] for inputs in batched_inputs]
+        images = self.preprocess(pictures, size_divisibility=0)
         scores = window.predict(images.tensor, self._crop_scores)
-        results = []
-        for score, image_size, inputs in zip(
-            scores, images.image_sizes, batched_inputs, strict=True
-        ):
-            height = inputs.get("height", image_size[0])
-            width = inputs.get("width", image_size[1])
-            results.append({"sem_seg": resize_masks(score, image_size, height, width)})
-        return results
+        return [
+            {"sem_seg": crop_and_resize(score, image_size, result_size(inputs, image_size))}
+            for score, image_size, inputs in zip(
+                scores, images.image_sizes, batched_inputs, strict=True
+            )
+        ]
 
     def _crop_scores(self, crops: Tensor) -> Tensor:
         """Returns class scores of each pixel: (B, 3, h, w) -> (B, K, h, w)."""
@@ -237,7 +204,7 @@ class ExpeditedMask2Former(nn.Module):
         padded = F.pad(crops, (0, -width % step, 0, -height % step))
         size = (padded.shape[-2], padded.shape[-1])
         scores = [
-            semantic_inference(classes, upsample(masks, size))
+            semantic_inference(classes, resize(masks, size))
             for classes, masks in zip(*self.logits(padded), strict=True)
         ]
         return torch.stack(scores)[..., :height, :width]
@@ -251,11 +218,10 @@ class ExpeditedMask2Former(nn.Module):
         inputs: dict[str, Any],
     ) -> dict[str, Any]:
         """Returns the results of one image: class logits (Q, K + 1), mask logits (Q, H/4, W/4)."""
-        height = inputs.get("height", image_size[0])
-        width = inputs.get("width", image_size[1])
+        asked = result_size(inputs, image_size)
         if not self.resize_before_inference:
-            scores = semantic_inference(class_logits, upsample(mask_logits, size))
-            return {"sem_seg": resize_masks(scores, image_size, height, width)}
+            scores = semantic_inference(class_logits, resize(mask_logits, size))
+            return {"sem_seg": crop_and_resize(scores, image_size, asked)}
 
         queries = torch.arange(len(class_logits), device=class_logits.device)
         panoptic = pairs = queries[:0]
@@ -267,7 +233,7 @@ class ExpeditedMask2Former(nn.Module):
             pairs, labels, scores = select_instances(class_logits, self.topk_per_image, things)
         # Resizing masks costs the most: only those that a result needs are resized.
         used = queries if self.semantic_on else torch.cat([panoptic, pairs]).unique()
-        masks = resize_masks(upsample(mask_logits[used], size), image_size, height, width)
+        masks = crop_and_resize(resize(mask_logits[used], size), image_size, asked)
         place = torch.zeros_like(queries)
         place[used] = torch.arange(len(used), device=used.device)
 

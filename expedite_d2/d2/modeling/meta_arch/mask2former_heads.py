@@ -21,7 +21,7 @@ from expedite_d2.d2.provider import CfgNode, ShapeSpec
 PIXEL_DECODER_FEEDFORWARD = 1024  # a constant in Mask2Former's code, without a config key
 
 
-def transformers_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerConfig:
+def mask2former_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerConfig:
     """Makes transformers' configuration of the model that Mask2Former's keys describe.
 
     Args:

@@ -7,33 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from expedite_d2.d2.provider import Boxes, Instances
-
-
-def resize_masks(logits: Tensor, image_size: tuple[int, int], height: int, width: int) -> Tensor:
-    """Removes the padding, then resizes bilinearly to the size of the result.
-
-    Args:
-        logits: (N, H, W) at the padded input's resolution.
-        image_size: (h, w) of the image inside it.
-        height, width: of the result.
-
-    Returns:
-        (N, height, width).
-    """
-    cropped = logits[:, : image_size[0], : image_size[1]]
-    return upsample(cropped, (height, width))
-
-
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes (N, H, W) bilinearly to (N, *size), without a copy if the size is the same."""
-    if logits.shape[-2:] == size:
-        return logits
-    if not len(logits):  # interpolate refuses empty channels
-        return logits.new_zeros((0, *size))
-    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def semantic_inference(class_logits: Tensor, mask_logits: Tensor) -> Tensor:

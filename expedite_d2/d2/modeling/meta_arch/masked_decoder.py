@@ -18,12 +18,14 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerTransformerModule,
 )
 
-from expedite_d2.d2.modeling.float32_products import multiply
+from expedite_d2.d2.modeling.upcast import upcast_product
 
 
 def predict_masks(embeddings: Tensor, features: Tensor) -> Tensor:
     """Returns mask logits of queries (B, Q, C) on features (B, C, h, w): (B, Q, h, w)."""
-    masks = multiply(lambda queries, maps, _: queries @ maps, embeddings, features.flatten(2), None)
+    masks = upcast_product(
+        lambda queries, maps, _: queries @ maps, embeddings, features.flatten(2), None
+    )
     return masks.unflatten(2, features.shape[2:])
 
 
@@ -75,7 +77,7 @@ class MaskedAttention(nn.MultiheadAttention):
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         queries, keys, values = (
-            multiply(F.linear, x, weight, bias)
+            upcast_product(F.linear, x, weight, bias)
             .unflatten(2, (self.num_heads, self.head_dim))
             .permute(1, 2, 0, 3)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
@@ -88,7 +90,7 @@ class MaskedAttention(nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
         )
         attended = attended.permute(2, 0, 1, 3).flatten(2)
-        return multiply(F.linear, attended, self.out_proj.weight, self.out_proj.bias), None
+        return upcast_product(F.linear, attended, self.out_proj.weight, self.out_proj.bias), None
 
 
 def use_mask_embeddings(module: Mask2FormerTransformerModule) -> None:

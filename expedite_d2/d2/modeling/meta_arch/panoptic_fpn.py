@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from expedite_d2.d2.config.rules import DETECTOR_KEYS, check
-from expedite_d2.d2.modeling.arithmetic import evaluation_arithmetic
-from expedite_d2.d2.modeling.float32_products import use_float32_products
 from expedite_d2.d2.modeling.meta_arch.cascade import Stage
 from expedite_d2.d2.modeling.meta_arch.detection_inference import Suppression
 from expedite_d2.d2.modeling.meta_arch.detector import PyramidDetector
-from expedite_d2.d2.modeling.meta_arch.mask2former_inference import resize_masks, upsample
+from expedite_d2.d2.modeling.meta_arch.resize import crop_and_resize, resize
 from expedite_d2.d2.modeling.meta_arch.semantic_heads import SemanticFPN
+from expedite_d2.d2.modeling.upcast import upcast_layers
 from expedite_d2.d2.provider import META_ARCH_REGISTRY, CfgNode, Instances
 
 
@@ -56,7 +55,7 @@ class ExpeditedPanopticFPN(PyramidDetector):
         self.combine_overlap_threshold = combine.OVERLAP_THRESH
         self.combine_stuff_area_limit = combine.STUFF_AREA_LIMIT
         self.combine_score_threshold = combine.INSTANCES_CONFIDENCE_THRESH
-        use_float32_products(self)
+        upcast_layers(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, results at evaluation, in Detectron2's formats.
@@ -73,7 +72,7 @@ class ExpeditedPanopticFPN(PyramidDetector):
         """
         images = self.preprocess([inputs["image"] for inputs in batched_inputs])
         size = (images.tensor.shape[-2], images.tensor.shape[-1])
-        with evaluation_arithmetic(self):
+        with self.eval_autocast():
             maps = self.pyramid(images.tensor)
             regions = self.regions(maps)
             semantic = self.sem_seg_head(maps).float()
@@ -82,12 +81,12 @@ class ExpeditedPanopticFPN(PyramidDetector):
             losses = self.detection_losses(maps, regions, batched_inputs, sizes)
             losses["loss_sem_seg"] = self.sem_seg_head.loss(semantic, batched_inputs, size)
             return losses
-        with evaluation_arithmetic(self):
+        with self.eval_autocast():
             views = self.views(maps, regions, images.image_sizes)
         results = []
         for view, scores, inputs in zip(views, semantic, batched_inputs, strict=True):
             instances = self.instances([view], inputs, view.size)
-            sem_seg = resize_masks(upsample(scores, size), view.size, *instances.image_size)
+            sem_seg = crop_and_resize(resize(scores, size), view.size, instances.image_size)
             result: dict[str, Any] = {"sem_seg": sem_seg, "instances": instances}
             if self.combine:
                 result["panoptic_seg"] = combine_semantic_and_instance_outputs(

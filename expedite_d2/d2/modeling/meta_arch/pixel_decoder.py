@@ -17,7 +17,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
 
-from expedite_d2.d2.modeling.arithmetic import arithmetic
+from expedite_d2.d2.modeling.autocast import autocast_to
 from expedite_d2.ops.ms_deform_attn import ms_deform_attn
 
 
@@ -68,7 +68,7 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
         points = (self.n_heads, self.n_levels, self.n_points)
         logits = self.attention_weights(queries).to(queries.dtype)
         weights = logits.unflatten(-1, (self.n_heads, -1)).softmax(-1).unflatten(-1, points[1:])
-        with arithmetic(torch.float32, queries.device):
+        with autocast_to(torch.float32, queries.device):
             offsets = self.sampling_offsets(queries).unflatten(-1, (*points, 2))  # in pixels
         # Filled on the device: making a tensor from numbers would be a copy that synchronises.
         sides = [side for height, width in spatial_shapes_list for side in (width, height)]

@@ -19,7 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou, masks_to_boxes, roi_align
 
 from expedite_d2.d2.modeling.backbone.settings import check_features
-from expedite_d2.d2.modeling.meta_arch.mask2former_loss import instance_targets
+from expedite_d2.d2.modeling.meta_arch.losses import instance_targets
 from expedite_d2.d2.provider import CfgNode, MetadataCatalog, ShapeSpec
 
 # A box of this side belongs to the level of stride 16 (FPN paper, section 4.2).

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from expedite_d2.d2.modeling.arithmetic import evaluation_arithmetic
-from expedite_d2.d2.modeling.backbone.settings import check_clusters
-from expedite_d2.d2.modeling.float32_products import use_float32_products
-from expedite_d2.d2.modeling.meta_arch.mask2former_inference import resize_masks
-from expedite_d2.d2.modeling.meta_arch.mask2former_loss import semantic_loss
+from expedite_d2.d2.modeling.backbone.settings import check_reduces
+from expedite_d2.d2.modeling.meta_arch.image_model import ImageModel
+from expedite_d2.d2.modeling.meta_arch.losses import semantic_loss
+from expedite_d2.d2.modeling.meta_arch.resize import crop_and_resize, result_size
 from expedite_d2.d2.modeling.meta_arch.segmenter_decoders import LinearDecoder, MaskDecoder
 from expedite_d2.d2.modeling.meta_arch.sliding_window import SlidingWindow
-from expedite_d2.d2.provider import META_ARCH_REGISTRY, CfgNode, ImageList, build_backbone
+from expedite_d2.d2.modeling.upcast import upcast_layers
+from expedite_d2.d2.provider import META_ARCH_REGISTRY, CfgNode
 from expedite_d2.profiling import profiler_range
 from expedite_d2.reducers import reconstruct
 
@@ -27,7 +26,7 @@ Placement = Literal["features", "paper"]
 
 
 @META_ARCH_REGISTRY.register()
-class ExpeditedSegmenter(nn.Module):
+class ExpeditedSegmenter(ImageModel):
     """Semantic segmentation by classifying the tokens of a ViT.
 
     Args:
@@ -38,12 +37,8 @@ class ExpeditedSegmenter(nn.Module):
         ValueError: a decoder or a placement that does not exist.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
-        self.backbone: Any = build_backbone(cfg)
+        super().__init__(cfg)
         shapes = self.backbone.output_shape()
         if list(shapes) != ["last"]:
             raise ValueError(
@@ -55,10 +50,10 @@ class ExpeditedSegmenter(nn.Module):
         self.size_divisibility = self.backbone.size_divisibility
         self.sliding_window = SlidingWindow.from_config(cfg)
         if self.sliding_window is not None:
-            check_clusters(self.backbone, self.sliding_window.crop, "TEST.SLIDING_WINDOW.CROP")
+            check_reduces(self.backbone, self.sliding_window.crop, "TEST.SLIDING_WINDOW.CROP")
         elif cfg.INPUT.MIN_SIZE_TEST > 0:
             largest = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-            check_clusters(self.backbone, largest, "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST")
+            check_reduces(self.backbone, largest, "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST")
         self.placement: Placement = cfg.MODEL.SEGMENTER.PLACEMENT
         if self.placement not in get_args(Placement):
             raise ValueError(
@@ -66,16 +61,7 @@ class ExpeditedSegmenter(nn.Module):
                 f"{', '.join(get_args(Placement))}, got {self.placement!r}"
             )
         self.backbone.keep_clusters = self.placement == "paper"
-        for name in ("pixel_mean", "pixel_std"):
-            values = torch.tensor(cfg.MODEL[name.upper()]).view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
-        self.eval_dtype: torch.dtype = getattr(torch, cfg.TEST.DTYPE)
-        use_float32_products(self)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model and of its inputs."""
-        return self.pixel_mean.device
+        upcast_layers(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """The loss in training, class probabilities at evaluation, in Detectron2's formats.
@@ -87,12 +73,9 @@ class ExpeditedSegmenter(nn.Module):
         Returns:
             Training: ``{"loss_sem_seg"}``. Evaluation: for each image ``{"sem_seg"}``, (K, H, W).
         """
-        images = ImageList.from_tensors(
-            [
-                (inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std
-                for inputs in batched_inputs
-            ]
-        )
+        # `logits` pads them, or each crop of them.
+        pictures = [inputs["image"] for inputs in batched_inputs]
+        images = self.preprocess(pictures, size_divisibility=0)
         logits = self.logits(images.tensor)
         if self.training:
             size = (images.tensor.shape[-2], images.tensor.shape[-1])
@@ -103,9 +86,7 @@ class ExpeditedSegmenter(nn.Module):
             for scores, image_size, inputs in zip(
                 logits, images.image_sizes, batched_inputs, strict=True
             ):
-                height = inputs.get("height", image_size[0])
-                width = inputs.get("width", image_size[1])
-                scores = resize_masks(scores, image_size, height, width)
+                scores = crop_and_resize(scores, image_size, result_size(inputs, image_size))
                 results.append({"sem_seg": scores.softmax(0)})
         return results
 
@@ -127,7 +108,7 @@ class ExpeditedSegmenter(nn.Module):
         height, width = images.shape[-2:]
         step = self.size_divisibility
         padded = F.pad(images, (0, -width % step, 0, -height % step))
-        with evaluation_arithmetic(self):
+        with self.eval_autocast():
             logits = self._token_logits(padded)
         maps = logits.permute(0, 3, 1, 2).float()
         maps = F.interpolate(maps, padded.shape[-2:], mode="bilinear", align_corners=False)

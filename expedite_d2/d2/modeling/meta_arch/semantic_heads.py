@@ -12,7 +12,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from expedite_d2.d2.modeling.backbone.fpn import GROUPS, normalisation
 from expedite_d2.d2.modeling.backbone.settings import check_features
-from expedite_d2.d2.modeling.meta_arch.mask2former_loss import semantic_loss
+from expedite_d2.d2.modeling.meta_arch.losses import semantic_loss
 from expedite_d2.d2.provider import CfgNode, ShapeSpec
 
 
@@ -40,8 +40,7 @@ class _SemanticHead(nn.Module):
         self, logits: Tensor, batched_inputs: Sequence[Mapping[str, Any]], size: tuple[int, int]
     ) -> Tensor:
         """Returns the weighted cross-entropy of logits (B, K, H/s, W/s) against ``"sem_seg"``."""
-        inputs = [dict(one) for one in batched_inputs]
-        return self.weight * semantic_loss(logits.float(), inputs, size, self.ignore_value)
+        return self.weight * semantic_loss(logits.float(), batched_inputs, size, self.ignore_value)
 
 
 class SemanticFPN(_SemanticHead):

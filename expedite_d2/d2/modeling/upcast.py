@@ -29,11 +29,12 @@ def _slow_dtypes(capabilities: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
     )
 
 
-# An older PyTorch does not report capabilities: all products are then left as they are.
+# Of this machine's CPU. An older PyTorch does not report capabilities: all products are then left
+# as they are.
 _SLOW = _slow_dtypes(torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {})
 
 
-def multiply(
+def upcast_product(
     function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     x: Tensor,
     weight: Tensor,
@@ -60,29 +61,32 @@ def multiply(
         return function(x.float(), weight.float(), bias).to(dtype)
 
 
-class Linear(nn.Linear):
-    """``torch.nn.Linear`` by way of `multiply`."""
+class UpcastLinear(nn.Linear):
+    """``torch.nn.Linear`` by way of `upcast_product`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return multiply(nn.functional.linear, input, self.weight, self.bias)
+        return upcast_product(nn.functional.linear, input, self.weight, self.bias)
 
 
-class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` by way of `multiply`."""
+class UpcastConv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` by way of `upcast_product`."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return multiply(super()._conv_forward, input, weight, bias)
+        return upcast_product(super()._conv_forward, input, weight, bias)
 
 
-def use_float32_products(model: nn.Module) -> None:
-    """Replaces PyTorch's linear layers and 2-D convolutions in a model by these classes.
+def upcast_layers(model: nn.Module) -> None:
+    """Replaces a model's linear layers and 2-D convolutions by these, where the CPU is slow.
 
-    Names, parameters and hooks stay, and so do layers of other classes.
+    Names, parameters and hooks stay, and so do layers of other classes than PyTorch's own. On a CPU
+    that multiplies all types fast, nothing changes.
     """
+    if not _SLOW:
+        return
     for module in model.modules():
         # The instance keeps its weights: a new module would draw initial weights again.
         if type(module) is nn.Linear:
-            module.__class__ = Linear
+            module.__class__ = UpcastLinear
         elif type(module) is nn.Conv2d:
-            module.__class__ = Conv2d
+            module.__class__ = UpcastConv2d

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from expedite_d2.d2.modeling import float32_products
-from expedite_d2.d2.modeling.float32_products import (
-    Conv2d,
-    Linear,
+from expedite_d2.d2.modeling import upcast
+from expedite_d2.d2.modeling.backbone import ExpeditedSwinTransformer
+from expedite_d2.d2.modeling.upcast import (
+    UpcastConv2d,
+    UpcastLinear,
     _slow_dtypes,
-    multiply,
-    use_float32_products,
+    upcast_layers,
+    upcast_product,
 )
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -23,7 +24,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def slow(monkeypatch):
     """A CPU without 16-bit products; the dtypes of the products that were taken."""
-    monkeypatch.setattr(float32_products, "_SLOW", tuple(HALVES))
+    monkeypatch.setattr(upcast, "_SLOW", tuple(HALVES))
     taken = []
     for name in ("linear", "conv2d"):
         original = getattr(nn.functional, name)
@@ -39,10 +40,10 @@ def slow(monkeypatch):
 def layers():
     torch.manual_seed(0)
     return [
-        (Linear(24, 16), torch.randn(2, 5, 24)),
-        (Linear(24, 16, bias=False), torch.randn(3, 24)),
-        (Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), torch.randn(2, 6, 9, 7)),
-        (Conv2d(6, 8, 2, stride=2, bias=False), torch.randn(1, 6, 8, 8)),
+        (UpcastLinear(24, 16), torch.randn(2, 5, 24)),
+        (UpcastLinear(24, 16, bias=False), torch.randn(3, 24)),
+        (UpcastConv2d(6, 8, 3, padding=1, padding_mode="reflect"), torch.randn(2, 6, 9, 7)),
+        (UpcastConv2d(6, 8, 2, stride=2, bias=False), torch.randn(1, 6, 8, 8)),
     ]
 
 
@@ -64,7 +65,7 @@ def test_products_are_float32_and_outputs_are_not(slow, dtype, autocast):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_other_arithmetic_is_left_alone(slow, dtype):
+def test_other_types_are_left_alone(slow, dtype):
     for layer, x in layers():
         layer, x = layer.to(dtype), x.to(dtype)
         plain = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
@@ -79,8 +80,22 @@ def test_autocast_does_not_touch_float64(slow):
     assert slow == [torch.float64]
 
 
+def test_layers_of_fast_cpus_are_pytorchs_own(monkeypatch):
+    monkeypatch.setattr(upcast, "_SLOW", ())
+    model = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(4, 4, 1))
+    upcast_layers(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.Conv2d]
+
+
+@pytest.mark.parametrize("dtypes", [(), HALVES], ids=["fast", "slow"])
+def test_backbones_multiply_in_float32_only_on_slow_cpus(monkeypatch, dtypes):
+    monkeypatch.setattr(upcast, "_SLOW", tuple(dtypes))
+    swin = ExpeditedSwinTransformer(embed_dim=8, depths=(1,), num_heads=(1,), out_features=["res2"])
+    assert ("UpcastLinear" in repr(swin)) == ("UpcastConv2d" in repr(swin)) == bool(dtypes)
+
+
 def test_fast_cpus_multiply_in_16_bits(slow, monkeypatch):
-    monkeypatch.setattr(float32_products, "_SLOW", ())
+    monkeypatch.setattr(upcast, "_SLOW", ())
     layer, x = layers()[0]
     layer.bfloat16()(x.bfloat16())
     assert slow == [torch.bfloat16]
@@ -91,7 +106,7 @@ def test_gradients(slow, dtype):
     x, weight, bias = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5)
     halves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
     doubles = [t.detach().double().requires_grad_() for t in halves]
-    multiply(nn.functional.linear, *halves).sum().backward()
+    upcast_product(nn.functional.linear, *halves).sum().backward()
     nn.functional.linear(*doubles).sum().backward()
     for half, double in zip(halves, doubles, strict=True):
         assert half.grad.dtype == dtype
@@ -100,10 +115,10 @@ def test_gradients(slow, dtype):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_without_breaks(monkeypatch, autocast):
-    monkeypatch.setattr(float32_products, "_SLOW", tuple(HALVES))
+    monkeypatch.setattr(upcast, "_SLOW", tuple(HALVES))
     torch.compiler.reset()
     model = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Flatten(2), nn.Linear(16, 4))
-    use_float32_products(model)
+    upcast_layers(model)
     x = torch.randn(2, 3, 8, 8)
     if not autocast:
         model, x = model.bfloat16(), x.bfloat16()
@@ -112,7 +127,7 @@ def test_compiles_without_breaks(monkeypatch, autocast):
         assert torch.equal(compiled(x), model(x))
 
 
-def test_pytorchs_own_layers_change_class_and_nothing_else():
+def test_pytorchs_own_layers_change_class_and_nothing_else(slow):
     class Custom(nn.Linear):
         pass
 
@@ -120,9 +135,9 @@ def test_pytorchs_own_layers_change_class_and_nothing_else():
     state = {name: value.clone() for name, value in model.state_dict().items()}
     called = []
     model[0].register_forward_hook(lambda *args: called.append(args))
-    use_float32_products(model)
-    use_float32_products(model)
-    assert [type(module) for module in model] == [Linear, Custom, Conv2d, nn.Conv1d]
+    upcast_layers(model)
+    upcast_layers(model)
+    assert [type(module) for module in model] == [UpcastLinear, Custom, UpcastConv2d, nn.Conv1d]
     model[0](torch.randn(2, 3))
     assert len(called) == 1
     for name, value in model.state_dict().items():
