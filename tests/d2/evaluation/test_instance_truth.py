@@ -326,7 +326,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 def test_what_has_no_meaning_is_refused_before_the_first_image(change, message, evaluated):
     with pytest.raises(ValueError, match=message) as caught:
         evaluated(change, {})
-    assert str(caught.value).startswith("data set 'evaluation_test_")
+    assert str(caught.value).startswith("data set 'new_dataset_")
     assert "instances.json is not a COCO file: " in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -232,7 +232,7 @@ def test_what_has_no_meaning_is_refused_before_the_first_image(change, message, 
     with pytest.raises(ValueError, match=message) as caught:
         quality(change)
     assert "panoptic.json is not a COCO file: " in str(caught.value)
-    assert str(caught.value).startswith("data set 'evaluation_test_")
+    assert str(caught.value).startswith("data set 'new_dataset_")
     assert "\n" not in str(caught.value)
 
 
