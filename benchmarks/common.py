@@ -170,7 +170,7 @@ def graphed(calls: Sequence[Call]) -> Call:
 
 
 def elapsed(call: Call, device: str, calls: int) -> float:
-    """Milliseconds a call, over `calls` of them: by events on a GPU, else by the clock."""
+    """Milliseconds per call, over `calls` of them: by events on a GPU, else by the clock."""
     if torch.device(device).type != "cuda":
         start = time.perf_counter()
         for _ in range(calls):

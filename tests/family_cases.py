@@ -76,7 +76,7 @@ class Case:
 
     Attributes:
         size: of its images.
-        others: further sizes that it takes: square, and with an odd number of patches a side.
+        others: further sizes that it takes: square, and with an odd number of patches per side.
         alpha, clusters: settings that fit it.
         prefixes: its class, distillation and register tokens.
     """

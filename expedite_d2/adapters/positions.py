@@ -33,7 +33,7 @@ class Table(NoPositions):
         """Replaces the biases of the blocks' own tables by none."""
         blocks = hourglass.family.blocks(hourglass.encoder)
         own = [self.own(blocks[number]) for number in hourglass.span]
-        return [_NoBias(*place) for place in own if place is not None]
+        return [NoBias(*place) for place in own if place is not None]
 
     def run(self, call: BlockCall) -> Tensor:
         """Runs the block with the bias between clusters."""
@@ -42,7 +42,7 @@ class Table(NoPositions):
         return call.block.original(call.x, **{**call.kwargs, self.argument: bias})
 
 
-class _NoBias(Override):
+class NoBias(Override):
     """Leaves out the bias of a block's own table; the argument of the block includes it."""
 
     def call(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 # fmt: off
-# A key a line would be four screens; what the keys mean stands in Detectron2's documentation.
+# One key per line would take four screens; Detectron2's documentation says what the keys mean.
 _MODEL: dict[str, Any] = {
     "LOAD_PROPOSALS": False, "MASK_ON": False, "KEYPOINT_ON": False, "DEVICE": "cuda",
     "META_ARCHITECTURE": "GeneralizedRCNN", "WEIGHTS": "", "PIXEL_MEAN": [103.53, 116.28, 123.675],

@@ -29,7 +29,7 @@ def with_position_indices(state: Mapping[str, Tensor]) -> State:
         completed[name] = tensor
         table = _TABLE.match(name)
         if table is not None and tensor.ndim == 2:
-            # (2 * window - 1)² rows, one an offset between two positions of a window.
+            # (2 * window - 1)² rows, one per offset between two positions of a window.
             window = (math.isqrt(len(tensor)) + 1) // 2
             if window not in indices:
                 indices[window] = relative_position_index((window, window))

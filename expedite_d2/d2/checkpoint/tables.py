@@ -108,7 +108,7 @@ def pretraining_windows(model: nn.Module, source: Mapping[str, Tensor]) -> list[
         source: the checkpoint, under its own names.
 
     Returns:
-        A window a stage, or None where the model has them already, or nothing tells.
+        One window per stage, or None where the model has them already, or nothing tells.
     """
     stages: dict[int, int] = {}
     for name, table in source.items():

@@ -84,7 +84,7 @@ def compare(cfg: CfgNode, command: str | None = None) -> dict[str, Any]:
     device = torch.device(cfg.MODEL.DEVICE)
     models = build_pair(cfg)
     loader = build_test_loader(_undisturbed(cfg, device), name)
-    runs = [_Run(model, device, build_evaluators(cfg, name)) for model in models]
+    runs = [_ModelRun(model, device, build_evaluators(cfg, name)) for model in models]
     _alternate(runs, loader)
     baseline, expedited = (run.gather() for run in runs)
     if not comm.is_main_process():
@@ -151,7 +151,7 @@ def _segments(record: Mapping[str, Any]) -> int:
 
 
 @dataclass
-class _Run:
+class _ModelRun:
     """One of the two models and what this rank has measured of it so far."""
 
     model: nn.Module
@@ -248,7 +248,7 @@ class _BackboneClock:
 
 
 @torch.inference_mode()
-def _alternate(runs: Sequence[_Run], loader: Iterable[list[dict[str, Any]]]) -> None:
+def _alternate(runs: Sequence[_ModelRun], loader: Iterable[list[dict[str, Any]]]) -> None:
     """Let every image pass through all models, another one first each time."""
     with progress(loader, "comparing", unit="image", shown=comm.is_main_process()) as batches:
         for number, batch in enumerate(batches):

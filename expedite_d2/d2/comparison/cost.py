@@ -59,7 +59,7 @@ def expedite_settings(cfg: CfgNode) -> dict[str, Any]:
     return {name: cfg.MODEL.EXPEDITE[name.upper()] for name in _SETTINGS}
 
 
-def report(cfg: CfgNode, height: int, width: int) -> dict[str, Any]:
+def config_cost(cfg: CfgNode, height: int, width: int) -> dict[str, Any]:
     """Baseline and, where the config enables it, expedited cost and their ratio."""
     plain = _switched(cfg, False)
     baseline = count_gflops(plain, height, width)
@@ -114,5 +114,5 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if min(args.size) < 1:
         raise ValueError(f"--size must be two positive numbers, got {args.size[0]} {args.size[1]}")
-    result = report(load_config(args.config_file, args.opts), *args.size)
+    result = config_cost(load_config(args.config_file, args.opts), *args.size)
     print(json.dumps(result, indent=2) if args.json else _table(result))

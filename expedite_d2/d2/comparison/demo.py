@@ -43,7 +43,7 @@ _FAILED = 2  # exit code of a comparison that has written down its error
 
 
 @dataclass(frozen=True)
-class _Run:
+class _SystemRun:
     """One system to compare.
 
     Attributes:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         runs = []
         for config, name in zip(args.configs, names, strict=True):
             weights = load_config(config, args.opts).MODEL.WEIGHTS  # what is mistyped shows here
-            runs.append(_Run(config, args.output / name, tuple(args.opts), weights))
+            runs.append(_SystemRun(config, args.output / name, tuple(args.opts), weights))
         for number, run in enumerate(runs, start=1):
             print(f"\n== {number} of {len(runs)}: {run.folder.name} ==\n", flush=True)
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_apart(run: _Run) -> None:
+def _run_apart(run: _SystemRun) -> None:
     """Compare in a process of its own, which may also be killed for its memory."""
     process = multiprocessing.get_context("spawn").Process(target=_compare, args=(run,))
     process.start()
@@ -150,7 +150,7 @@ def _run_apart(run: _Run) -> None:
         run.record(f"the comparison ended with exit code {process.exitcode}")
 
 
-def _compare(run: _Run) -> None:
+def _compare(run: _SystemRun) -> None:
     try:
         setup_logger()
         cfg = load_config(run.config, (*run.opts, "OUTPUT_DIR", str(run.folder)))

@@ -95,7 +95,7 @@ def draw_comparison(
 
     Args:
         comparison: What ``build_comparison`` returned.
-        examples: The images to show, one a row; may be empty.
+        examples: The images to show, one per row; may be empty.
         metadata: Detectron2's metadata of the data set.
         path: Where to write the PNG, 1600 pixels wide.
     """
@@ -278,7 +278,7 @@ def _draw_accuracy(axes: Axes, comparison: Mapping[str, Any], task: str, name: s
     side_room = max(0.8 * abs(x1 - x0), 0.06 * max(x0, x1))
     axes.set_xlim(min(x0, x1) - side_room, max(x0, x1) + side_room)
     axes.set_title(metric_title(task), loc="left", size=11, weight="bold", color=_INK)
-    axes.set_xlabel("model latency, ms an image (median)", size=9.5, color=_FAINT)
+    axes.set_xlabel("model latency, ms per image (median)", size=9.5, color=_FAINT)
     axes.grid(color="#eef1f4", linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_FAINT, labelsize=9, length=0)

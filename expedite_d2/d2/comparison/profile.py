@@ -42,7 +42,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """How often something ran and how long it took, an image.
+    """How often something ran and how long it took, per image.
 
     Attributes:
         calls: of it.
@@ -71,7 +71,7 @@ class Profile:
 
 
 def profile(cfg: CfgNode, iterations: int = _ITERATIONS) -> str:
-    """Profile the first images of ``DATASETS.TEST[0]``, one an iteration.
+    """Profile the first images of ``DATASETS.TEST[0]``, one per iteration.
 
     The baseline is profiled and, with ``MODEL.EXPEDITE.ENABLED``, the expedited model. Written are
     ``OUTPUT_DIR/profile_baseline.json`` and ``profile_expedited.json`` (traces for Perfetto or
@@ -102,7 +102,7 @@ def profile(cfg: CfgNode, iterations: int = _ITERATIONS) -> str:
         for name, model in models.items():
             trace = stack.enter_context(replacing(output / f"profile_{name}.json"))
             profiles[name] = profile_model(model, batches, device, trace)
-        text = report(profiles, device)
+        text = profile_text(profiles, device)
         print(text, flush=True)
         stack.enter_context(replacing(output / "profile.txt")).write_text(text, encoding="utf-8")
     logger.info("wrote %s", output / "profile{_baseline.json,_expedited.json,.txt}")
@@ -166,14 +166,14 @@ def summarise(events: Iterable[Any], images: int) -> Profile:
     )
 
 
-def report(profiles: Mapping[str, Profile], device: torch.device) -> str:
+def profile_text(profiles: Mapping[str, Profile], device: torch.device) -> str:
     """Ranges of all models in one table, then each one's longest operators."""
     gpu = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if gpu else "CPU"
     count = torch.get_num_threads()
     threads = "" if gpu else f", {count} thread{'s' if count > 1 else ''}"
     tables = [
-        f"{where}{threads}, torch {torch.__version__}; milliseconds an image"
+        f"{where}{threads}, torch {torch.__version__}; milliseconds per image"
         + (" of the GPU, and of the host" if gpu else ""),
         _range_table(profiles, gpu),
     ]
@@ -204,7 +204,7 @@ def _top(one: Profile) -> str:
     rows = [
         {
             "operator": name,
-            "calls an image": f"{cost.calls:.0f}",
+            "calls per image": f"{cost.calls:.0f}",
             "ms": cost.milliseconds,
             "of the model": f"{100 * cost.milliseconds / whole:.1f} %",
         }

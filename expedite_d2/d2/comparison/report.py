@@ -227,9 +227,9 @@ def markdown(comparison: Mapping[str, Any], weights: str, command: str) -> str:
 
 {comparison_table(comparison)}
 
-Both models share their weights and saw the same {comparison["images"]} images in turn, one image a
-time. GFLOPs are billions of multiply-adds, the mean over the images. Latency is the median after
-warm-up; "kept" is expedited / baseline.
+Both models share their weights and saw the same {comparison["images"]} images in turn, one image
+at a time. GFLOPs are billions of multiply-adds, the mean over the images. Latency is the median
+after warm-up; "kept" is expedited / baseline.
 
 - settings: {settings}
 - weights: {weights or "random"}

@@ -1,6 +1,6 @@
 """Categories of the public data sets: facts that their files do not tell.
 
-One entry a category: its id in the data set's files, its name, and ``*`` if it is stuff.
+One entry per category: its id in the data set's files, its name, and ``*`` if it is stuff.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def register_pascal_context(root: Path | None = None) -> None:
 
 
 def _pairs(voc: Path, split: str, name: str) -> Iterator[tuple[Path, Path]]:
-    """The images that the split's list names, one a line."""
+    """The images that the split's list names, one per line."""
     lines = read_lines(voc / f"ImageSets/SegmentationContext/{split}.txt", name)
     for stem in filter(None, map(str.strip, lines)):
         yield (

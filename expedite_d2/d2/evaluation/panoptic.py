@@ -226,7 +226,7 @@ def match_segments(
     iou = np.divide(inside, union, out=np.zeros(inside.shape), where=inside > 0)
     matches = same_class & ~crowd[:, None] & (iou > 0.5)
 
-    # COCO has one crowd segment a class and image; of several, the last counts.
+    # COCO has one crowd segment per class and image; of several, the last counts.
     crowd_row = {int(truth_classes[row]): row for row in np.flatnonzero(crowd)}
     ignored = in_void.copy()
     for column, category in enumerate(classes):

@@ -28,7 +28,7 @@ class Segment:
     Attributes:
         id: Value of its pixels in the id map, 1 or more.
         category_id: Contiguous class index, as the model predicts it.
-        isthing: Countable object (one segment an object) or stuff (one segment a class).
+        isthing: Countable object (one segment per object) or stuff (one per class).
         score: Confidence in [0, 1], where the prediction has one.
     """
 

@@ -32,7 +32,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def result(tiny):
-    return cost.report(tiny, 128, 160)
+    return cost.config_cost(tiny, 128, 160)
 
 
 def test_size_is_padded_as_inference_pads_it(tiny, result):
@@ -71,7 +71,7 @@ PUBLISHED = [
 )
 @pytest.mark.filterwarnings("error:multiply-adds")
 def test_costs_are_the_published_ones(config, size, part, expected):
-    report = cost.report(load_config(f"configs/{config}_expedited.yaml"), *size)
+    report = cost.config_cost(load_config(f"configs/{config}_expedited.yaml"), *size)
     found = [report[name]["gflops"][part] for name in ("baseline", "expedited")]
     assert found == pytest.approx(expected, rel=2e-4)
 

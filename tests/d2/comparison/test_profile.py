@@ -11,7 +11,7 @@ import torch
 from test_compare import METADATA, tiny_config, tiny_images
 from torch import Tensor, nn
 
-from expedite_d2.d2.comparison.profile import profile, profile_model, report
+from expedite_d2.d2.comparison.profile import profile, profile_model, profile_text
 from expedite_d2.d2.config import load_config
 from expedite_d2.profiling import profiler_range
 
@@ -43,7 +43,7 @@ def test_ranges_nest_and_are_counted_an_image(tmp_path: Path):
     model, outer, inner = (cost.milliseconds for cost in result.ranges.values())
     assert model >= outer >= inner > 0
     assert result.operators["aten::mm"].calls == 3
-    table = report({"baseline": result}, torch.device("cpu"))
+    table = profile_text({"baseline": result}, torch.device("cpu"))
     assert "\n· · inner " in table and "100.0 %" in table
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {"expedite_d2.outer", "aten::mm"} <= {event.get("name") for event in events}

@@ -107,7 +107,7 @@ WRONG: dict[str, list[tuple[str, str, str]]] = {
         ("SWIN.PRETRAINED_WINDOW_SIZES", "[1, 0, 0, 0]", r"0 or an integer of at least 2, got"),
         ("HTC.SOFT_NMS", "hard", "must be one of '', 'linear', 'gaussian', got 'hard'"),
         ("HTC.SOFT_NMS_SIGMA", "0.0", "must be a number above 0, got 0.0"),
-        ("HTC.STAGE_LOSS_WEIGHTS", "[1.0]", "must have one entry a stage"),
+        ("HTC.STAGE_LOSS_WEIGHTS", "[1.0]", "must have one entry per stage"),
         ("HTC.STAGE_LOSS_WEIGHTS", "[-1.0, 1.0, 1.0]", "each a number of at least 0, got"),
         ("HTC.SEMANTIC_CONVS", "-1", "must be an integer of at least 0, got -1"),
         ("FPN.IN_FEATURES", "['res2', 'res4']", r"double from one to the next, got \[4, 16\]"),

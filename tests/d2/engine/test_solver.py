@@ -47,7 +47,7 @@ def test_muon_agrees_with_torch() -> None:
             parameter.grad = gradient.clone()
             optimizer.step()
         results.append(parameter.detach())
-    # torch orthogonalises in bfloat16, and the updates are about 0.1 * 0.2 * sqrt(12) * 0.3 a step.
+    # torch orthogonalises in bfloat16, and a step changes about 0.1 * 0.2 * sqrt(12) * 0.3.
     torch.testing.assert_close(results[0], results[1], atol=3e-3, rtol=0)
 
 

@@ -314,7 +314,7 @@ def class_logits(*rows):
 
 
 def mask_logits(*rows):
-    """One pixel row of probabilities a query -> (Q, 1, W)."""
+    """One pixel row of probabilities per query -> (Q, 1, W)."""
     return torch.tensor([[[logit(p) for p in row]] for row in rows])
 
 

@@ -238,7 +238,7 @@ def test_swin_stochastic_depth_drops_only_in_training() -> None:
 def test_swin_refuses_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"out_features must be among .*, got \['res6'\]"):
         tiny(out_features=["res6"])
-    with pytest.raises(ValueError, match="num_heads must have one entry a stage"):
+    with pytest.raises(ValueError, match="num_heads must have one entry per stage"):
         tiny(num_heads=[1, 2])
     with pytest.raises(ValueError, match=r"expects images \(B, 3, H, W\), got \(3, 32, 32\)"):
         tiny()(torch.zeros(3, 32, 32))
@@ -246,7 +246,7 @@ def test_swin_refuses_bad_arguments() -> None:
         tiny(version=3)
     with pytest.raises(ValueError, match="qk_scale must be None for version 2"):
         tiny(version=2, qk_scale=0.5)
-    with pytest.raises(ValueError, match="pretrained_window_sizes must have one entry a stage"):
+    with pytest.raises(ValueError, match="pretrained_window_sizes must have one entry per stage"):
         tiny(version=2, pretrained_window_sizes=[8, 8])
     with pytest.raises(ValueError, match="pretrained_window_sizes are for version 2, got"):
         tiny(pretrained_window_sizes=[8, 8, 8, 4])

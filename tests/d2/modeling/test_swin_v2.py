@@ -87,9 +87,9 @@ def test_swin_v2_bias_between_clusters_is_the_bias_at_their_distance() -> None:
     attn = model.layers[2].blocks[0].attn
     table = attn.relative_coords_table.view(7, 7, 2)
     # 4 -> 2: offsets -2, 0, 2 are rows and columns 1, 3, 5 of the seven.
-    assert torch.equal(attn.resampling((2, 2)).view(3, 3, 2), table[1::2, 1::2])
+    assert torch.equal(attn.position_source((2, 2)).view(3, 3, 2), table[1::2, 1::2])
     # 4 -> 3: one cell is 4/3 tokens.
-    rows = attn.resampling((3, 4)).view(5, 7, 2)
+    rows = attn.position_source((3, 4)).view(5, 7, 2)
     assert rows[3, 0, 0].item() == pytest.approx(math.log(1 + 8 * (4 / 3) / 3, 8))
     assert torch.equal(rows[:, :, 1], table[1:6, :, 1])
 

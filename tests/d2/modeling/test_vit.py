@@ -250,6 +250,13 @@ def test_vit_copies_pickles_and_calibrates() -> None:
         torch.testing.assert_close(model(x)["last"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_vit_replicas_of_beit_have_their_own_table() -> None:
+    attention = backbone(vit(Beit, use_rel_pos_bias=True)).vit.blocks[0].attn
+    replica = attention._replicate_for_data_parallel()
+    assert replica._get_rel_pos_bias.owner is replica
+    assert attention._get_rel_pos_bias.owner is attention
+
+
 def test_vit_trains_with_and_without_checkpointing() -> None:
     gradients = []
     for use in (False, True):

@@ -44,12 +44,12 @@ class SwinStage(nn.Module):
         x: Tensor,
         size: tuple[int, int],
         positions: Tensor,
-        resample: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> Windows:
         """Returns the geometry of the windows on a map (B, H, W, C) of tokens or clusters."""
         shift = (size[0] // 2, size[1] // 2)
         plain, shifted = (window_layout(x, size, by) for by in ((0, 0), shift))
-        return Windows(size, (x.shape[1], x.shape[2]), plain, shifted, positions, resample)
+        return Windows(size, (x.shape[1], x.shape[2]), plain, shifted, positions, source)
 
 
 @BACKBONE_REGISTRY.register()
@@ -66,7 +66,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
 
     token_positions: Tensor
     cluster_positions: Tensor  # None without a reduction
-    cluster_resample: Tensor
+    cluster_source: Tensor
 
     @configurable
     def __init__(
@@ -113,7 +113,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             raise ValueError(f"out_features must be among {names}, got {list(out_features)}")
         if len(num_heads) != len(depths):
             raise ValueError(
-                f"num_heads must have one entry a stage ({len(depths)}), got {list(num_heads)}"
+                f"num_heads must have one entry per stage ({len(depths)}), got {list(num_heads)}"
             )
         self.window_size = window_size
         self.use_checkpoint = use_checkpoint
@@ -201,7 +201,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
 
     @reduction.setter
     def reduction(self, reduction: Reduction | None) -> None:
-        positions = resample = None
+        positions = source = None
         if reduction is not None:
             blocks = self.reducible_blocks()
             if reduction.alpha >= len(blocks):
@@ -218,10 +218,10 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             device = self.patch_embed.proj.weight.device
             positions = relative_position_index((rows, columns)).to(device)
             attention: Any = blocks[reduction.alpha].attn
-            resample = attention.resampling((rows, columns)).to(device)
+            source = attention.position_source((rows, columns)).to(device)
         # Constants of the settings, not of a forward pass; buffers follow the model to its device.
         self.register_buffer("cluster_positions", positions, persistent=False)
-        self.register_buffer("cluster_resample", resample, persistent=False)
+        self.register_buffer("cluster_source", source, persistent=False)
         self._reduction = reduction
 
     def reducible_blocks(self) -> list[nn.Module]:
@@ -261,7 +261,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
                     clusters = reduction.cluster.cells(*self.cluster_window)
                     low, clustering = reduce(x, reduction, self.cluster_window)
                     windows = stage.windows(
-                        low, clusters, self.cluster_positions, self.cluster_resample
+                        low, clusters, self.cluster_positions, self.cluster_source
                     )
                     with profiler_range("expedite_d2.low_blocks", low):
                         low = self._run(blocks[full:], low, windows)
@@ -345,7 +345,7 @@ def _version_parts(
         raise ValueError(f"qk_scale must be None for version 2, which learns it, got {qk_scale}")
     if len(pretrained) != stages:
         raise ValueError(
-            f"pretrained_window_sizes must have one entry a stage ({stages}), got {pretrained}"
+            f"pretrained_window_sizes must have one entry per stage ({stages}), got {pretrained}"
         )
     attentions = [partial(CosineWindowAttention, pretrained_window_size=w) for w in pretrained]
     return _Parts(SwinV2Block, attentions, PatchMergingV2)

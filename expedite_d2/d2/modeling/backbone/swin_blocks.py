@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from expedite_d2.adapters.relative_position import read_offsets
 from expedite_d2.d2.modeling.backbone.swin_windows import (
     Windows,
     attend,
@@ -26,14 +27,6 @@ from expedite_d2.d2.modeling.backbone.swin_windows import (
     partition,
     unpartition,
 )
-
-
-def _linear_weights(window: int, clusters: int) -> Tensor:
-    """Returns weights that interpolate a table of 2M-1 offsets at the 2m-1 offsets i * M / m."""
-    offsets = torch.arange(1 - clusters, clusters, dtype=torch.float64)
-    position = offsets * window / clusters + window - 1  # within [0, 2M-2] for m <= M
-    distance = (position[:, None] - torch.arange(2 * window - 1)[None, :]).abs()
-    return (1 - distance).clamp(min=0)  # (2m-1, 2M-1)
 
 
 def position_resampling(window: int, clusters: tuple[int, int]) -> Tensor:
@@ -48,8 +41,9 @@ def position_resampling(window: int, clusters: tuple[int, int]) -> Tensor:
     Returns:
         ((2m_h-1)(2m_w-1), (2M-1)^2) float32.
     """
-    rows = _linear_weights(window, clusters[0])
-    columns = _linear_weights(window, clusters[1])
+    # Reading is linear: of the identity, it returns its own matrix.
+    offsets = torch.eye(2 * window - 1, dtype=torch.float64)
+    rows, columns = (read_offsets(offsets, window, cells) for cells in clusters)
     return torch.kron(rows, columns).float()
 
 
@@ -90,15 +84,15 @@ class WindowAttention(nn.Module):
         state_dict.pop(prefix + "relative_position_index", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def resampling(self, clusters: tuple[int, int]) -> Tensor:
+    def position_source(self, clusters: tuple[int, int]) -> Tensor:
         """Returns the matrix that reads the bias table at offsets between clusters of a window."""
         return position_resampling(self.window_size, clusters)
 
     def position_bias(self, windows: Windows) -> Tensor:
         """Returns the bias of each head for each pair of positions in a window: (heads, N, N)."""
         table: Tensor = self.relative_position_bias_table
-        if windows.resample is not None:
-            table = windows.resample.to(table.dtype) @ table
+        if windows.source is not None:
+            table = windows.source.to(table.dtype) @ table
         return bias_of_pairs(table, windows.positions)
 
     def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:

@@ -58,7 +58,7 @@ class CosineWindowAttention(nn.Module):
         self.cpb_mlp = nn.Sequential(
             nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False)
         )
-        table = self.resampling((window_size, window_size))
+        table = self.position_source((window_size, window_size))
         self.register_buffer("relative_coords_table", table, persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         for name in ("q_bias", "v_bias"):  # keys have none
@@ -72,7 +72,7 @@ class CosineWindowAttention(nn.Module):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def resampling(self, clusters: tuple[int, int]) -> Tensor:
+    def position_source(self, clusters: tuple[int, int]) -> Tensor:
         """Returns log-spaced coordinates of the offsets between cells of a grid laid over a window.
 
         Args:
@@ -90,8 +90,8 @@ class CosineWindowAttention(nn.Module):
 
     def position_bias(self, windows: Windows) -> Tensor:
         """Returns the bias of each head for each pair of positions in a window: (heads, N, N)."""
-        resample = windows.resample
-        coordinates = self.relative_coords_table if resample is None else resample
+        source = windows.source
+        coordinates = self.relative_coords_table if source is None else source
         table = self.cpb_mlp(coordinates.to(self.logit_scale.dtype))
         return bias_of_pairs(MAX_BIAS * table.sigmoid(), windows.positions)
 

@@ -67,8 +67,9 @@ class Windows(NamedTuple):
         layout: layout for blocks that do not roll the map.
         shifted: layout for blocks that do.
         positions: (N, N), row of the position bias table for each pair of positions in a window.
-        resample: result of the attention's `resampling`, for the offsets between clusters; None for
-            the offsets between tokens.
+        source: that from which the attention computes its bias for the offsets between clusters, as
+            its `position_source` returns it: a matrix that resamples the learnt table in version 1,
+            coordinates in version 2. None for the offsets between tokens.
     """
 
     size: tuple[int, int]
@@ -76,7 +77,7 @@ class Windows(NamedTuple):
     layout: Layout
     shifted: Layout
     positions: Tensor
-    resample: Tensor | None = None
+    source: Tensor | None = None
 
 
 def partition(x: Tensor, windows: Windows, layout: Layout) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expedite_d2.adapters import clustering_of, expedite, restore
 from expedite_d2.adapters.family import inherits
+from expedite_d2.adapters.positions import NoBias
 from expedite_d2.adapters.timm import beit_bias
 from expedite_d2.d2.modeling.backbone.settings import OutputShapes, reduction_from_config
 from expedite_d2.d2.modeling.lazy_timm import import_timm
@@ -113,7 +114,7 @@ class ExpeditedViT(Expeditable, Backbone):
             self.vit.patch_embed.strict_img_size = False
             for block in self.vit.blocks:
                 if block.attn.relative_position_bias_table is not None:
-                    block.attn._get_rel_pos_bias = _BiasByArgument(block.attn)
+                    NoBias(block.attn, "_get_rel_pos_bias").install()
         self._keep_clusters = keep_clusters
         self.reduction = reduction
 
@@ -310,16 +311,6 @@ class ExpeditedViT(Expeditable, Backbone):
             grid = (low[0].shape[1], low[0].shape[2])
         prefixes = self.vit.num_prefix_tokens
         return out[:, :prefixes], out[:, prefixes:].unflatten(1, grid)
-
-
-class _BiasByArgument:
-    """Replaces the own bias of a BEiT block by 0; it is passed to the block with the shared one."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        self.attention: Any = attention
-
-    def __call__(self) -> Tensor:
-        return self.attention.relative_position_bias_table.new_zeros(1)
 
 
 def resize_position(

@@ -57,7 +57,7 @@ def cascade_stages(cfg: CfgNode) -> list[Stage]:
     if len(set(counts)) != 1 or not counts[0]:
         raise ValueError(
             "MODEL.ROI_BOX_CASCADE_HEAD.IOUS, its BBOX_REG_WEIGHTS and "
-            f"MODEL.HTC.STAGE_LOSS_WEIGHTS must have one entry a stage, got {counts} entries"
+            f"MODEL.HTC.STAGE_LOSS_WEIGHTS must have one entry per stage, got {counts} entries"
         )
     return [
         Stage(iou, tuple(scales), weight)
