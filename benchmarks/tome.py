@@ -23,7 +23,7 @@ _ATTRIBUTE = "_tome"
 
 
 class Merged(NamedTuple):
-    """What travels with merged tokens.
+    """State that accompanies merged tokens.
 
     Attributes:
         size: (B, N, 1) how many tokens each stands for.

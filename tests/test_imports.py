@@ -32,7 +32,7 @@ PROJECT = [
 # Standard library alone, for both rooms.
 SHARED = {"errors", "files"}
 # Packages of others that the library imports; the last two when a file is read or written.
-FOREIGN = {"torch", "yaml", "safetensors"}
+THIRD_PARTY = {"torch", "yaml", "safetensors"}
 
 
 def place(path: Path) -> tuple[str, ...]:
@@ -76,8 +76,8 @@ def test_imports_of_library_point_one_way(path: Path) -> None:
         assert part in {*LIBRARY, *SHARED}, f"{part} has no place in LIBRARY"
         before = LIBRARY[: LIBRARY.index(part) + 1] if part in LIBRARY else [part]
         assert {name[0] for name in own(path)} <= {*before, *SHARED, "_C"}
-    foreign = {name[0] for name in imports(path)} - {"expedite_d2", *sys.stdlib_module_names}
-    assert foreign <= (FOREIGN if part not in SHARED else set())
+    third_party = {name[0] for name in imports(path)} - {"expedite_d2", *sys.stdlib_module_names}
+    assert third_party <= (THIRD_PARTY if part not in SHARED else set())
 
 
 @pytest.mark.parametrize("path", IN_PROJECT, ids=ids)

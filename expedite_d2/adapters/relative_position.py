@@ -41,6 +41,21 @@ def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = No
     return torch.lerp(before, after, fraction.to(table.dtype).view(-1, *[1] * (table.dim() - 1)))
 
 
+def read_table(table: Tensor, tokens: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """Reads a table of two-dimensional offsets as `read_offsets` does, along both axes.
+
+    Args:
+        table: (2H - 1, 2W - 1, ...).
+        tokens: rows and columns of tokens, (H, W).
+        cells: rows and columns of the cells laid over them, (h, w).
+
+    Returns:
+        (2h - 1, 2w - 1, ...).
+    """
+    table = read_offsets(table, tokens[0], cells[0])
+    return read_offsets(table.transpose(0, 1), tokens[1], cells[1]).transpose(0, 1)
+
+
 def relative_bias(
     table: Tensor, extra: Tensor, grid: tuple[int, int], cells: tuple[int, int]
 ) -> Tensor:
@@ -61,8 +76,7 @@ def relative_bias(
     if tuple(table.shape[:2]) != sides:
         resized = F.interpolate(table.permute(2, 0, 1)[None], size=sides, mode="bilinear")
         table = resized[0].permute(1, 2, 0)
-    table = read_offsets(table, grid[0], cells[0])
-    table = read_offsets(table.transpose(0, 1), grid[1], cells[1]).transpose(0, 1)
+    table = read_table(table, grid, cells)
     heads = table.shape[2]
     entries = torch.cat([table.reshape(-1, heads), extra]).t().contiguous()  # (heads, offsets + 3)
     index = _index(cells, table.device)

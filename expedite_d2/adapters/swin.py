@@ -12,7 +12,7 @@ from expedite_d2.adapters.family import BlockCall, Family, NoPositions, refuse_o
 from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
-from expedite_d2.adapters.relative_position import read_offsets
+from expedite_d2.adapters.relative_position import read_table
 from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
 from expedite_d2.adapters.windows import relative_position_index, shift_mask
 from expedite_d2.reducers import Reduction
@@ -68,8 +68,7 @@ class _Attention(Override):
         rows, columns = owner.window_size
         table: Tensor = owner.relative_position_bias_table
         table = table.view(2 * rows - 1, 2 * columns - 1, -1)
-        table = read_offsets(table, rows, side).transpose(0, 1)
-        table = read_offsets(table, columns, side).transpose(0, 1)
+        table = read_table(table, (rows, columns), (side, side))
         changes = {
             "window_size": (side, side),
             "relative_position_bias_table": table.flatten(0, 1),

@@ -25,7 +25,7 @@ from expedite_d2.d2.checkpoint.unpickling import (
 from expedite_d2.d2.checkpoint.wrappings import state_dict_in
 
 # What is found in place of weights, by how it begins.
-_FOREIGN = {
+_OTHER_FORMATS = {
     b"version https://git-lfs": "it is a git-lfs pointer, not the file itself: run git lfs pull",
     b"<!doctype": "it is a web page, not the file that the address was for",
     b"<html": "it is a web page, not the file that the address was for",
@@ -204,7 +204,7 @@ def _unpack(path: Path) -> Any:
         _check_protocol(start)
         return load_torch(path)
     text = start.lstrip(codecs.BOM_UTF8 + b" \t\r\n").lower()
-    for magic, what in _FOREIGN.items():
+    for magic, what in _OTHER_FORMATS.items():
         if text.startswith(magic.lower()):
             raise ValueError(what)
     if start[257:262] == b"ustar":

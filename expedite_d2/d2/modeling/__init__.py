@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from expedite_d2.d2.modeling import backbone as backbones
-from expedite_d2.d2.modeling import meta_arch
+from expedite_d2.d2.modeling import backbone, meta_arch
 
-__all__ = ["backbones", "meta_arch"]
+__all__ = ["backbone", "meta_arch"]

@@ -159,11 +159,11 @@ def test_main_replaces_its_own_results_only(
     before = (output / "x.png").stat().st_mtime_ns
     run(config, output, source)
     assert (output / "x.png").stat().st_mtime_ns > before
-    foreign = save(output / "x.png")
-    content = foreign.read_bytes()
+    other = save(output / "x.png")
+    content = other.read_bytes()
     assert failure(config, output, source) == 2
     assert "was not written by this command" in capsys.readouterr().err
-    assert foreign.read_bytes() == content and os.listdir(output) == ["x.png"]
+    assert other.read_bytes() == content and os.listdir(output) == ["x.png"]
 
 
 def test_main_never_overwrites_an_input(

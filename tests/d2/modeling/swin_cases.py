@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
+from expedite_d2.d2.modeling.backbone.swin_windows import Windows
 from expedite_d2.reducers import Reduction
 
 
@@ -171,9 +172,9 @@ def assert_expedited_equals_slow_loops(
         stage = exact.layers[2]
         res4 = slow_stage(stage.blocks[reduction.alpha - 2 :], slow_block, seen[-1][0], reduction)
         res5 = stage.downsample(res4[None])
-        positions, last = exact.token_positions, exact.layers[3]
-        windows = last.windows(res5, (4, 4), positions)
-        res5 = last.blocks[0](res5.flatten(1, 2), windows).view(res5.shape)
+        block = exact.layers[3].blocks[0]
+        windows = Windows.of_map(res5, (4, 4), exact.token_positions)
+        res5 = block(res5.flatten(1, 2), windows).view(res5.shape)
         expected = {"res4": exact.norm2(res4[None]), "res5": exact.norm3(res5)}
     for name, value in expected.items():
         value = value.permute(0, 3, 1, 2)

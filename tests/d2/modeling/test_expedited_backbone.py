@@ -90,7 +90,7 @@ def detectron2() -> None:
         pytest.skip("the stand-in is forced")
 
 
-FOREIGN = pytest.mark.parametrize(
+THIRD_PARTY = pytest.mark.parametrize(
     ("name", "opts", "output"),
     [
         ("D2SwinTransformer", [], "res4"),
@@ -101,8 +101,8 @@ FOREIGN = pytest.mark.parametrize(
 
 
 @pytest.mark.detectron2
-@FOREIGN
-def test_foreign_backbone_is_itself(
+@THIRD_PARTY
+def test_third_party_backbone_is_itself(
     mask2former_swin: ModuleType, name: str, opts: list[Any], output: str
 ) -> None:
     plain = build(name, *opts)
@@ -164,7 +164,7 @@ def test_cost_of_mask2formers_swin_is_ours(mask2former_swin: ModuleType, expedit
 
 
 @pytest.mark.detectron2
-def test_foreign_backbone_carries_a_pyramid(detectron2: None) -> None:
+def test_third_party_backbone_carries_a_pyramid(detectron2: None) -> None:
     opts = ["MODEL.BACKBONE.NAME", "build_expedited_fpn_backbone"]
     opts += ["MODEL.FPN.IN_FEATURES", ["p0", "p1", "p2", "p3"]]
     model = build("SwinTransformer", *opts, expedited=True)

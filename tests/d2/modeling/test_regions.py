@@ -23,7 +23,7 @@ from expedite_d2.d2.modeling.meta_arch.regions import (
     Sampling,
     ground_truth,
     mask_targets,
-    match,
+    match_boxes,
     pool_levels,
     thing_ids,
 )
@@ -139,9 +139,9 @@ def test_ground_truth_needs_instances():
 def test_match_by_hand():
     objects = truth((0, 0, 10, 10), (20, 0, 30, 10))
     boxes = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 4], [21, 0, 30, 10], [40, 40, 50, 50]])
-    assert match(boxes, objects, 0.5).tolist() == [0, -1, 1, -1]
-    assert match(boxes, truth(), 0.5).tolist() == [-1] * 4
-    assert match(boxes[:0], objects, 0.5).shape == (0,)
+    assert match_boxes(boxes, objects, 0.5).tolist() == [0, -1, 1, -1]
+    assert match_boxes(boxes, truth(), 0.5).tolist() == [-1] * 4
+    assert match_boxes(boxes[:0], objects, 0.5).shape == (0,)
 
 
 def test_sampling_balances_and_marks_the_truth():

@@ -84,6 +84,11 @@ class FeaturePyramid(FeaturePyramidNetwork):
             raise ValueError(f"MODEL.FPN.FUSE_TYPE must be 'sum', got {fpn.FUSE_TYPE!r}")
         return cls(shapes, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM)
 
+    @property
+    def size_divisibility(self) -> int:
+        """Largest stride of the backbone's maps, so that each is exactly half of the one before."""
+        return max(list(self.strides.values())[:-1])
+
     def output_shape(self) -> OutputShapes:
         """Channels and stride of each map."""
         return OutputShapes(
@@ -124,8 +129,8 @@ class PyramidBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The bottom-up network's, and at least the largest stride of its maps."""
-        return max(self.bottom_up.size_divisibility, *list(self.fpn.strides.values())[:-1])
+        """Multiple to which Detectron2 pads images: the bottom-up network's or the pyramid's."""
+        return max(self.bottom_up.size_divisibility, self.fpn.size_divisibility)
 
     @property
     def padding_constraints(self) -> dict[str, int]:

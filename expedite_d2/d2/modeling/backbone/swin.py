@@ -24,7 +24,7 @@ from expedite_d2.d2.modeling.backbone.swin_v2_blocks import (
     PatchMergingV2,
     SwinV2Block,
 )
-from expedite_d2.d2.modeling.backbone.swin_windows import Windows, window_layout
+from expedite_d2.d2.modeling.backbone.swin_windows import Windows
 from expedite_d2.d2.modeling.upcast import upcast_layers
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.profiling import profiler_range
@@ -38,18 +38,6 @@ class SwinStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
-
-    def windows(
-        self,
-        x: Tensor,
-        size: tuple[int, int],
-        positions: Tensor,
-        source: Tensor | None = None,
-    ) -> Windows:
-        """Returns the geometry of the windows on a map (B, H, W, C) of tokens or clusters."""
-        shift = (size[0] // 2, size[1] // 2)
-        plain, shifted = (window_layout(x, size, by) for by in ((0, 0), shift))
-        return Windows(size, (x.shape[1], x.shape[2]), plain, shifted, positions, source)
 
 
 @BACKBONE_REGISTRY.register()
@@ -255,12 +243,12 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             first += len(blocks)
             with profiler_range(f"expedite_d2.stage{i + 1}", x):
                 if full:
-                    windows = stage.windows(x, self.cluster_window, self.token_positions)
+                    windows = Windows.of_map(x, self.cluster_window, self.token_positions)
                     x = self._run(blocks[:full], x, windows)
                 if reduction is not None and full < len(blocks):
                     clusters = reduction.cluster.cells(*self.cluster_window)
                     low, clustering = reduce(x, reduction, self.cluster_window)
-                    windows = stage.windows(
+                    windows = Windows.of_map(
                         low, clusters, self.cluster_positions, self.cluster_source
                     )
                     with profiler_range("expedite_d2.low_blocks", low):

@@ -79,6 +79,19 @@ class Windows(NamedTuple):
     positions: Tensor
     source: Tensor | None = None
 
+    @classmethod
+    def of_map(
+        cls,
+        x: Tensor,
+        size: tuple[int, int],
+        positions: Tensor,
+        source: Tensor | None = None,
+    ) -> Windows:
+        """Lays windows over a map (B, H, W, C) of tokens or clusters; other arguments as above."""
+        shift = (size[0] // 2, size[1] // 2)
+        plain, shifted = (window_layout(x, size, by) for by in ((0, 0), shift))
+        return cls(size, (x.shape[1], x.shape[2]), plain, shifted, positions, source)
+
 
 def partition(x: Tensor, windows: Windows, layout: Layout) -> Tensor:
     """(B, H * W, C) -> (windows, N, C)."""

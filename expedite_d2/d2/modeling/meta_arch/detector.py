@@ -29,7 +29,7 @@ class PyramidDetector(ImageModel):
     """Two-stage detector on a feature pyramid over the backbone ``MODEL.BACKBONE.NAME``.
 
     Args:
-        cfg: Detectron2's keys; ``TEST.DTYPE`` is the arithmetic at evaluation.
+        cfg: Detectron2's keys, and ``TEST.DTYPE``.
         stages: settings of the box and mask heads.
         suppression: which boxes are detections.
 
@@ -56,9 +56,7 @@ class PyramidDetector(ImageModel):
         self.num_classes = heads.NUM_CLASSES
         self.suppression = suppression
         self.proposals_per_image = cfg.MODEL.RPN.POST_NMS_TOPK_TEST
-        self.size_divisibility = max(
-            self.backbone.size_divisibility, *list(self.fpn.strides.values())[:-1]
-        )
+        self.size_divisibility = max(self.backbone.size_divisibility, self.fpn.size_divisibility)
 
     def pyramid(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W), normalised -> maps "p2" … "p6", float32."""

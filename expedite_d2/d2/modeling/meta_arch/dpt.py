@@ -40,7 +40,7 @@ class ExpeditedDPT(ImageModel):
     (``MODEL.DPT.INVERSE``), depth = 1 / (SCALE · x + SHIFT), else SCALE · x + SHIFT.
 
     Args:
-        cfg: ``MODEL.DPT`` and the backbone's keys; ``TEST.DTYPE`` is the arithmetic at evaluation.
+        cfg: ``MODEL.DPT``, the backbone's keys and ``TEST.DTYPE``.
 
     Raises:
         ValueError: settings that do not fit each other or the backbone.

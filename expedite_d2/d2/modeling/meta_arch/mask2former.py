@@ -47,9 +47,8 @@ class ExpeditedMask2Former(ImageModel):
     """Mask classification for panoptic, semantic and instance segmentation.
 
     Args:
-        cfg: Mask2Former's keys; ``TEST.DTYPE`` is the arithmetic at evaluation and
-            ``MODEL.MASK_FORMER.SEM_AUX_WEIGHT`` the weight of a per-pixel cross-entropy on the mask
-            features in training.
+        cfg: Mask2Former's keys and ``TEST.DTYPE``; ``MODEL.MASK_FORMER.SEM_AUX_WEIGHT`` is the
+            weight of a per-pixel cross-entropy on the mask features in training.
 
     Raises:
         ValueError: a key that asks for something unsupported.

@@ -241,7 +241,7 @@ def ground_truth(
     return truths
 
 
-def match(boxes: Tensor, truth: GroundTruth, iou: float) -> Tensor:
+def match_boxes(boxes: Tensor, truth: GroundTruth, iou: float) -> Tensor:
     """Returns the object that each box overlaps most, (R,) int64; -1 if by less than ``iou``."""
     if not len(boxes) or not len(truth.boxes):
         return torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
@@ -278,7 +278,7 @@ class Sampling:
     def draw(self, proposals: Tensor, truth: GroundTruth, iou: float) -> Sample:
         """Samples from proposals (R, 4) and, if these are to be added, the objects' own boxes."""
         boxes = torch.cat([proposals, truth.boxes]) if self.add_truth else proposals
-        matched = match(boxes, truth, iou)
+        matched = match_boxes(boxes, truth, iou)
         sampler = BalancedPositiveNegativeSampler(self.regions, self.positive_fraction)
         (positive,), (negative,) = sampler([matched + 1])
         chosen = torch.cat([positive.nonzero()[:, 0], negative.nonzero()[:, 0]])
