@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from expedite_d2.d2.config.keys import add_expedite_config
+from expedite_d2.d2.config.keys import add_expedite_config, check_keys
 from expedite_d2.d2.config.rules import COMMON_KEYS, check
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, META_ARCH_REGISTRY, CfgNode, get_cfg
 
@@ -141,6 +141,8 @@ def _translate_official_names(cfg: CfgNode) -> None:
 
 def _check(cfg: CfgNode) -> None:
     check(cfg, COMMON_KEYS)
+    check_keys(cfg, "MODEL.EXPEDITE")
+    check_keys(cfg, "TEST")
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
@@ -149,17 +151,3 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.DEVICE must be a device of torch such as cpu, cuda or cuda:1, got "
             f"{cfg.MODEL.DEVICE!r}: {reason}"
         ) from error
-    clusters = cfg.MODEL.EXPEDITE.CLUSTERS
-    if len(clusters) != 2:
-        raise ValueError(
-            "MODEL.EXPEDITE.CLUSTERS must be two sizes or two ratios, e.g. [8, 8] or [0.5, 0.5], "
-            f"got {clusters!r}"
-        )
-    swin = cfg.MODEL.SWIN
-    widths = [swin.EMBED_DIM * 2**stage for stage in range(len(swin.DEPTHS))]
-    fits = [width % heads == 0 for width, heads in zip(widths, swin.NUM_HEADS, strict=False)]
-    if len(swin.NUM_HEADS) != len(widths) or not all(fits):
-        raise ValueError(
-            "MODEL.SWIN.NUM_HEADS must be one divisor of each of the stages' widths "
-            f"{widths}, got {swin.NUM_HEADS!r}"
-        )

@@ -1,4 +1,7 @@
-"""What values the keys of a config may have, and one sentence about the first that is wrong."""
+"""What values keys may have, one sentence about the first that is wrong, and Detectron2's own keys.
+
+Keys of this project have their rules where they have their defaults (``keys``).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,22 @@ class Rule(NamedTuple):
     words: str
     holds: Callable[[Any], bool]
 
+    def check(self, key: str, value: Any) -> None:
+        """Raises a ValueError naming the key, what it should be and what it is."""
+        if not self.holds(value):
+            raise ValueError(f"{key} must be {self.words}, got {value!r}")
+
+
+class Key(NamedTuple):
+    """A key of this project, in dotted form, with its default and what it may be.
+
+    Without a rule its type is enough, or whoever reads it knows more than a rule could.
+    """
+
+    name: str
+    default: Any
+    rule: Rule | None = None
+
 
 def check(cfg: Any, rules: Mapping[str, Rule]) -> None:
     """Hold a config's values against rules by key.
@@ -27,24 +46,7 @@ def check(cfg: Any, rules: Mapping[str, Rule]) -> None:
         ValueError: naming the first key whose value is wrong, what it should be and what it is.
     """
     for key, rule in rules.items():
-        value = functools.reduce(getattr, key.split("."), cfg)
-        if not rule.holds(value):
-            raise ValueError(f"{key} must be {rule.words}, got {value!r}")
-
-
-def check_training_input(cfg: Any) -> None:
-    """Hold ``INPUT``, as segmentation is trained with it, against its rules.
-
-    Raises:
-        ValueError: naming the first key whose value is wrong, what it should be and what it is.
-    """
-    check(cfg, _TRAINING_KEYS)
-    if cfg.INPUT.MIN_SCALE > cfg.INPUT.MAX_SCALE:
-        raise ValueError(
-            f"INPUT.MIN_SCALE must not exceed INPUT.MAX_SCALE {cfg.INPUT.MAX_SCALE}, got "
-            f"{cfg.INPUT.MIN_SCALE}"
-        )
-    check_crop(cfg)
+        rule.check(key, functools.reduce(getattr, key.split("."), cfg))
 
 
 def check_crop(cfg: Any) -> None:
@@ -68,7 +70,8 @@ def whole(minimum: int) -> Rule:
     return Rule(f"an integer of at least {minimum}", lambda v: _is_whole(v) and v >= minimum)
 
 
-def _number(words: str, holds: Callable[[float], bool]) -> Rule:
+def number(words: str, holds: Callable[[float], bool]) -> Rule:
+    """A finite number that `holds`, in words."""
     return Rule(words, lambda v: _is_number(v) and math.isfinite(v) and holds(v))
 
 
@@ -90,115 +93,58 @@ def one_of(*choices: Any) -> Rule:
     return Rule(f"one of {', '.join(map(repr, choices))}", lambda v: v in choices)
 
 
-POSITIVE = _number("a number above 0", lambda v: v > 0)
-NOT_NEGATIVE = _number("a number of at least 0", lambda v: v >= 0)
-SHARE = _number("a number from 0 to 1", lambda v: 0 <= v <= 1)
+def only(value: Any, why: str = "") -> Rule:
+    """This value alone, and why."""
+    return Rule(f"{value!r} {why}".rstrip(), lambda v: v == value)
+
+
+POSITIVE = number("a number above 0", lambda v: v > 0)
+NOT_NEGATIVE = number("a number of at least 0", lambda v: v >= 0)
+SHARE = number("a number from 0 to 1", lambda v: 0 <= v <= 1)
 FLIPS = one_of("horizontal", "none")
-RATE = _number("a number from 0 to below 1", lambda v: 0 <= v < 1)
-_PART = _number("a number above 0, at most 1", lambda v: 0 < v <= 1)
-_SIDES = each(whole(1), 2)
+RATE = number("a number from 0 to below 1", lambda v: 0 <= v < 1)
+SIDES = each(whole(1), 2)
+_PART = number("a number above 0, at most 1", lambda v: 0 < v <= 1)
 _FOUR_POSITIVE = each(POSITIVE, 4)
-# A window of pre-training divides by its side less one.
-_WINDOWS = each(Rule("0 or an integer of at least 2", lambda v: _is_whole(v) and v >= 0 and v != 1))
-# Maps are enlarged by transposed convolutions and made smaller by strided ones.
-_SCALING = each(
-    _number(
-        "a whole number above 0, or 1 divided by one",
-        lambda v: v > 0 and (float(v).is_integer() or (1 / v).is_integer()),
-    ),
-    4,
-)
 _RISING = Rule(
     "two numbers from 0 to 1, the second not below the first",
     lambda v: each(SHARE, 2).holds(v) and v[0] <= v[1],
 )
 
 _CROP_SIZES = {
-    "absolute": _SIDES,
+    "absolute": SIDES,
     "absolute_range": Rule(
         "two whole numbers above 0, the second not below the first",
-        lambda v: _SIDES.holds(v) and v[0] <= v[1],
+        lambda v: SIDES.holds(v) and v[0] <= v[1],
     ),
     "relative": each(_PART, 2),
     "relative_range": each(_PART, 2),
 }
 
-_TRAINING_KEYS: dict[str, Rule] = {
+#: Keys of the training data, for segmentation.
+TRAINING_KEYS: dict[str, Rule] = {
     "INPUT.RANDOM_FLIP": FLIPS,
-    "INPUT.IMAGE_SIZE": whole(1),
-    "INPUT.MIN_SCALE": POSITIVE,
-    "INPUT.MAX_SCALE": POSITIVE,
     "INPUT.MIN_SIZE_TRAIN": each(whole(1)),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("choice", "range"),
     "INPUT.MAX_SIZE_TRAIN": whole(1),
 }
 
-#: Keys that every config has.
+#: Keys that every run reads.
 COMMON_KEYS: dict[str, Rule] = {
     "DATALOADER.NUM_WORKERS": whole(0),
     "INPUT.FORMAT": one_of("RGB", "BGR"),
     "INPUT.MIN_SIZE_TEST": whole(0),
     "INPUT.MAX_SIZE_TEST": whole(1),
-    "MODEL.PIXEL_MEAN": each(_number("a number", lambda v: True), 3),
+    "MODEL.PIXEL_MEAN": each(number("a number", lambda v: True), 3),
     "MODEL.PIXEL_STD": each(POSITIVE, 3),
     "MODEL.SEM_SEG_HEAD.NUM_CLASSES": whole(1),
-    "MODEL.SWIN.PRETRAIN_IMG_SIZE": whole(1),
-    "MODEL.SWIN.PATCH_SIZE": whole(1),
-    "MODEL.SWIN.EMBED_DIM": whole(1),
-    "MODEL.SWIN.DEPTHS": each(whole(1)),
-    "MODEL.SWIN.NUM_HEADS": each(whole(1)),
-    "MODEL.SWIN.WINDOW_SIZE": whole(1),
-    "MODEL.SWIN.MLP_RATIO": POSITIVE,
-    "MODEL.SWIN.DROP_RATE": RATE,
-    "MODEL.SWIN.ATTN_DROP_RATE": RATE,
-    "MODEL.SWIN.DROP_PATH_RATE": RATE,
-    "MODEL.SWIN.VERSION": one_of(1, 2),
-    "MODEL.SWIN.PRETRAINED_WINDOW_SIZES": _WINDOWS,
-    "MODEL.VIT.IMG_SIZE": whole(0),
-    "MODEL.VIT.PATCH_SIZE": whole(0),
-    "MODEL.VIT.EMBED_DIM": whole(0),
-    "MODEL.VIT.DEPTH": whole(0),
-    "MODEL.VIT.NUM_HEADS": whole(0),
-    "MODEL.VIT.NORM_EPS": POSITIVE,
-    "MODEL.VIT.DROP_RATE": RATE,
-    "MODEL.VIT.ATTN_DROP_RATE": RATE,
-    "MODEL.VIT.DROP_PATH_RATE": RATE,
-    "MODEL.VIT.POS_INTERPOLATION": one_of("bicubic", "bilinear"),
-    "MODEL.VIT.WINDOW_SIZE": whole(0),
-    "MODEL.VIT.PRETRAIN_IMG_SIZE": whole(1),
-    "MODEL.SEGMENTER.DIM": whole(0),
-    "MODEL.SEGMENTER.DEPTH": whole(1),
-    "MODEL.SEGMENTER.NUM_HEADS": whole(1),
-    "MODEL.SEGMENTER.MLP_RATIO": POSITIVE,
-    "MODEL.SEGMENTER.DROPOUT": RATE,
-    "MODEL.SEGMENTER.DROP_PATH_RATE": RATE,
-    "MODEL.DPT.NECK_CHANNELS": each(whole(1), 4),
-    "MODEL.DPT.REASSEMBLE_FACTORS": _SCALING,
-    "MODEL.DPT.FUSION_CHANNELS": whole(2),
-    "MODEL.DPT.READOUT": one_of("project", "add", "ignore"),
-    # The head predicts nothing below 0, so that depth is positive.
-    "MODEL.DPT.SCALE": POSITIVE,
-    "MODEL.DPT.SHIFT": NOT_NEGATIVE,
-    "MODEL.DPT.MAX_DEPTH": POSITIVE,
-    "MODEL.DPT.SILOG_WEIGHT": SHARE,
-    "MODEL.DPT.GRADIENT_WEIGHT": NOT_NEGATIVE,
-    "MODEL.DPT.TEST_SIZE": _SIDES,
-    "MODEL.HTC.STAGE_LOSS_WEIGHTS": each(NOT_NEGATIVE),
-    "MODEL.HTC.SEMANTIC_CONVS": whole(0),
-    "MODEL.HTC.SOFT_NMS": one_of("", "linear", "gaussian"),
-    "MODEL.HTC.SOFT_NMS_SIGMA": POSITIVE,
-    "MODEL.HTC.SOFT_NMS_MIN_SCORE": SHARE,
-    "TEST.DTYPE": one_of("float32", "bfloat16", "float16"),
 }
 
-#: Keys of training.
+#: Keys of training, beside this project's own.
 SOLVER_KEYS: dict[str, Rule] = {
-    "SOLVER.OPTIMIZER": one_of("ADAMW", "MUON"),
     "SOLVER.BASE_LR": NOT_NEGATIVE,
-    "SOLVER.BACKBONE_MULTIPLIER": NOT_NEGATIVE,
     "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
     "SOLVER.WEIGHT_DECAY_NORM": NOT_NEGATIVE,
-    "SOLVER.WEIGHT_DECAY_EMBED": NOT_NEGATIVE,
     "SOLVER.MAX_ITER": whole(1),
     "SOLVER.CHECKPOINT_PERIOD": whole(1),
     "SOLVER.LR_SCHEDULER_NAME": one_of("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR"),
@@ -209,24 +155,13 @@ SOLVER_KEYS: dict[str, Rule] = {
     "SOLVER.GAMMA": NOT_NEGATIVE,
     "SOLVER.WARMUP_ITERS": whole(0),
     "SOLVER.WARMUP_FACTOR": NOT_NEGATIVE,
-    "SOLVER.POLY_LR_POWER": NOT_NEGATIVE,
-    "SOLVER.POLY_LR_CONSTANT_ENDING": NOT_NEGATIVE,
 }
 
-#: Mask2Former's keys, as this project's own Mask2Former understands them.
+#: Keys that this project's own Mask2Former reads beside Mask2Former's.
 MASK2FORMER_KEYS: dict[str, Rule] = {
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": whole(1),
-    "MODEL.SEM_SEG_HEAD.MASK_DIM": whole(1),
     "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": whole(1),
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": whole(0),
-    "MODEL.MASK_FORMER.NHEADS": whole(1),
-    "MODEL.MASK_FORMER.DROPOUT": SHARE,
-    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": whole(1),
-    "MODEL.MASK_FORMER.HIDDEN_DIM": whole(1),
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": whole(1),
-    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": whole(1),
-    "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": _number("a number of at least 1", lambda v: v >= 1),
-    "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": SHARE,
+    "MODEL.SEM_SEG_HEAD.NORM": only("GN"),
     "TEST.DETECTIONS_PER_IMAGE": whole(1),
 }
 

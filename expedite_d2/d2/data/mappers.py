@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from expedite_d2.d2.config.rules import check_training_input
+from expedite_d2.d2.config.keys import check_training_input
 from expedite_d2.d2.data.images import is_turned, read_image, read_label_map
 from expedite_d2.d2.data.masks import decode_segmentation
 from expedite_d2.d2.provider import CfgNode, Instances

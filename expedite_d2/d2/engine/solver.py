@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from expedite_d2.d2.config.keys import check_keys
 from expedite_d2.d2.config.rules import SOLVER_KEYS, check
 from expedite_d2.d2.engine.muon import Muon
 from expedite_d2.d2.provider import CfgNode
@@ -37,6 +38,7 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> dict[str, torch.optim.Op
     Raises:
         ValueError: a key of ``SOLVER`` that cannot be.
     """
+    check_keys(cfg, "SOLVER")
     check(cfg, SOLVER_KEYS)
     name = cfg.SOLVER.OPTIMIZER
     if cfg.SOLVER.BACKBONE_MULTIPLIER == 0:
@@ -92,6 +94,7 @@ def build_lr_scheduler(
     Raises:
         ValueError: a key of ``SOLVER`` that cannot be.
     """
+    check_keys(cfg, "SOLVER")
     check(cfg, SOLVER_KEYS)
     solver = cfg.SOLVER
     name = solver.LR_SCHEDULER_NAME

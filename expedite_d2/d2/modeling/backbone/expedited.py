@@ -12,9 +12,20 @@ import torch
 from torch import nn
 
 from expedite_d2.adapters import expedite
-from expedite_d2.d2.modeling.backbone.settings import reduction_from_config
+from expedite_d2.d2.config.keys import check_keys, check_unset
+from expedite_d2.d2.modeling.backbone.settings import check_swin, reduction_from_config
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, PROVIDER, Backbone, ShapeSpec
 from expedite_d2.reducers import Expeditable
+
+# Keys that Detectron2's own backbones have not.
+_OUR_SWIN_KEYS = ("MODEL.SWIN.VERSION", "MODEL.SWIN.PRETRAINED_WINDOW_SIZES")
+_TIMM_KEYS = (
+    "MODEL.VIT.NAME",
+    "MODEL.VIT.DROP_RATE",
+    "MODEL.VIT.ATTN_DROP_RATE",
+    "MODEL.VIT.POS_INTERPOLATION",
+    "MODEL.VIT.OUT_BLOCKS",
+)
 
 # Builders that read MODEL.EXPEDITE.BACKBONE themselves.
 _BUILDERS = ("ExpeditedBackbone", "build_expedited_fpn_backbone")
@@ -56,6 +67,8 @@ def SwinTransformer(cfg: Any, input_shape: ShapeSpec) -> Backbone:
     """
     from detectron2.modeling import backbone as detectron2
 
+    check_swin(cfg)
+    check_unset(cfg, _OUR_SWIN_KEYS, "Detectron2's SwinTransformer")
     swin = cfg.MODEL.SWIN
     backbone = detectron2.SwinTransformer(
         pretrain_img_size=swin.PRETRAIN_IMG_SIZE,
@@ -85,6 +98,8 @@ def ViT(cfg: Any, input_shape: ShapeSpec) -> Backbone:
     """Builds Detectron2's own ``ViT`` from ``MODEL.VIT``; its output is "last_feat"."""
     from detectron2.modeling import backbone as detectron2
 
+    check_keys(cfg, "MODEL.VIT")
+    check_unset(cfg, _TIMM_KEYS, "Detectron2's ViT")
     vit = cfg.MODEL.VIT
     sizes = {
         "img_size": vit.IMG_SIZE,

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expedite_d2.d2.config.keys import check_keys
 from expedite_d2.d2.provider import ShapeSpec
 from expedite_d2.reducers import Cluster, Reduction
 
 
 def reduction_from_config(cfg: Any) -> Reduction | None:
     """Returns the settings of ``MODEL.EXPEDITE``; None if it is not enabled."""
+    check_keys(cfg, "MODEL.EXPEDITE")
     expedite = cfg.MODEL.EXPEDITE
     if not expedite.ENABLED:
         return None
@@ -24,6 +26,19 @@ def reduction_from_config(cfg: Any) -> Reduction | None:
         temperature=expedite.TEMPERATURE,
     )
     return Reduction((cluster,), expedite.RECONSTRUCTION)
+
+
+def check_swin(cfg: Any) -> None:
+    """Raises a ValueError if ``MODEL.SWIN`` describes no Swin."""
+    check_keys(cfg, "MODEL.SWIN")
+    swin = cfg.MODEL.SWIN
+    widths = [swin.EMBED_DIM * 2**stage for stage in range(len(swin.DEPTHS))]
+    fits = [width % heads == 0 for width, heads in zip(widths, swin.NUM_HEADS, strict=False)]
+    if len(swin.NUM_HEADS) != len(widths) or not all(fits):
+        raise ValueError(
+            "MODEL.SWIN.NUM_HEADS must be one divisor of each of the stages' widths "
+            f"{widths}, got {swin.NUM_HEADS!r}"
+        )
 
 
 class OutputShapes(dict[str, ShapeSpec]):

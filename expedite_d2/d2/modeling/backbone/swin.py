@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expedite_d2.adapters.windows import relative_position_index
-from expedite_d2.d2.modeling.backbone.settings import OutputShapes, reduction_from_config
+from expedite_d2.d2.config.keys import setting
+from expedite_d2.d2.modeling.backbone.settings import (
+    OutputShapes,
+    check_swin,
+    reduction_from_config,
+)
 from expedite_d2.d2.modeling.backbone.swin_blocks import (
     PatchEmbed,
     PatchMerging,
@@ -157,6 +162,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
     @classmethod
     def from_config(cls, cfg: Any, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
         """Returns constructor arguments from Mask2Former's MODEL.SWIN and from MODEL.EXPEDITE."""
+        check_swin(cfg)
         swin = cfg.MODEL.SWIN
         return {
             "pretrain_img_size": swin.PRETRAIN_IMG_SIZE,
@@ -176,9 +182,8 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             "patch_norm": swin.PATCH_NORM,
             "out_features": swin.OUT_FEATURES,
             "use_checkpoint": swin.USE_CHECKPOINT,
-            # Mask2Former's own config function does not add these two.
-            "version": swin.get("VERSION", 1),
-            "pretrained_window_sizes": swin.get("PRETRAINED_WINDOW_SIZES"),
+            "version": setting(cfg, "MODEL.SWIN.VERSION"),
+            "pretrained_window_sizes": setting(cfg, "MODEL.SWIN.PRETRAINED_WINDOW_SIZES"),
             "reduction": reduction_from_config(cfg),
         }
 

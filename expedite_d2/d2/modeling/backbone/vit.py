@@ -14,6 +14,7 @@ from expedite_d2.adapters import clustering_of, expedite, restore
 from expedite_d2.adapters.family import inherits
 from expedite_d2.adapters.positions import NoBias
 from expedite_d2.adapters.timm import beit_bias
+from expedite_d2.d2.config.keys import check_keys, check_unset
 from expedite_d2.d2.modeling.backbone.settings import OutputShapes, reduction_from_config
 from expedite_d2.d2.modeling.lazy_timm import import_timm
 from expedite_d2.d2.modeling.upcast import upcast_layers
@@ -26,6 +27,13 @@ PosInterpolation = Literal["bicubic", "bilinear"]
 
 # Epsilon of the norms in timm's transformers, except a few families.
 _USUAL_NORM_EPS = 1e-6
+# Keys of Detectron2's own ViT.
+_DETECTRON2_KEYS = (
+    "MODEL.VIT.WINDOW_SIZE",
+    "MODEL.VIT.WINDOW_BLOCKS",
+    "MODEL.VIT.USE_REL_POS",
+    "MODEL.VIT.PRETRAIN_IMG_SIZE",
+)
 # Number of stages of a hybrid's convolutional stem that heads may read.
 STEM_FEATURES = 2
 
@@ -338,8 +346,11 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
     """Builds the transformer that ``MODEL.VIT`` describes, by its name in timm, untrained.
 
     Raises:
-        ValueError: a name that timm does not know, or that is of another family.
+        ValueError: a name that timm does not know, or that is of another family, or a value that
+            no transformer can have.
     """
+    check_keys(cfg, "MODEL.VIT")
+    check_unset(cfg, _DETECTRON2_KEYS, "ExpeditedViT")
     vit, timm = cfg.MODEL.VIT, import_timm()
     module = timm.model_entrypoint(vit.NAME).__module__ if timm.is_model(vit.NAME) else ""
     file = module.rpartition(".")[2]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTDepthEstimationHead, DPTNeck
 
+from expedite_d2.d2.config.keys import check_keys
 from expedite_d2.d2.modeling.backbone.settings import check_reduces
 from expedite_d2.d2.modeling.backbone.vit import ExpeditedViT, ViTFeatures
 from expedite_d2.d2.modeling.meta_arch.dpt_loss import (
@@ -47,6 +48,7 @@ class ExpeditedDPT(ImageModel):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_keys(cfg, "MODEL.DPT")
         dpt = cfg.MODEL.DPT
         refuse_sliding_window(cfg)
         if cfg.TEST.AUG.ENABLED:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from expedite_d2.d2.config.keys import check_keys
 from expedite_d2.d2.config.rules import DETECTOR_KEYS, check, each, whole
 from expedite_d2.d2.modeling.meta_arch.cascade import cascade_stages
 from expedite_d2.d2.modeling.meta_arch.detection_inference import Suppression, View, augmented
@@ -35,6 +36,7 @@ class ExpeditedHTC(PyramidDetector):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_keys(cfg, "MODEL.HTC")
         check(cfg, DETECTOR_KEYS)
         if cfg.TEST.AUG.ENABLED:
             check(cfg, {"TEST.AUG.MIN_SIZES": each(whole(1)), "TEST.AUG.MAX_SIZE": whole(1)})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expedite_d2.d2.config.keys import check_keys, setting
 from expedite_d2.d2.config.rules import MASK2FORMER_KEYS, check
 from expedite_d2.d2.modeling.autocast import autocast_to
 from expedite_d2.d2.modeling.backbone.settings import check_features
@@ -55,6 +56,8 @@ class ExpeditedMask2Former(ImageModel):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_keys(cfg, "MODEL.MASK_FORMER")
+        check_keys(cfg, "MODEL.SEM_SEG_HEAD")
         check(cfg, MASK2FORMER_KEYS)
         super().__init__(cfg)
         head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
@@ -63,13 +66,14 @@ class ExpeditedMask2Former(ImageModel):
         self.in_features = sorted(head.IN_FEATURES, key=lambda name: shapes[name].stride)
         in_shapes = [shapes[name] for name in self.in_features]
         config = mask2former_config(cfg, in_shapes)
-        self.pixel_decoder = build_pixel_decoder(config, in_shapes)
+        self.pixel_decoder = build_pixel_decoder(
+            config, in_shapes, head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS
+        )
         self.transformer_module = build_transformer_decoder(config)
         self.class_predictor = nn.Linear(former.HIDDEN_DIM, head.NUM_CLASSES + 1)
         self.criterion = MaskClassificationLoss(config)
         self.deep_supervision = former.DEEP_SUPERVISION
-        # Mask2Former's own config function does not add it.
-        self.sem_aux_weight = former.get("SEM_AUX_WEIGHT", 0.0)
+        self.sem_aux_weight = setting(cfg, "MODEL.MASK_FORMER.SEM_AUX_WEIGHT")
         if self.sem_aux_weight > 0:
             self.sem_aux = nn.Conv2d(head.MASK_DIM, head.NUM_CLASSES, kernel_size=1)
         self.ignore_value = head.IGNORE_VALUE

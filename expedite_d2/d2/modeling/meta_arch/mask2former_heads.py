@@ -34,16 +34,6 @@ def mask2former_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerConf
     head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
     strides = [shape.stride for shape in shapes]
     required = {
-        "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": (
-            head.PIXEL_DECODER_NAME, "MSDeformAttnPixelDecoder"
-        ),
-        "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": (
-            former.TRANSFORMER_DECODER_NAME, "MultiScaleMaskedTransformerDecoder"
-        ),
-        "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": (
-            former.TRANSFORMER_IN_FEATURE, "multi_scale_pixel_decoder"
-        ),
-        "MODEL.SEM_SEG_HEAD.NORM": (head.NORM, "GN"),
         "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": (
             list(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES), list(head.IN_FEATURES[-3:])
         ),
@@ -57,13 +47,15 @@ def mask2former_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerConf
             "MODEL.SEM_SEG_HEAD.CONVS_DIM must be a multiple of 32 (the groups of GroupNorm), "
             f"got {head.CONVS_DIM}"
         )
-    for key, value in [
-        ("MODEL.SEM_SEG_HEAD.CONVS_DIM", head.CONVS_DIM),
-        ("MODEL.MASK_FORMER.HIDDEN_DIM", former.HIDDEN_DIM),
+    for node, name, heads in [
+        ("SEM_SEG_HEAD", "CONVS_DIM", "DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS"),
+        ("MASK_FORMER", "HIDDEN_DIM", "NHEADS"),
     ]:
-        if value % former.NHEADS:
+        width, count = cfg.MODEL[node][name], cfg.MODEL[node][heads]
+        if width % count:
             raise ValueError(
-                f"{key} must be a multiple of MODEL.MASK_FORMER.NHEADS {former.NHEADS}, got {value}"
+                f"MODEL.{node}.{name} must be a multiple of MODEL.{node}.{heads} {count}, got "
+                f"{width}"
             )
     if former.DEC_LAYERS < 1:
         raise ValueError(
@@ -99,9 +91,12 @@ def mask2former_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerConf
 
 
 def build_pixel_decoder(
-    config: Mask2FormerConfig, shapes: list[ShapeSpec]
+    config: Mask2FormerConfig, shapes: list[ShapeSpec], heads: int
 ) -> Mask2FormerPixelDecoder:
     """Builds the multi-scale deformable pixel decoder with Mask2Former's initial weights."""
+    # transformers has one number of heads for both decoders, Mask2Former one for each.
+    config = copy.deepcopy(config)
+    config.num_attention_heads = heads
     with warnings.catch_warnings():
         # Its warning about head sizes is for a CUDA kernel that transformers does not include.
         warnings.filterwarnings("ignore", message="You'd better set embed_dim")

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from expedite_d2.d2.config.keys import check_keys
 from expedite_d2.d2.modeling.backbone.settings import check_reduces
 from expedite_d2.d2.modeling.meta_arch.image_model import ImageModel
 from expedite_d2.d2.modeling.meta_arch.losses import semantic_loss
@@ -38,6 +39,7 @@ class ExpeditedSegmenter(ImageModel):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_keys(cfg, "MODEL.SEGMENTER")
         super().__init__(cfg)
         shapes = self.backbone.output_shape()
         if list(shapes) != ["last"]:
@@ -55,11 +57,6 @@ class ExpeditedSegmenter(ImageModel):
             largest = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
             check_reduces(self.backbone, largest, "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST")
         self.placement: Placement = cfg.MODEL.SEGMENTER.PLACEMENT
-        if self.placement not in get_args(Placement):
-            raise ValueError(
-                "MODEL.SEGMENTER.PLACEMENT must be one of "
-                f"{', '.join(get_args(Placement))}, got {self.placement!r}"
-            )
         self.backbone.keep_clusters = self.placement == "paper"
         upcast_layers(self)
 
@@ -131,10 +128,6 @@ def _build_decoder(cfg: CfgNode, in_channels: int) -> LinearDecoder | MaskDecode
     settings, num_classes = cfg.MODEL.SEGMENTER, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if settings.DECODER == "linear":
         return LinearDecoder(num_classes, in_channels)
-    if settings.DECODER != "mask":
-        raise ValueError(
-            f"MODEL.SEGMENTER.DECODER must be mask or linear, got {settings.DECODER!r}"
-        )
     dim = settings.DIM or in_channels
     if dim % settings.NUM_HEADS:
         raise ValueError(
