@@ -17,7 +17,7 @@ from expedite_d2.d2.modeling.backbone.settings import check_swin, reduction_from
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, PROVIDER, Backbone, ShapeSpec
 from expedite_d2.reducers import Expeditable
 
-# Keys that Detectron2's own backbones have not.
+# Keys that Detectron2's own backbones do not have.
 _OUR_SWIN_KEYS = ("MODEL.SWIN.VERSION", "MODEL.SWIN.PRETRAINED_WINDOW_SIZES")
 _TIMM_KEYS = (
     "MODEL.VIT.NAME",
@@ -64,11 +64,14 @@ def SwinTransformer(cfg: Any, input_shape: ShapeSpec) -> Backbone:
     """Builds Detectron2's own ``SwinTransformer`` from ``MODEL.SWIN``.
 
     Its outputs are "p0" to "p3" where ``MODEL.SWIN.OUT_FEATURES`` says "res2" to "res5".
-    """
-    from detectron2.modeling import backbone as detectron2
 
+    Raises:
+        ValueError: a value that no Swin can have, or a key that this one does not have is set.
+    """
     check_swin(cfg)
     check_unset(cfg, _OUR_SWIN_KEYS, "Detectron2's SwinTransformer")
+    from detectron2.modeling import backbone as detectron2
+
     swin = cfg.MODEL.SWIN
     backbone = detectron2.SwinTransformer(
         pretrain_img_size=swin.PRETRAIN_IMG_SIZE,
@@ -95,11 +98,15 @@ def SwinTransformer(cfg: Any, input_shape: ShapeSpec) -> Backbone:
 
 
 def ViT(cfg: Any, input_shape: ShapeSpec) -> Backbone:
-    """Builds Detectron2's own ``ViT`` from ``MODEL.VIT``; its output is "last_feat"."""
-    from detectron2.modeling import backbone as detectron2
+    """Builds Detectron2's own ``ViT`` from ``MODEL.VIT``; its output is "last_feat".
 
+    Raises:
+        ValueError: a value that no ViT can have, or a key that this one does not have is set.
+    """
     check_keys(cfg, "MODEL.VIT")
     check_unset(cfg, _TIMM_KEYS, "Detectron2's ViT")
+    from detectron2.modeling import backbone as detectron2
+
     vit = cfg.MODEL.VIT
     sizes = {
         "img_size": vit.IMG_SIZE,
