@@ -1,4 +1,7 @@
-"""Every key of this project, with its default and its rule, and what is done with all of them."""
+"""Every key of this project, with its default and its rule, and the function that adds them.
+
+A new key is one row. Whoever reads the keys of a node calls `check_keys` for it first.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +160,9 @@ KEYS = [
     *KEYS_BELOW_ITS_NODES,
 ]
 
-_BY_NAME = {key.name: key for key in (*KEYS, *UNREAD_KEYS)}
+_DEFAULTS: dict[str, Any] = {key.name: key.default for key in KEYS} | {
+    key.name: key.default for key in UNREAD_KEYS
+}
 
 
 def add_expedite_config(cfg: CfgNode) -> None:
@@ -168,12 +173,12 @@ def add_expedite_config(cfg: CfgNode) -> None:
     come before it or after it. It begins nodes anew: when it comes after, keys of ours below them
     have their defaults, and a file that sets one ends in a KeyError that says what to do.
     """
-    for name, key in _BY_NAME.items():
+    for name, default in _DEFAULTS.items():
         *parents, leaf = name.split(".")
         node = cfg
         for parent in parents:
             node = node.setdefault(parent, CfgNode())
-        node.setdefault(leaf, copy.deepcopy(key.default))
+        node.setdefault(leaf, copy.deepcopy(default))
     renamed = cfg.__dict__[CfgNode.RENAMED_KEYS]
     if not isinstance(renamed, _RenamedKeys):
         cfg.__dict__[CfgNode.RENAMED_KEYS] = _RenamedKeys(cfg, renamed)
@@ -191,7 +196,7 @@ class _RenamedKeys(dict[str, Any]):
         self.cfg = cfg
 
     def __contains__(self, name: object) -> bool:
-        if name in _BY_NAME and not _holds(self.cfg, str(name)):
+        if name in _DEFAULTS and not _holds(self.cfg, str(name)):
             raise KeyError(_missing(str(name)))
         return super().__contains__(name)
 
@@ -211,10 +216,9 @@ def setting(cfg: CfgNode, name: str) -> Any:
     """
     if _holds(cfg, name):
         return functools.reduce(getattr, name.split("."), cfg)
-    key = _BY_NAME[name]
-    if key not in KEYS_BELOW_ITS_NODES:
+    if all(name != key.name for key in KEYS_BELOW_ITS_NODES):
         raise ValueError(_missing(name))
-    return key.default
+    return copy.deepcopy(_DEFAULTS[name])
 
 
 def check_keys(cfg: CfgNode, node: str) -> None:
@@ -247,9 +251,8 @@ def check_unset(cfg: CfgNode, names: Sequence[str], owner: str) -> None:
         ValueError: naming the first key whose value is not the default.
     """
     for name in names:
-        only(_BY_NAME[name].default, f"for {owner}, which has no such setting").check(
-            name, setting(cfg, name)
-        )
+        default = only(_DEFAULTS[name], f"for {owner}, which has no such setting")
+        default.check(name, setting(cfg, name))
 
 
 def check_training_input(cfg: CfgNode) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from expedite_d2.adapters import expedite
-from expedite_d2.d2.config.keys import check_keys, check_unset
+from expedite_d2.d2.config.keys import check_keys, check_unset, setting
 from expedite_d2.d2.modeling.backbone.settings import check_swin, reduction_from_config
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, PROVIDER, Backbone, ShapeSpec
 from expedite_d2.reducers import Expeditable
@@ -43,7 +43,7 @@ def ExpeditedBackbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
     Raises:
         ValueError: no registered backbone is named, or the settings do not fit it.
     """
-    name = cfg.MODEL.EXPEDITE.BACKBONE
+    name = setting(cfg, "MODEL.EXPEDITE.BACKBONE")
     if name in _BUILDERS or name not in BACKBONE_REGISTRY:
         raise ValueError(
             "MODEL.EXPEDITE.BACKBONE must name a registered backbone, such as "

@@ -11,6 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from expedite_d2.d2.config.keys import setting
 from expedite_d2.d2.modeling.backbone.settings import OutputShapes
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, Backbone, CfgNode, ShapeSpec
 from expedite_d2.reducers import Expeditable
@@ -151,7 +152,7 @@ def build_expedited_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Pyrami
     Raises:
         ValueError: no backbone is named, or ``MODEL.FPN`` does not fit it.
     """
-    name = cfg.MODEL.EXPEDITE.BACKBONE
+    name = setting(cfg, "MODEL.EXPEDITE.BACKBONE")
     if not name:
         raise ValueError(
             "build_expedited_fpn_backbone needs the name of a registered backbone in "

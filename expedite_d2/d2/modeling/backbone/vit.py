@@ -129,6 +129,8 @@ class ExpeditedViT(Expeditable, Backbone):
     @classmethod
     def from_config(cls, cfg: Any, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
         """Returns constructor arguments from MODEL.VIT and MODEL.EXPEDITE."""
+        check_keys(cfg, "MODEL.VIT")
+        check_unset(cfg, _DETECTRON2_KEYS, "ExpeditedViT")
         vit = cfg.MODEL.VIT
         return {
             "vit": build_timm_vit(cfg, 3 if input_shape is None else input_shape.channels),
@@ -346,11 +348,8 @@ def build_timm_vit(cfg: Any, in_chans: int = 3) -> nn.Module:
     """Builds the transformer that ``MODEL.VIT`` describes, by its name in timm, untrained.
 
     Raises:
-        ValueError: a name that timm does not know, or that is of another family, or a value that
-            no transformer can have.
+        ValueError: a name that timm does not know, or that is of another family.
     """
-    check_keys(cfg, "MODEL.VIT")
-    check_unset(cfg, _DETECTRON2_KEYS, "ExpeditedViT")
     vit, timm = cfg.MODEL.VIT, import_timm()
     module = timm.model_entrypoint(vit.NAME).__module__ if timm.is_model(vit.NAME) else ""
     file = module.rpartition(".")[2]

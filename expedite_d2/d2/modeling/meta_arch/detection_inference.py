@@ -34,21 +34,14 @@ class Suppression:
     sigma: float = 0.5
     min_score: float = 0.001
 
-    def __post_init__(self) -> None:
-        if self.soft not in ("", "linear", "gaussian"):
-            raise ValueError(
-                f"MODEL.HTC.SOFT_NMS must be '', 'linear' or 'gaussian', got {self.soft!r}"
-            )
-        if self.sigma <= 0:
-            raise ValueError(f"MODEL.HTC.SOFT_NMS_SIGMA must be above 0, got {self.sigma}")
-
     @classmethod
     def from_config(cls, cfg: CfgNode, soft: bool) -> Suppression:
         """Reads ``MODEL.ROI_HEADS`` and, with ``soft``, ``MODEL.HTC``."""
-        heads, htc = cfg.MODEL.ROI_HEADS, cfg.MODEL.HTC
+        heads = cfg.MODEL.ROI_HEADS
         hard = cls(heads.SCORE_THRESH_TEST, heads.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
         if not soft:
             return hard
+        htc = cfg.MODEL.HTC
         return cls(
             hard.score_threshold,
             hard.iou_threshold,

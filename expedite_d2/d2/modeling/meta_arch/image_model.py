@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expedite_d2.d2.config.keys import check_keys
 from expedite_d2.d2.modeling.autocast import autocast_to
 from expedite_d2.d2.provider import CfgNode, ImageList, build_backbone
 
@@ -35,6 +36,7 @@ class ImageModel(nn.Module):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
+        check_keys(cfg, "TEST")
         self.backbone: Any = build_backbone(cfg)
         for name in ("pixel_mean", "pixel_std"):
             values = torch.tensor(cfg.MODEL[name.upper()]).view(-1, 1, 1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expedite_d2.d2.config.keys import setting
 from expedite_d2.d2.config.rules import each, whole
 from expedite_d2.d2.provider import CfgNode
 
@@ -78,7 +79,7 @@ class SlidingWindow(NamedTuple):
 
 def refuse_sliding_window(cfg: CfgNode) -> None:
     """Raises if the sliding window is enabled for a model that does not support it."""
-    if cfg.TEST.SLIDING_WINDOW.ENABLED:
+    if setting(cfg, "TEST.SLIDING_WINDOW.ENABLED"):
         raise ValueError(
             "TEST.SLIDING_WINDOW is for semantic segmentation by ExpeditedSegmenter and "
             f"ExpeditedMask2Former, got ENABLED True for {cfg.MODEL.META_ARCHITECTURE}"
