@@ -11,9 +11,17 @@ import pytest
 import torch
 
 import expedite_d2.d2
-from expedite_d2.d2 import Backbone, CfgNode, ShapeSpec, build_backbone, build_model
+from expedite_d2.d2 import (
+    BACKBONE_REGISTRY,
+    Backbone,
+    CfgNode,
+    ShapeSpec,
+    build_backbone,
+    build_model,
+)
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.config.keys import KEYS, UNREAD_KEYS
+from expedite_d2.d2.modeling.backbone import ExpeditedSwinTransformer
 from expedite_d2.d2.modeling.backbone.expedited import SwinTransformer, ViT
 
 D2 = Path(expedite_d2.d2.__file__).parent
@@ -130,3 +138,14 @@ def test_keys_of_ours_are_refused_by_detectron2s_backbones(
     message = f"{key} must be .* for Detectron2's {builder.__name__}, which has no such setting"
     with pytest.raises(ValueError, match=message):
         builder(cfg, ShapeSpec(channels=3))
+
+
+def test_enabled_is_refused_by_a_backbone_that_does_not_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = {"Plain": lambda cfg, shape: ExpeditedSwinTransformer()}
+    monkeypatch.setattr(BACKBONE_REGISTRY, "_obj_map", {**dict(BACKBONE_REGISTRY), **plain})
+    opts = ["MODEL.META_ARCHITECTURE", "ExpeditedHTC", "MODEL.EXPEDITE.ENABLED", True]
+    opts += ["MODEL.BACKBONE.NAME", "Plain"]
+    with pytest.raises(ValueError, match="ENABLED must be False for Plain, which does not read it"):
+        build_model(load_config(MODELS / "detector_tiny.yaml", opts))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expedite_d2.adapters import is_expedited
 from expedite_d2.d2.config.keys import check_keys
 from expedite_d2.d2.modeling.autocast import autocast_to
 from expedite_d2.d2.provider import CfgNode, ImageList, build_backbone
@@ -20,6 +21,10 @@ class ImageModel(nn.Module):
     Args:
         cfg: the config; read here are the backbone's keys, ``MODEL.PIXEL_MEAN``,
             ``MODEL.PIXEL_STD``, ``TEST.DTYPE`` and ``DATASETS``.
+
+    Raises:
+        ValueError: a key that asks for something unsupported, or a backbone that is to be expedited
+            and does not know how.
 
     Attributes:
         backbone: the backbone.
@@ -38,6 +43,12 @@ class ImageModel(nn.Module):
         super().__init__()
         check_keys(cfg, "TEST")
         self.backbone: Any = build_backbone(cfg)
+        if cfg.MODEL.EXPEDITE.ENABLED and not is_expedited(self.backbone):
+            name = cfg.MODEL.BACKBONE.NAME
+            raise ValueError(
+                f"MODEL.EXPEDITE.ENABLED must be False for {name}, which does not read it: make it "
+                "MODEL.EXPEDITE.BACKBONE, and MODEL.BACKBONE.NAME ExpeditedBackbone, got True"
+            )
         for name in ("pixel_mean", "pixel_std"):
             values = torch.tensor(cfg.MODEL[name.upper()]).view(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)
