@@ -31,8 +31,8 @@ def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = No
         return table
     offset = torch.arange(1 - length, length, device=table.device) * tokens
     lower = torch.div(offset, cells, rounding_mode="floor")
-    exact = torch.promote_types(table.dtype, torch.float32)
-    fraction = (offset - lower * cells).to(exact) / cells
+    wide = torch.promote_types(table.dtype, torch.float32)
+    fraction = (offset - lower * cells).to(wide) / cells
     lower = lower + middle
     # With fewer tokens than cells, or if the last square is not full, the largest offsets lie
     # beyond the table.

@@ -1,4 +1,4 @@
-"""The type in which models compute."""
+"""Autocast to the type in which a model computes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class ImageModel(nn.Module):
 
     Attributes:
         backbone: the backbone.
-        pixel_mean, pixel_std: (3, 1, 1), of the values of the images.
+        pixel_mean, pixel_std: (3, 1, 1), mean and deviation of each channel.
         size_divisibility: number of which the sides of a batch are multiples; set by each model.
         eval_dtype: type to which evaluation is autocast; float32 for none.
         dataset_name: first data set of the config, whose metadata describes the classes; "" for

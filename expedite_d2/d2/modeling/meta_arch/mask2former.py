@@ -81,7 +81,6 @@ class ExpeditedMask2Former(ImageModel):
         self.size_divisibility = former.SIZE_DIVISIBILITY
         if self.size_divisibility < 0:
             self.size_divisibility = self.backbone.size_divisibility
-        upcast_layers(self)
 
         self.semantic_on = former.TEST.SEMANTIC_ON
         self.panoptic_on = former.TEST.PANOPTIC_ON
@@ -100,6 +99,7 @@ class ExpeditedMask2Former(ImageModel):
                 "MODEL.MASK_FORMER.TEST, set SEMANTIC_ON True, PANOPTIC_ON and INSTANCE_ON False"
             )
         self.topk_per_image = cfg.TEST.DETECTIONS_PER_IMAGE
+        upcast_layers(self)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, results at evaluation, in Detectron2's formats.
