@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.forkserver
 from collections.abc import Callable, Iterator
@@ -14,6 +15,20 @@ import pytest
 from expedite_d2.d2 import DatasetCatalog, MetadataCatalog
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """Loggers as they were before, afterwards: handlers hold files of a temporary directory."""
+    names = ("", "expedite_d2", "fvcore", "detectron2", "expedite_d2_test")
+    before = {
+        name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate)
+        for name in names
+    }
+    yield
+    for name, (handlers, propagate) in before.items():
+        logger = logging.getLogger(name)
+        logger.handlers[:], logger.propagate = handlers, propagate
 
 
 @pytest.fixture

@@ -19,20 +19,6 @@ from expedite_d2.d2.config import load_config
 from expedite_d2.errors import sentence_of
 
 
-@pytest.fixture
-def loggers():
-    """Loggers as they were before, afterwards: handlers hold files of a temporary directory."""
-    names = ("expedite_d2", "fvcore", "detectron2", "expedite_d2_test")
-    before = {
-        name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate)
-        for name in names
-    }
-    yield
-    for name, (handlers, propagate) in before.items():
-        logger = logging.getLogger(name)
-        logger.handlers[:], logger.propagate = handlers, propagate
-
-
 def _exchange(folder: Path, fail: bool) -> None:
     """What each process of the launch test does."""
     if fail:

@@ -82,7 +82,6 @@ MASK2FORMER_KEYS = [
     ),
     # transformers has no other number of points.
     Key("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS", 4, only(4)),
-    Key("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS", 8, whole(1)),
     Key("MODEL.SWIN.PRETRAIN_IMG_SIZE", 224, whole(1)),
     Key("MODEL.SWIN.PATCH_SIZE", 4, whole(1)),
     Key("MODEL.SWIN.EMBED_DIM", 96, whole(1)),
@@ -128,6 +127,7 @@ class UnreadKey(NamedTuple):
 
 _VIDEO = "of Mask2Former's video project, whose VideoMaskFormer is refused by name"
 _RESNET = "of the ResNet of Detectron2's DeepLab project, which is no backbone of this one"
+_HEADS = "Mask2Former's own pixel decoder reads MODEL.MASK_FORMER.NHEADS instead, as does this one"
 _DEEPLAB = "of the heads of Detectron2's DeepLab project, none of which is here"
 
 #: The only keys that are accepted whatever their values are.
@@ -139,6 +139,7 @@ UNREAD_KEYS = [
     UnreadKey("MODEL.RESNETS.STEM_TYPE", "deeplab", _RESNET),
     UnreadKey("MODEL.RESNETS.RES4_DILATION", 1, _RESNET),
     UnreadKey("MODEL.RESNETS.RES5_MULTI_GRID", [1, 2, 4], _RESNET),
+    UnreadKey("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS", 8, _HEADS),
     UnreadKey("MODEL.SEM_SEG_HEAD.LOSS_TYPE", "hard_pixel_mining", _DEEPLAB),
     UnreadKey("MODEL.SEM_SEG_HEAD.PROJECT_FEATURES", ["res2"], _DEEPLAB),
     UnreadKey("MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS", [48], _DEEPLAB),

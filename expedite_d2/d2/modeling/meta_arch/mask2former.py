@@ -66,9 +66,7 @@ class ExpeditedMask2Former(ImageModel):
         self.in_features = sorted(head.IN_FEATURES, key=lambda name: shapes[name].stride)
         in_shapes = [shapes[name] for name in self.in_features]
         config = mask2former_config(cfg, in_shapes)
-        self.pixel_decoder = build_pixel_decoder(
-            config, in_shapes, head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS
-        )
+        self.pixel_decoder = build_pixel_decoder(config, in_shapes)
         self.transformer_module = build_transformer_decoder(config)
         self.class_predictor = nn.Linear(former.HIDDEN_DIM, head.NUM_CLASSES + 1)
         self.criterion = MaskClassificationLoss(config)

@@ -47,15 +47,13 @@ def mask2former_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerConf
             "MODEL.SEM_SEG_HEAD.CONVS_DIM must be a multiple of 32 (the groups of GroupNorm), "
             f"got {head.CONVS_DIM}"
         )
-    for node, name, heads in [
-        ("SEM_SEG_HEAD", "CONVS_DIM", "DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS"),
-        ("MASK_FORMER", "HIDDEN_DIM", "NHEADS"),
+    for key, value in [
+        ("MODEL.SEM_SEG_HEAD.CONVS_DIM", head.CONVS_DIM),
+        ("MODEL.MASK_FORMER.HIDDEN_DIM", former.HIDDEN_DIM),
     ]:
-        width, count = cfg.MODEL[node][name], cfg.MODEL[node][heads]
-        if width % count:
+        if value % former.NHEADS:
             raise ValueError(
-                f"MODEL.{node}.{name} must be a multiple of MODEL.{node}.{heads} {count}, got "
-                f"{width}"
+                f"{key} must be a multiple of MODEL.MASK_FORMER.NHEADS {former.NHEADS}, got {value}"
             )
     if former.DEC_LAYERS < 1:
         raise ValueError(
@@ -91,12 +89,9 @@ def mask2former_config(cfg: CfgNode, shapes: list[ShapeSpec]) -> Mask2FormerConf
 
 
 def build_pixel_decoder(
-    config: Mask2FormerConfig, shapes: list[ShapeSpec], heads: int
+    config: Mask2FormerConfig, shapes: list[ShapeSpec]
 ) -> Mask2FormerPixelDecoder:
     """Builds the multi-scale deformable pixel decoder with Mask2Former's initial weights."""
-    # transformers has one number of heads for both decoders, Mask2Former one for each.
-    config = copy.deepcopy(config)
-    config.num_attention_heads = heads
     with warnings.catch_warnings():
         # Its warning about head sizes is for a CUDA kernel that transformers does not include.
         warnings.filterwarnings("ignore", message="You'd better set embed_dim")
