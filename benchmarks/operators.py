@@ -36,11 +36,12 @@ from benchmarks.common import (
     parser,
     rotating,
 )
+from benchmarks.merging_table import MERGING
 from benchmarks.operator_table import TOKENS, Operator
 from expedite_d2 import _ext
 from expedite_d2.errors import cli
 
-SUITES = (TOKENS, ATTENTION)
+SUITES = (TOKENS, MERGING, ATTENTION)
 # Relative to the norm of the float64 result: what rounding makes of sums and outputs. Of float32
 # sums that is 1e-6, but rounds of sharp k-means let single tokens change sides.
 TOLERANCE = {"float32": 5e-3, "bfloat16": 1e-2, "float16": 5e-3}

@@ -19,13 +19,18 @@
 
 namespace expedite_d2 {
 
-// (B, H, W, C) in a floating type that the kernels are compiled for.
-inline void check_tokens(const char* op, const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.dim() == 4, op, ": expected ", name, " of shape (B, H, W, C), got ",
-                    tensor.sizes());
+// The floating types that the kernels are compiled for.
+inline void check_floating(const char* op, const char* name, const at::Tensor& tensor) {
   const auto type = tensor.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, op,
                    ": expected ", name, " of float32, bfloat16 or float16, got ", type);
+}
+
+// (B, H, W, C) of a floating type.
+inline void check_tokens(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.dim() == 4, op, ": expected ", name, " of shape (B, H, W, C), got ",
+                    tensor.sizes());
+  check_floating(op, name, tensor);
 }
 
 inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor,
@@ -45,6 +50,26 @@ inline void check_shape(const char* op, const char* name, const at::Tensor& tens
                         at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": expected ", name, " of shape ", shape, ", got ",
                     tensor.sizes());
+}
+
+// (B, N, C) of a floating type, where only the batch may be empty.
+inline void check_sequence(const char* op, const at::Tensor& tokens) {
+  TORCH_CHECK_VALUE(
+      tokens.dim() == 3 && tokens.size(1) > 0 && tokens.size(2) > 0, op,
+      ": expected tokens of shape (B, N, C) with at least one token and channel, got ",
+      tokens.sizes());
+  check_floating(op, "tokens", tokens);
+  TORCH_CHECK_VALUE(tokens.size(1) < (1 << 30), op, ": expected fewer than 2**30 tokens, got ",
+                    tokens.size(1));
+}
+
+// (B, N) of the given type, beside a sequence of tokens.
+inline void check_per_token(const char* op, const char* name, const at::Tensor& tensor,
+                            at::ScalarType type, const at::Tensor& tokens) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, op, ": expected ", name, " of type ", type,
+                   ", got ", tensor.scalar_type());
+  check_same_device(op, name, tensor, "tokens", tokens);
+  check_shape(op, name, tensor, tokens.sizes().slice(0, 2));
 }
 
 inline void check_neighbourhood(const char* op, int64_t neighbourhood) {
@@ -137,6 +162,22 @@ inline void check_reconstruct(const char* op, const at::Tensor& refined, const a
     check_same_type(op, "centres", *centres, "refined", refined);
     check_shape(op, "centres", *centres, refined.sizes());
   }
+}
+
+inline void check_merge(const char* op, const at::Tensor& tokens, const at::Tensor& sizes,
+                        int64_t merged) {
+  check_sequence(op, tokens);
+  check_per_token(op, "sizes", sizes, at::kFloat, tokens);
+  TORCH_CHECK_VALUE(merged >= 0 && merged <= tokens.size(1) / 2, op, ": expected merged from 0 to ",
+                    tokens.size(1) / 2, ", got ", merged);
+}
+
+inline void check_pool(const char* op, const at::Tensor& tokens, const at::Tensor& groups,
+                       int64_t count) {
+  check_sequence(op, tokens);
+  check_per_token(op, "groups", groups, at::kInt, tokens);
+  TORCH_CHECK_VALUE(count >= 1 && count <= std::numeric_limits<int32_t>::max(), op,
+                    ": expected count of at least 1 and less than 2**31, got ", count);
 }
 
 // Checks all tensors of ms_deform_attn: value (B, S, heads, D), sampling_locations (B, Q, heads,

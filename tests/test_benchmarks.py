@@ -94,6 +94,11 @@ def test_operators_are_right_and_timed(ran: Callable[[str], Ran]):
         for dtype in ("float32", "bfloat16")
         for operator in TOKENS.operators
     ]
+    expected += [
+        ("quick_sequence", dtype, operator)
+        for dtype in ("float32", "bfloat16")
+        for operator in ("token_merge", "token_pool")
+    ]
     assert measured >= set(expected)
     for row in written["results"]:
         assert row["floor_ms"] > 0 and row["share_of_floor"] > 0

@@ -29,6 +29,8 @@ OPERATORS = [
     "token_match",
     "token_reduce",
     "token_reconstruct",
+    "token_merge",
+    "token_pool",
     "ms_deform_attn",
     "_ms_deform_attn_backward",
 ]

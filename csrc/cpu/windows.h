@@ -14,24 +14,29 @@
 
 namespace expedite_d2::cpu {
 
-// Calls f(window) for every window of the batch. Many windows are divided among the threads; few
-// windows, which would divide unevenly, are processed one after the other, and `f` uses all threads
-// by at::parallel_for (which runs serially within a parallel region). Results must not depend on
-// which of the two it is.
+// Calls f(index) for every image or window. Many are divided among the threads; few, which would
+// divide unevenly, are processed one after the other, and `f` uses all threads by at::parallel_for
+// (which runs serially within a parallel region). Results must not depend on which of the two it
+// is.
 template <typename F>
-void for_each_window(const Grid& grid, int64_t batch, const F& f) {
-  const int64_t count = batch * grid.windows();
+void for_each_index(int64_t count, const F& f) {
   if (count >= 8 * at::get_num_threads()) {
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
-        f(window_at(grid, index));
+        f(index);
       }
     });
     return;
   }
   for (int64_t index = 0; index < count; ++index) {
-    f(window_at(grid, index));
+    f(index);
   }
+}
+
+// Calls f(window) for every window of the batch.
+template <typename F>
+void for_each_window(const Grid& grid, int64_t batch, const F& f) {
+  for_each_index(batch * grid.windows(), [&](int64_t index) { f(window_at(grid, index)); });
 }
 
 // Calls f with a value of the C++ type; check_tokens has admitted only these three.

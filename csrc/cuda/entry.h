@@ -33,10 +33,10 @@ inline Type kernel_type(const at::Tensor& tensor) {
 }
 
 // The kernels count channels in 32 bits, with room to step past the end, and the bytes of a row.
-inline int checked_channels(const char* op, const at::Tensor& map) {
-  TORCH_CHECK_VALUE(map.size(3) < (1 << 30), op, ": expected fewer than 2**30 channels, got ",
-                    map.size(3));
-  return static_cast<int>(map.size(3));
+inline int checked_channels(const char* op, const at::Tensor& tokens) {
+  TORCH_CHECK_VALUE(tokens.size(-1) < (1 << 30), op, ": expected fewer than 2**30 channels, got ",
+                    tokens.size(-1));
+  return static_cast<int>(tokens.size(-1));
 }
 
 inline std::optional<at::Tensor> dense(const std::optional<at::Tensor>& tensor) {

@@ -106,6 +106,39 @@ cudaError_t launch_token_reconstruct(const ReconstructParams& params,
                                      const void* centres,     // (B, K, C) or null
                                      void* out);              // (B, N, C)
 
+// Sizes for all of token_merge's tensors; E = N - N / 2 even tokens per image.
+struct MergeParams {
+  Type type;
+  int64_t batch;
+  int32_t tokens;
+  int32_t merged;
+  int channels;
+  cudaStream_t stream;
+};
+// Length of the scratch that the launch needs.
+int64_t merge_scratch(const MergeParams& params, int multiprocessors);
+cudaError_t launch_token_merge(const MergeParams& params, int multiprocessors,
+                               const void* tokens,  // (B, N, C)
+                               const float* sizes,  // (B, N)
+                               int32_t* scratch,
+                               void* out,         // (B, N - merged, C)
+                               float* out_sizes,  // (B, N - merged)
+                               int32_t* places);  // (B, N)
+
+// Sizes for all of token_pool's tensors.
+struct PoolParams {
+  Type type;
+  int64_t batch;
+  int32_t tokens;
+  int32_t groups;
+  int channels;
+  cudaStream_t stream;
+};
+cudaError_t launch_token_pool(const PoolParams& params,
+                              const void* tokens,     // (B, N, C)
+                              const int32_t* groups,  // (B, N)
+                              void* out);             // (B, groups, C)
+
 // Sizes for all of ms_deform_attn's tensors. Those of the levels go to the kernel by value: nothing
 // is copied to the device.
 constexpr int kMaxLevels = 16;

@@ -5,10 +5,8 @@
 // centres are inserted into its sorted list in device memory, so that no tokens x centres matrix
 // exists. Where one image gives few tiles of tokens, the centres are divided into parts with a list
 // each, and a second launch merges the lists.
-#include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <limits>
 
 #include "cuda/token_match_tile.cuh"
 #include "cuda/token_match_topk.cuh"
@@ -17,11 +15,6 @@
 
 namespace expedite_d2::cuda {
 namespace {
-
-// Blocks that fit on a multiprocessor.
-constexpr int kBlocksAtOnce = 3;
-// Fixed cost of a block, in equivalent tiles of centres.
-constexpr int64_t kPartOverhead = 1;
 
 // Writes a token's list as indices and weights, which may be in the same memory. By a full warp.
 __device__ __forceinline__ void write_matches(const TopkList& list, const WindowView& window,
@@ -53,8 +46,7 @@ __device__ __forceinline__ void write_matches(const TopkList& list, const Window
 // How the work is divided: one block per tile of a window's tokens and part of its centres.
 struct MatchPlan {
   int32_t token_tiles;  // of a window
-  int32_t parts;        // of its centres
-  int32_t part_tiles;   // of centres in a part
+  CentreParts parts;
   int64_t blocks;
 
   MatchPlan(const Tokens& tokens, int topk, int multiprocessors) {
@@ -67,23 +59,10 @@ struct MatchPlan {
     // All lists together take no more memory than the tokens.
     const int64_t token_bytes = int64_t{tokens.channels} * (tokens.type == Type::kFloat ? 4 : 2);
     const int64_t list_bytes = static_cast<int64_t>(sizeof(Neighbour)) * topk;
-    const int64_t max_parts = std::min(centre_tiles, token_bytes / list_bytes);
-    // The last wave of blocks determines the run time.
-    const int64_t blocks_at_once = int64_t{kBlocksAtOnce} * multiprocessors;
-    int64_t min_cost = std::numeric_limits<int64_t>::max();
-    for (int64_t n = 1; n <= std::max<int64_t>(max_parts, 1); ++n) {
-      const int64_t each = ceil_div(centre_tiles, n);
-      const int64_t count = ceil_div(centre_tiles, each);
-      const int64_t cost =
-          ceil_div(windows * tiles * count, blocks_at_once) * (each + kPartOverhead);
-      if (cost < min_cost) {
-        min_cost = cost;
-        part_tiles = static_cast<int32_t>(each);
-        parts = static_cast<int32_t>(count);
-      }
-    }
+    parts =
+        divide_centres(windows * tiles, centre_tiles, token_bytes / list_bytes, multiprocessors);
     token_tiles = static_cast<int32_t>(tiles);
-    blocks = windows * tiles * parts;
+    blocks = windows * tiles * parts.count;
   }
 };
 
@@ -101,27 +80,26 @@ __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
   __shared__ float norms[kTileRows];
   // Not in the registers of each thread, which the products need.
   __shared__ WindowView window;
-  auto* staged = reinterpret_cast<Term*>(shared);
 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const auto part = static_cast<int32_t>(blockIdx.x % plan.parts);
-  const int64_t tile = blockIdx.x / plan.parts;
+  const auto part = static_cast<int32_t>(blockIdx.x % plan.parts.count);
+  const int64_t tile = blockIdx.x / plan.parts.count;
   if (threadIdx.x == 0) {
     window = window_at(grid, tile / plan.token_tiles);
   }
   __syncthreads();
   const int32_t first_token = static_cast<int32_t>(tile % plan.token_tiles) * kTileTokens;
   const int count = min(window.tokens() - first_token, kTileTokens);
-  const int32_t part_begin = part * plan.part_tiles * kTileCentres;
-  const int32_t part_end = min(window.cells(), part_begin + plan.part_tiles * kTileCentres);
+  const int32_t part_begin = part * plan.parts.tiles * kTileCentres;
+  const int32_t part_end = min(window.cells(), part_begin + plan.parts.tiles * kTileCentres);
   if (count <= 0) {
     return;
   }
   // The origin of all distances of these tokens: the centre of the cell where the middle one is.
   const float* origin = centres + window.centre(window.home(first_token + count / 2)) * channels;
   const auto list_of = [&](int t) -> TopkList {
-    const int64_t first = (window.token(first_token + t) * plan.parts + part) * topk;
+    const int64_t first = (window.token(first_token + t) * plan.parts.count + part) * topk;
     return {distances + first, neighbours + first, topk};
   };
 
@@ -137,42 +115,8 @@ __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
       offsets[r] = row * channels;
     }
     __syncthreads();
-    using Rows = StagedTile<T, V>;
-    Rows rows;
-    float norm[Rows::kHeld] = {};
-    WarpTile products;
-    // False where the warp's tile holds no token or no centre.
-    const bool is_needed = products.row < count && first + products.column < part_end;
-    rows.prefetch(tokens, centres, offsets, origin, 0, channels);
-    for (int c = 0; c < channels; c += kStaged) {
-      // All warps have read the channels staged before.
-      __syncthreads();
-      rows.to_shared(staged, norm);
-      __syncthreads();
-      if (c + kStaged < channels) {
-        // In flight while products are computed.
-        rows.prefetch(tokens, centres, offsets, origin, c + kStaged, channels);
-      }
-      if (is_needed) {
-        products.add(staged);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < Rows::kHeld; ++n) {
-#pragma unroll
-      for (int offset = 1; offset < Rows::kAcross; offset *= 2) {
-        norm[n] += __shfl_xor_sync(kAllLanes, norm[n], offset);
-      }
-      if (threadIdx.x % Rows::kAcross == 0) {
-        norms[threadIdx.x / Rows::kAcross + n * Rows::kDown] = norm[n];
-      }
-    }
-    // All warps have read the staged rows: the products take their place.
-    __syncthreads();
-    if (is_needed) {
-      products.store(shared);
-    }
-    __syncthreads();
+    tile_products<V>(tokens, centres, offsets, origin, count, part_end - first, channels, shared,
+                     norms);
     for (int t = warp; t < count; t += kTileWarps) {
       const auto found = [&](int i) -> Neighbour {
         if (first + i >= part_end) {
@@ -189,7 +133,7 @@ __global__ void __launch_bounds__(kTileThreads, V == 1 ? 2 : kBlocksAtOnce)
     // All warps have read products and offsets.
     __syncthreads();
   }
-  if (plan.parts == 1) {
+  if (plan.parts.count == 1) {
     const float tau = image_temperature(temperature, window.image);
     for (int t = warp; t < count; t += kTileWarps) {
       const int64_t first = window.token(first_token + t) * topk;
@@ -231,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 int match_parts(const Tokens& tokens, int topk, int multiprocessors) {
-  return MatchPlan(tokens, topk, multiprocessors).parts;
+  return MatchPlan(tokens, topk, multiprocessors).parts.count;
 }
 
 cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocessors,
@@ -239,7 +183,7 @@ cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocesso
                                int32_t* neighbours, int32_t* indices, float* weights) {
   const MatchPlan plan(tokens, topk, multiprocessors);
   Launcher launch{tokens.stream};
-  if (plan.parts == 1) {
+  if (plan.parts.count == 1) {
     distances = weights;
     neighbours = indices;
   }
@@ -251,11 +195,11 @@ cudaError_t launch_token_match(const Tokens& tokens, int topk, int multiprocesso
                   plan.blocks, kTileThreads, kTileBytes, z, centres, distances, neighbours, indices,
                   weights, temperature, tokens.grid, plan, topk, tokens.channels);
   });
-  if (plan.parts > 1) {
+  if (plan.parts.count > 1) {
     const int64_t count = token_count(tokens.grid, tokens.batch);
     launch.warps(merge_kernel, count, static_cast<const float*>(distances),
                  static_cast<const int32_t*>(neighbours), indices, weights, temperature,
-                 tokens.grid, plan.parts, topk, count);
+                 tokens.grid, plan.parts.count, topk, count);
   }
   return launch.error;
 }

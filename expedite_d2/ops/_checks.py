@@ -39,12 +39,12 @@ def real(value: object) -> float | None:
 
 
 def check_map(op: str, name: str, x: Tensor, letters: str = "(B, H, W, C)") -> None:
-    """Requires a floating point tensor of four axes, of which only the batch may be empty."""
+    """Requires a floating point tensor of these axes, of which only the batch may be empty."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor {letters}, got {_got(x)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{op}: expected {name} of type {_NAMES}, got {x.dtype}")
-    if x.dim() != 4 or 0 in x.shape[1:]:
+    if x.dim() != letters.count(",") + 1 or 0 in x.shape[1:]:
         raise ValueError(
             f"{op}: expected {name} of shape {letters} with at least one token and channel, "
             f"got {list(x.shape)}"
@@ -128,10 +128,25 @@ def check_spread(op: str, spread: Tensor | None, tokens: Tensor) -> None:
 
 def check_like(op: str, name: str, x: Tensor, shape: Sequence[int], other: Tensor, of: str) -> None:
     """Requires ``x`` to have the given shape and the type and device of ``other``."""
+    if isinstance(x, Tensor) and x.dtype != other.dtype:
+        raise TypeError(f"{op}: expected {name} of the type of {of}, {other.dtype}, got {x.dtype}")
+    check_typed(op, name, x, other.dtype, shape, other, of)
+
+
+def check_typed(
+    op: str,
+    name: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    other: Tensor,
+    of: str,
+) -> None:
+    """Requires ``x`` to have the given type and shape and the device of ``other``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {_got(x)}")
-    if x.dtype != other.dtype:
-        raise TypeError(f"{op}: expected {name} of the type of {of}, {other.dtype}, got {x.dtype}")
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: expected {name} of type {dtype}, got {x.dtype}")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{op}: expected {name} of shape {list(shape)}, got {list(x.shape)}")
     check_device(op, name, x, other, of)

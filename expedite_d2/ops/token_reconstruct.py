@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from expedite_d2.ops._checks import check_device, check_like, check_map
+from expedite_d2.ops._checks import check_like, check_map, check_typed
 from expedite_d2.ops._registration import define, for_type_of
 from expedite_d2.ops.reference import token_reconstruct_backward_ref, token_reconstruct_ref
 
@@ -72,18 +72,6 @@ def _backward(ctx, grad: Tensor):
 torch.library.register_autograd(_token_reconstruct, _backward, setup_context=_setup_context)
 
 
-def _check_assignment(
-    op: str, name: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int], refined: Tensor
-) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected {name} to be a tensor (B, H, W, topk), got {x!r}")
-    if x.dtype != dtype:
-        raise TypeError(f"{op}: expected {name} of type {dtype}, got {x.dtype}")
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{op}: expected {name} of shape {list(shape)}, got {list(x.shape)}")
-    check_device(op, name, x, refined, "refined")
-
-
 def token_reconstruct(
     refined: Tensor,
     indices: Tensor,
@@ -123,8 +111,8 @@ def token_reconstruct(
         got = list(indices.shape) if isinstance(indices, Tensor) else repr(indices)
         raise ValueError(f"{op}: expected indices of shape (B, H, W, topk), got {got}")
     shape = (refined.shape[0], *indices.shape[1:])
-    _check_assignment(op, "indices", indices, torch.int32, shape, refined)
-    _check_assignment(op, "weights", weights, torch.float32, shape, refined)
+    check_typed(op, "indices", indices, torch.int32, shape, refined, "refined")
+    check_typed(op, "weights", weights, torch.float32, shape, refined, "refined")
     if (tokens is None) != (centres is None):
         missing = "tokens" if tokens is None else "centres"
         raise ValueError(f"{op}: expected tokens and centres together, got no {missing}")

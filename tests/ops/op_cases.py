@@ -107,11 +107,28 @@ class Sample(NamedTuple):
     def reconstruct_args(self) -> tuple[Any, ...]:
         return self.refined, self.indices, self.weights, self.tokens, self.centres
 
+    @property
+    def sequence(self) -> Tensor:
+        """(B, N, C)"""
+        return self.tokens.flatten(1, 2)
+
+    def merge_args(self) -> tuple[Any, ...]:
+        count = self.sequence.shape[1]
+        sizes = 1 + torch.arange(len(self.tokens) * count, device=self.tokens.device) % 3
+        return self.sequence, sizes.view(-1, count).float(), count // 3
+
+    def pool_args(self) -> tuple[Any, ...]:
+        """Some groups without tokens, and some tokens without a group."""
+        rows = self.sequence.shape[:2]
+        count = max(1, rows[1] // 3)
+        groups = torch.arange(rows.numel(), device=self.tokens.device) * 7919 % (count + 3) - 1
+        return self.sequence, groups.view(rows).int(), count
+
 
 def double(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments with maps in float64; spread, weights and indices keep their types."""
+    """The same arguments with maps and sequences in float64; others keep their types."""
     return tuple(
-        a.double() if isinstance(a, Tensor) and a.dim() == 4 and a.dtype in DTYPES else a
+        a.double() if isinstance(a, Tensor) and a.dim() >= 3 and a.dtype in DTYPES else a
         for a in args
     )
 

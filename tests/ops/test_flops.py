@@ -133,6 +133,22 @@ def test_flops_of_gradients(device):
 
 
 @each_device
+def test_flops_of_merging(device):
+    # 13 tokens of 5 channels: 7 even ones, 6 odd ones.
+    tokens = torch.ones(2, 13, 5, device=device, requires_grad=True)
+    sizes = torch.ones(2, 13, device=device)
+
+    def merge(number: int) -> None:
+        merged = ops.token_merge(tokens, sizes, number)
+        ops.token_pool(tokens, merged.places, 13 - number).sum().backward()
+
+    # Lengths, cosines, scores, and each of what merges with its partner.
+    cost = 2 * 5 * (13 + 7 * 6 + 7 + 2 * 4)
+    assert counted(lambda: merge(4)) == {"token_merge": cost, "token_pool": 2 * 13 * 5}
+    assert counted(lambda: merge(0)) == {"token_merge": 0, "token_pool": 2 * 13 * 5}
+
+
+@each_device
 def test_flops_of_deformable_attention(device):
     case = deform_cases.CASES["odd"]
     value, _, _, locations, weights = (

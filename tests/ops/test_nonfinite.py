@@ -26,6 +26,7 @@ ARGUMENTS = {
     "token_match": ["tokens", "centres", "spread"],
     "token_reduce": ["tokens"],
     "token_reconstruct": ["tokens", "centres", "refined", "weights"],
+    "token_pool": ["tokens"],
 }
 
 

@@ -18,7 +18,7 @@ from expedite_d2.ops import reference
 
 # Those of which pipeline() below is made, and all.
 PARTS = ["token_spread", "token_cluster", "token_match", "token_reconstruct"]
-NAMES = [*PARTS, "token_reduce"]
+NAMES = [*PARTS, "token_reduce", "token_merge", "token_pool"]
 OPCHECK_CASES = ["windows", "ragged", "image", "one_token"]
 
 
@@ -28,6 +28,8 @@ def op_args(name: str, sample: Sample) -> tuple:
         "token_cluster": sample.cluster_args,
         "token_match": sample.match_args,
         "token_reconstruct": sample.reconstruct_args,
+        "token_merge": sample.merge_args,
+        "token_pool": sample.pool_args,
         "token_reduce": sample.reduce_args,
     }[name]()
 
@@ -41,7 +43,11 @@ def pipeline(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     indices, weights = ops.token_match(tokens, centres, clusters, **rest)
     refined = centres * 1.5
     out = ops.token_reconstruct(refined, indices, weights, tokens=tokens, centres=centres)
-    return spread, centres, indices, weights, out
+    sequence = out.flatten(1, 2)
+    sizes = sequence.new_ones(sequence.shape[:2], dtype=torch.float32)
+    merged = ops.token_merge(sequence, sizes, sequence.shape[1] // 4)
+    pooled = ops.token_pool(sequence, merged.places, merged.tokens.shape[1])
+    return spread, centres, indices, weights, out, *merged, merged.tokens + pooled
 
 
 def reduced(tokens: torch.Tensor, side: int) -> tuple[torch.Tensor, ...]:
@@ -148,9 +154,11 @@ def test_same_input_same_bits(name, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_output_types(dtype, device):
     tokens = make_sample(CASES["windows"], device).tokens.to(dtype)
-    spread, centres, indices, weights, out = pipeline(tokens)
-    assert (spread.dtype, weights.dtype, indices.dtype) == (torch.float32,) * 2 + (torch.int32,)
-    assert (centres.dtype, out.dtype) == (dtype, dtype)
+    names = "spread centres indices weights out merged sizes places sum"
+    for name, x in zip(names.split(), pipeline(tokens), strict=True):
+        fixed = {"indices": torch.int32, "places": torch.int32}
+        fixed |= dict.fromkeys(("spread", "weights", "sizes"), torch.float32)
+        assert x.dtype == fixed.get(name, dtype), name
 
 
 def test_autocast_changes_nothing(device):
@@ -246,7 +254,7 @@ def test_threads_with_windows_of_different_sizes():
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX-512")
 def test_narrow_registers_agree():
     """Runs the kernels' other instruction set, which this machine would not choose."""
-    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in PARTS]
+    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in NAMES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     command += ["-k", "cpu and float32 and kernel_equals_reference and not strided"]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
@@ -314,13 +322,36 @@ def _bad_inputs() -> list:
         ("token_reconstruct", "centres", lambda d: on(d, 2, 4, 5, 3), ValueError),
         ("token_reconstruct", "centres", None, ValueError),
     ]
+    for op in ("token_merge", "token_pool"):
+        rows += [
+            (op, "tokens", lambda d: on(d, 2, 6, 6, 3), ValueError),
+            (op, "tokens", lambda d: on(d, 2, 0, 3), ValueError),
+            (op, "tokens", lambda d: on(d, 2, 36, 0), ValueError),
+            (op, "tokens", lambda d: on(d, 2, 36, 3, dtype=torch.int64), TypeError),
+            (op, "tokens", [[1.0]], TypeError),
+        ]
+    for value in (-1, 19, 2.0, True, "2", None):
+        rows.append(("token_merge", "merged", value, ValueError))
+    for value in (0, -1, 2.0, True, None):
+        rows.append(("token_pool", "count", value, ValueError))
+    rows += [
+        ("token_merge", "sizes", lambda d: on(d, 2, 35), ValueError),
+        ("token_merge", "sizes", lambda d: on(d, 36), ValueError),
+        ("token_merge", "sizes", lambda d: on(d, 2, 36).half(), TypeError),
+        ("token_merge", "sizes", None, TypeError),
+        ("token_pool", "groups", lambda d: on(d, 1, 36).int(), ValueError),
+        ("token_pool", "groups", lambda d: on(d, 2, 6, 6).int(), ValueError),
+        ("token_pool", "groups", lambda d: on(d, 2, 36).long(), TypeError),
+        ("token_pool", "groups", None, TypeError),
+    ]
     return rows
 
 
 def good_arguments(op: str, device: str) -> dict:
-    """Windows of 3 x 3 tokens with 2 x 2 cells: a map of 4 x 4."""
+    """Windows of 3 x 3 tokens with 2 x 2 cells: a map of 4 x 4; or the same tokens in a row."""
+    in_a_row = op in ("token_merge", "token_pool")
     arguments = {
-        "tokens": on(device, 2, 6, 6, 3),
+        "tokens": on(device, 2, 36, 3) if in_a_row else on(device, 2, 6, 6, 3),
         "clusters": (2, 2),
         "window": (3, 3),
         "neighbourhood": 5,
@@ -332,6 +363,10 @@ def good_arguments(op: str, device: str) -> dict:
         "refined": on(device, 2, 4, 4, 3),
         "indices": on(device, 2, 6, 6, 2).int(),
         "weights": on(device, 2, 6, 6, 2),
+        "sizes": on(device, 2, 36) + 1,
+        "merged": 3,
+        "groups": on(device, 2, 36).int(),
+        "count": 4,
     }
     names = {
         "token_spread": "tokens clusters window neighbourhood",
@@ -339,6 +374,8 @@ def good_arguments(op: str, device: str) -> dict:
         "token_match": "tokens centres clusters window topk temperature spread",
         "token_reconstruct": "refined indices weights tokens centres",
         "token_reduce": "tokens clusters window iterations neighbourhood topk temperature",
+        "token_merge": "tokens sizes merged",
+        "token_pool": "tokens groups count",
     }[op]
     return {name: arguments[name] for name in names.split()}
 
@@ -380,7 +417,8 @@ def test_bad_arguments_are_named(op, name, value, error, any_device):
 
 
 @pytest.mark.parametrize("op, name", [("token_cluster", "spread"), ("token_match", "centres"),
-                                      ("token_reconstruct", "weights")])  # fmt: skip
+                                      ("token_reconstruct", "weights"), ("token_merge", "sizes"),
+                                      ("token_pool", "groups")])  # fmt: skip
 def test_arguments_on_two_devices_are_named(op, name):
     arguments = good_arguments(op, "cpu")
     arguments[name] = arguments[name].to("meta")
@@ -390,7 +428,8 @@ def test_arguments_on_two_devices_are_named(op, name):
 
 @pytest.mark.parametrize("op, name", [
     ("token_spread", "tokens"), ("token_cluster", "tokens"), ("token_match", "centres"),
-    ("token_reconstruct", "weights"), ("token_reduce", "tokens"),
+    ("token_reconstruct", "weights"), ("token_reduce", "tokens"), ("token_merge", "tokens"),
+    ("token_merge", "sizes"), ("token_pool", "tokens"), ("token_pool", "groups"),
 ])  # fmt: skip
 def test_kernels_check_shapes_themselves(op, name, device):
     """Whoever calls torch.ops directly gets an error, too, and no read out of bounds."""
@@ -403,6 +442,8 @@ def test_kernels_check_shapes_themselves(op, name, device):
         "token_match": "tokens centres clusters window topk temperature spread",
         "token_reconstruct": "refined indices weights tokens centres",
         "token_reduce": "tokens clusters window iterations neighbourhood topk temperature",
+        "token_merge": "tokens sizes merged",
+        "token_pool": "tokens groups count",
     }[op]
     automatic = [True] if op == "token_reduce" else []
     with pytest.raises(ValueError, match=f"{op}: expected {name} of shape"):

@@ -82,6 +82,21 @@ def test_token_reconstruct_of_many_tokens(device):
     assert torch.equal(out, refined.expand(-1, 1, 2, -1))
 
 
+def test_token_reconstruct_gradient_has_the_same_bits_with_any_number_of_threads():
+    grad, threads = torch.randn(1, 64, 64, 64), torch.get_num_threads()
+    indices = (torch.arange(64 * 64 * 4) % 9).view(1, 64, 64, 4).int()
+    args = (grad, indices, torch.rand(indices.shape), (3, 3))
+    backward = torch.ops.expedite_d2._token_reconstruct_backward
+    try:
+        found = []
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            found.append(backward(*args))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, found[0]) for x in found[1:])
+
+
 @pytest.mark.parametrize("mode", ["residual", "replace"])
 def test_token_reconstruct_gradcheck(mode, device):
     sample = make_sample(CASES["ragged"], device)

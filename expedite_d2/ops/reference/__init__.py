@@ -1,6 +1,6 @@
 """The operators in plain PyTorch: what each means, and what runs where no kernel is built.
 
-Kernels are tested against these functions in float64. One file per operator, and one that they
+Kernels are tested against these functions in float64. One file per operator, and two that they
 share.
 """
 
@@ -10,6 +10,8 @@ from expedite_d2.ops.reference.ms_deform_attn import (
 )
 from expedite_d2.ops.reference.token_cluster import token_cluster_backward_ref, token_cluster_ref
 from expedite_d2.ops.reference.token_match import token_match_ref
+from expedite_d2.ops.reference.token_merge import token_merge_ref
+from expedite_d2.ops.reference.token_pool import token_pool_ref
 from expedite_d2.ops.reference.token_reconstruct import (
     token_reconstruct_backward_ref,
     token_reconstruct_ref,
@@ -23,6 +25,8 @@ __all__ = [
     "token_cluster_backward_ref",
     "token_cluster_ref",
     "token_match_ref",
+    "token_merge_ref",
+    "token_pool_ref",
     "token_reconstruct_backward_ref",
     "token_reconstruct_ref",
     "token_reduce_ref",

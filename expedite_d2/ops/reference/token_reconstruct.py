@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expedite_d2.ops.reference._windows import (
-    no_autocast,
-    precise,
-)
+from expedite_d2.ops.reference._sums import add_rows
+from expedite_d2.ops.reference._windows import no_autocast, precise
 
 
 def token_reconstruct_ref(
@@ -52,6 +50,5 @@ def token_reconstruct_backward_ref(
         out = grad.new_zeros(batch * total, channels)
         for k in range(indices.shape[3]):
             part = (grad * weights[..., k, None].to(grad.dtype)).reshape(-1, channels)
-            # index_put, not index_add: with accumulate it adds in a fixed order on CUDA, too.
-            out = out.index_put((at[..., k].reshape(-1),), part, accumulate=True)
+            out = add_rows(out, at[..., k].reshape(-1), part)
         return out.view(batch, cells[0], cells[1], channels).to(dtype)
