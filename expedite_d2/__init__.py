@@ -17,6 +17,7 @@ from expedite_d2.adapters import (
 from expedite_d2.reducers import (
     Cluster,
     Clustering,
+    Merge,
     Reduction,
     clustering_of,
     reconstruct,
@@ -30,6 +31,7 @@ __all__ = [
     "Cluster",
     "Clustering",
     "Family",
+    "Merge",
     "Reduction",
     "calibrate",
     "clustering_of",

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from typing import Any, TypeVar
 
 from torch import nn
 
-from expedite_d2.adapters.family import Family, to_encoder_end
-from expedite_d2.adapters.hourglass import ATTRIBUTE, Hourglass
+from expedite_d2.adapters.fit import fit
+from expedite_d2.adapters.hourglass import ATTRIBUTE
 from expedite_d2.adapters.registry import find_encoder
-from expedite_d2.ops._checks import integer
-from expedite_d2.reducers import Cluster, Expeditable, Reconstruction, Reduction
-
-# Settings that save less than this share of the blocks' work cause a warning.
-LEAST_GAIN = 0.05
+from expedite_d2.reducers import Cluster, Expeditable, Merge, Reconstruction, Reduction
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,18 +64,39 @@ def expedite(
         "temperature": temperature,
     }
     settings = _settings(reduction, alpha, clusters, keywords, reconstruction)
+    prepare(model, settings, outputs)
+    correction = settings.correction
+    if correction is not None:
+        try:
+            correction.check(find_encoder(model)[1])
+        except ValueError:
+            restore(model)
+            raise
+    return model
+
+
+def prepare(model: nn.Module, reduction: Reduction, outputs: Collection[int] | None = None) -> None:
+    """Expedites a model in place whose weights may still be loaded: a correction is checked then.
+
+    Args:
+        model: the encoder, or a model that holds it.
+        reduction: the settings.
+        outputs: see `expedite`.
+
+    Raises:
+        ValueError: see `expedite`; the model stays as it was.
+    """
     family, encoder = find_encoder(model)
     if family is None:
         if outputs is not None:
             raise ValueError(
                 f"outputs must be left out for {type(encoder).__name__}, which knows its own"
             )
-        encoder.reduction = settings
-        return model
-    hourglass = _hourglass(family, encoder, settings, outputs)
+        encoder.reduction = reduction
+        return
+    hourglass = fit(family, encoder, reduction, outputs)
     restore(encoder)
-    hourglass.install(settings)
-    return model
+    hourglass.install(reduction)
 
 
 def restore(model: Model) -> Model:
@@ -134,7 +150,7 @@ def _settings(
     """Makes one value of the settings that `expedite` was given."""
     given = {name: value for name, value in keywords.items() if value is not None}
     if reduction is not None:
-        if isinstance(reduction, Cluster):
+        if isinstance(reduction, (Cluster, Merge)):
             raise ValueError(
                 f"reduction must be a Reduction, such as Reduction(Cluster(...)), got {reduction!r}"
             )
@@ -155,86 +171,3 @@ def _settings(
         raise ValueError(f"expedite needs a reduction, or {' and '.join(missing)}")
     assert alpha is not None
     return Reduction((Cluster(alpha, clusters, **given),), reconstruction or "residual")
-
-
-def _hourglass(
-    family: Family, encoder: nn.Module, reduction: Reduction, outputs: Collection[int] | None
-) -> Hourglass:
-    """Checks settings, and returns the changes that they need, which are not yet made."""
-    name, blocks = type(encoder).__name__, family.blocks(encoder)
-    if reduction.alpha >= len(blocks):
-        raise ValueError(
-            f"alpha must be less than the {len(blocks)} blocks of {name}, got {reduction.alpha}"
-        )
-    span = range(reduction.alpha, family.span(encoder, blocks, reduction.alpha))
-    late = [step.at for step in reduction.steps if step.at not in span]
-    if late:
-        raise ValueError(
-            f"steps must stand before blocks {span.start} to {span[-1]} of {name}, where the "
-            f"reduced span ends, got one before block {late[0]}"
-        )
-    _check_clusters(family, encoder, reduction, len(span) / len(blocks))
-    family.positions.check(encoder, reduction)
-    return Hourglass(encoder, family, span, _full(family, encoder, span, outputs, len(blocks)))
-
-
-def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, share: float) -> None:
-    """Refuses clusters that are no fewer than the tokens, and warns if they hardly save any work.
-
-    Args:
-        share: share of the blocks that run on clusters.
-    """
-    (step, *others) = reduction.steps
-    if others or not isinstance(step, Cluster):
-        return
-    name, window = type(encoder).__name__, family.window(encoder)
-    size = family.grid.configured(encoder) if window is None else window
-    if size is None:
-        return
-    rows, columns = step.cells(*size)
-    fewer = rows <= size[0] and columns <= size[1] and rows * columns < size[0] * size[1]
-    tokens = f"{size[0]}x{size[1]}"
-    if not fewer and window is not None:
-        raise ValueError(f"clusters must be smaller than the {tokens} window, got {rows}x{columns}")
-    if not fewer and not family.grid.varies(encoder):
-        raise ValueError(
-            f"clusters must be fewer than the {tokens} tokens of the encoder's images, in rows "
-            f"and in columns, got {rows}x{columns}"
-        )
-    if not fewer:
-        warnings.warn(
-            f"{rows}x{columns} clusters are no fewer than the {tokens} tokens of the images that "
-            f"{name} was made for: only larger ones run faster",
-            stacklevel=4,
-        )
-        return
-    spared = share * (1 - rows * columns / (size[0] * size[1]))
-    if spared < LEAST_GAIN:
-        warnings.warn(
-            f"these settings spare {name} {100 * spared:.1f} % of what its blocks do: begin at an "
-            "earlier block (alpha), or with fewer clusters",
-            stacklevel=4,
-        )
-
-
-def _full(
-    family: Family,
-    encoder: nn.Module,
-    span: range,
-    outputs: Collection[int] | None,
-    blocks: int,
-) -> Collection[int]:
-    """Returns the blocks of the span whose outputs are reconstructed."""
-    if outputs is None:
-        return span if family.inside else (span[-1],)
-    numbers = [integer(number) for number in outputs]
-    if not all(number is not None and 0 <= number < blocks for number in numbers):
-        raise ValueError(
-            f"outputs must be numbers of blocks, 0 to {blocks - 1}, got {list(outputs)}"
-        )
-    if not outputs and family.span is not to_encoder_end:
-        raise ValueError(
-            f"outputs must not be empty: a stage of {type(encoder).__name__} ends at full "
-            "resolution"
-        )
-    return frozenset({*numbers, span[-1]}) if numbers else ()  # type: ignore[arg-type]

@@ -20,6 +20,8 @@ from expedite_d2.reducers import Reduction
 class DecomposedPositions(NoPositions):
     """Tables of offsets along each axis, and windows of clusters instead of tokens."""
 
+    needs_grid = True
+
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Refuses oblong grids of clusters in windows."""
         window = _window(encoder)

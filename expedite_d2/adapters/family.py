@@ -60,11 +60,18 @@ class BlockCall(NamedTuple):
     @property
     def reduced(self) -> bool:
         """Whether there are fewer tokens than in the image."""
-        return self.state.layout != self.state.grid
+        layout = self.state.layout
+        return not isinstance(layout, Grid) or layout != self.state.grid
 
 
 class Positions(Protocol):
-    """How the blocks of a family know where a token is, and how they run on reduced tokens."""
+    """How the blocks of a family know where a token is, and how they run on reduced tokens.
+
+    Attributes:
+        needs_grid: whether reduced tokens must lie on a grid, as those of a Cluster do.
+    """
+
+    needs_grid: bool
 
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Raises ValueError for settings that these positions do not support."""
@@ -78,6 +85,8 @@ class Positions(Protocol):
 
 class NoPositions:
     """Blocks without positions: these were added to the tokens before the first block."""
+
+    needs_grid = False
 
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Accepts any settings."""

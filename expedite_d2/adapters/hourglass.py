@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from expedite_d2.adapters.family import BlockCall, Family
+from expedite_d2.adapters.grouped import group_attention
 from expedite_d2.adapters.override import REPLICATE, Override, Propagate, Replicate, refuse_tracing
-from expedite_d2.reducers import Reduction, State, attach
+from expedite_d2.reducers import Merge, Points, Reduction, State, attach
+from expedite_d2.reducers.correction import attach_correction, maps_at
 
 #: Attribute of an encoder that holds its Hourglass.
 ATTRIBUTE = "_hourglass"
@@ -27,16 +29,24 @@ class Hourglass:
     """
 
     def __init__(
-        self, encoder: nn.Module, family: Family, span: range, full: Collection[int]
+        self,
+        encoder: nn.Module,
+        family: Family,
+        reduction: Reduction,
+        span: range,
+        full: Collection[int],
     ) -> None:
         self.encoder: Any = encoder
         self.family = family
         self.span = span
         self.full = full
         blocks = family.blocks(encoder)
+        rounds = [step.at for step in reduction.steps if isinstance(step, Merge) and step.rounds]
+        grouped = range(min(rounds), span.stop) if rounds else ()
         self.overrides: list[Override] = [
             *(Propagate(block, "forward") for block in blocks[: span.start]),
             *(_SpanBlock(blocks[number], self, number) for number in span),
+            *(change for number in grouped for change in group_attention(family, blocks, number)),
             *family.grid.overrides(self),
             *family.positions.overrides(self),
         ]
@@ -47,6 +57,7 @@ class Hourglass:
         setattr(self.encoder, ATTRIBUTE, self)
         setattr(self.encoder, REPLICATE, self._replicate)
         self.encoder.reduction = reduction
+        attach_correction(self.encoder, reduction.correction)
         for override in self.overrides:
             override.install()
 
@@ -54,6 +65,7 @@ class Hourglass:
         """Undoes `install`, also under what has wrapped a changed method in the meantime."""
         for override in reversed(self.overrides):
             override.remove()
+        attach_correction(self.encoder, None)
         for name in (ATTRIBUTE, REPLICATE, "reduction"):
             vars(self.encoder).pop(name, None)
 
@@ -78,11 +90,13 @@ class _SpanBlock(Override):
         hourglass = self.hourglass
         family, encoder = hourglass.family, hourglass.encoder_of(self.owner)
         x, state = self._enter(refuse_tracing(x), encoder)
+        if isinstance(state.layout, Points) and state.layout.groups:
+            attach(x, state)  # for the norm and the attention of the block
         low = family.positions.run(BlockCall(hourglass, encoder, self, x, state, args, kwargs))
         if self.number not in hourglass.full:
             return attach(low, state._replace(low=None))
         prefix, tokens = family.tokens.split(encoder, low, state.layout)
-        out = family.tokens.join(prefix, state.reconstruct(tokens))
+        out = family.tokens.join(prefix, state.reconstruct(tokens, maps_at(encoder, self.number)))
         return attach(out, state._replace(low=low))
 
     def _enter(self, x: Tensor, encoder: Any) -> tuple[Tensor, State]:
@@ -99,6 +113,10 @@ class _SpanBlock(Override):
             prefix, tokens = family.tokens.split(encoder, x, state.layout)
             tokens, state = reduction.enter(tokens, state, self.number, family.window(encoder))
             x = family.tokens.join(prefix, tokens)
+            layout = state.layout
+            if isinstance(layout, Points) and layout.groups and prefix is not None:
+                groups = layout.groups.behind(prefix.shape[1])
+                state = state._replace(layout=layout._replace(groups=groups))
         return x, state
 
     def _lost(self, what: str, encoder: nn.Module) -> RuntimeError:

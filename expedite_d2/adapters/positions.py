@@ -29,6 +29,8 @@ class Table(NoPositions):
     argument: str
     own: Callable[[Any], tuple[nn.Module, str] | None]
 
+    needs_grid = True
+
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Replaces the biases of the blocks' own tables by none."""
         blocks = hourglass.family.blocks(hourglass.encoder)

@@ -25,6 +25,8 @@ class WindowTable(NoPositions):
     windows; the table is read at the offsets between clusters.
     """
 
+    needs_grid = True
+
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Refuses oblong grids of clusters."""
         side = encoder.layers[0].window_size

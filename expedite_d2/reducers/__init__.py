@@ -11,14 +11,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from expedite_d2.reducers.cluster import Cluster, Clustering
+from expedite_d2.reducers.correction import Correction, DetailMap
+from expedite_d2.reducers.merge import Merge, Merging
 from expedite_d2.reducers.reduction import Expeditable, Reconstruction, Reduction, Step
-from expedite_d2.reducers.state import Grid, Points, State, Undo, attach, state_of
+from expedite_d2.reducers.state import Grid, Groups, Points, State, Undo, attach, state_of
 
 __all__ = [
     "Cluster",
     "Clustering",
+    "Correction",
+    "DetailMap",
     "Expeditable",
     "Grid",
+    "Groups",
+    "Merge",
+    "Merging",
     "Points",
     "Reconstruction",
     "Reduction",
@@ -50,21 +57,23 @@ def reduce(
         The centres, (B, h, w, C), and what `reconstruct` needs.
     """
     residual = reduction.reconstruction == "residual"
-    low, _, clustering = reduction.cluster.reduce(tokens, window, residual)
+    grid = Grid(tokens.shape[1], tokens.shape[2])
+    low, _, clustering = reduction.cluster.reduce(tokens, grid, window, residual)
     return low, clustering
 
 
-def reconstruct(low: Tensor, clustering: Clustering) -> Tensor:
+def reconstruct(low: Tensor, clustering: Clustering, detail: DetailMap | None = None) -> Tensor:
     """Distributes the processed clusters to the tokens.
 
     Args:
         low: (B, h, w, C), the centres after the low-resolution blocks.
         clustering: the second result of `reduce`.
+        detail: what becomes of the tokens' own detail; None: it stays as it is.
 
     Returns:
         (B, H, W, C).
     """
-    return clustering.reconstruct(low)
+    return clustering.reconstruct(low, detail)
 
 
 def clustering_of(x: Tensor) -> tuple[Tensor, Clustering] | None:

@@ -15,7 +15,8 @@ from expedite_d2.ops._checks import integer, real
 from expedite_d2.ops.token_reconstruct import token_reconstruct
 from expedite_d2.ops.token_reduce import token_reduce
 from expedite_d2.profiling import profiler_range
-from expedite_d2.reducers.state import Grid
+from expedite_d2.reducers.correction import DetailMap
+from expedite_d2.reducers.state import Grid, Points
 
 # The automatic temperature is c / T, where T is the mean squared distance of the tokens to their
 # nearest initial centre. These c kept the most accuracy: windows hold few, similar tokens and need
@@ -80,7 +81,11 @@ class Cluster:
         return (rows, columns) if rows * columns < height * width else (height, width)
 
     def reduce(
-        self, tokens: Tensor, window: tuple[int, int] | None, residual: bool
+        self,
+        tokens: Tensor,
+        layout: Grid | Points,
+        window: tuple[int, int] | None,
+        residual: bool,
     ) -> tuple[Tensor, Grid, Clustering]:
         """Clusters a map of tokens.
 
@@ -89,6 +94,7 @@ class Cluster:
 
         Args:
             tokens: (B, H, W, C).
+            layout: their grid.
             window: rows and columns of the windows, each of which is clustered separately; None
                 clusters the image as a whole.
             residual: whether the tokens keep their own detail when they are reconstructed.
@@ -144,11 +150,12 @@ class Clustering(NamedTuple):
     indices: Tensor | None
     weights: Tensor | None
 
-    def reconstruct(self, low: Tensor) -> Tensor:
+    def reconstruct(self, low: Tensor, detail: DetailMap | None = None) -> Tensor:
         """Distributes the processed clusters to the tokens.
 
         Args:
             low: (B, h, w, C), the centres after the low-resolution blocks.
+            detail: what becomes of the tokens' own detail; None: it stays as it is.
 
         Returns:
             (B, H, W, C).
@@ -156,8 +163,11 @@ class Clustering(NamedTuple):
         if self.indices is None or self.weights is None:
             return low
         with profiler_range("expedite_d2.reconstruct", low):
+            tokens, centres = self.tokens, self.centres
+            if detail is not None and tokens is not None and centres is not None:
+                tokens, centres = detail.of(tokens, centres)
             return token_reconstruct(
-                low, self.indices, self.weights, tokens=self.tokens, centres=self.centres
+                low, self.indices, self.weights, tokens=tokens, centres=centres
             )
 
 

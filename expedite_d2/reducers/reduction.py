@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor, nn
 
-from expedite_d2.files import replacing
+from expedite_d2.reducers import settings_file
 from expedite_d2.reducers.cluster import Cluster
+from expedite_d2.reducers.correction import Correction
+from expedite_d2.reducers.merge import Merge
 from expedite_d2.reducers.state import Grid, Points, State, Undo
 
 Reconstruction = Literal["residual", "replace"]
-
-# Version of the YAML files, incremented when an older reader would misunderstand a newer file.
-VERSION = 1
 
 
 @runtime_checkable
@@ -30,12 +29,17 @@ class Step(Protocol):
         """Number of the block, counted from the first of the encoder, which is 0."""
 
     def reduce(
-        self, tokens: Tensor, window: tuple[int, int] | None, residual: bool
+        self,
+        tokens: Tensor,
+        layout: Grid | Points,
+        window: tuple[int, int] | None,
+        residual: bool,
     ) -> tuple[Tensor, Grid | Points, Undo]:
         """Reduces the number of tokens.
 
         Args:
             tokens: (B, H, W, C) on a grid, or (B, N, C) after a step that left no grid.
+            layout: how they are laid out.
             window: rows and columns of the windows that the encoder attends in, or None.
             residual: whether the tokens keep their own detail when the step is undone.
 
@@ -52,17 +56,23 @@ class Reduction:
         steps: the reductions in the order of their blocks; a single one need not be in a tuple.
         reconstruction: "residual" adds to each token what the blocks added to its clusters;
             "replace", as in the paper, replaces the token by its clusters.
+        correction: the detail maps that `calibrate` fitted to one encoder, for "residual".
     """
 
     steps: tuple[Step, ...]
     reconstruction: Reconstruction = "residual"
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         steps: Any = self.steps
         steps = (steps,) if isinstance(steps, Step) else steps
         if not isinstance(steps, Iterable) or not all(isinstance(s, Step) for s in steps):
-            raise ValueError(f"steps must be a Cluster or another step, or several, got {steps!r}")
-        steps = tuple(steps)
+            raise ValueError(f"steps must be a Cluster, or one or more Merges, got {steps!r}")
+        steps = tuple(
+            single
+            for step in steps
+            for single in (step.each() if isinstance(step, Merge) else (step,))
+        )
         places = [step.at for step in steps]
         if not places or any(a >= b for a, b in zip(places, places[1:], strict=False)):
             raise ValueError(
@@ -73,7 +83,22 @@ class Reduction:
         if self.reconstruction not in get_args(Reconstruction):
             expected = " or ".join(repr(mode) for mode in get_args(Reconstruction))
             raise ValueError(f"reconstruction must be {expected}, got {self.reconstruction!r}")
+        if self.correction is not None:
+            self._check_correction(steps)
         object.__setattr__(self, "steps", steps)
+
+    def _check_correction(self, steps: tuple[Step, ...]) -> None:
+        if not isinstance(self.correction, Correction):
+            raise ValueError(f"correction must be a Correction, got {self.correction!r}")
+        if self.reconstruction != "residual":
+            raise ValueError("correction must be None with reconstruction 'replace'")
+        for number, (weights, _) in self.correction.maps.items():
+            before = sum(step.at <= number for step in steps)
+            if len(weights) != before or not before:
+                raise ValueError(
+                    f"correction must have a map of each step before block {number}, of which "
+                    f"there are {before}, got {len(weights)}"
+                )
 
     @property
     def alpha(self) -> int:
@@ -94,7 +119,7 @@ class Reduction:
         for step in self.steps:
             if step.at == number:
                 residual = self.reconstruction == "residual"
-                tokens, layout, undo = step.reduce(tokens, window, residual)
+                tokens, layout, undo = step.reduce(tokens, state.layout, window, residual)
                 state = state._replace(layout=layout, steps=(*state.steps, undo))
         return tokens, state
 
@@ -116,72 +141,33 @@ class Reduction:
 
     def to_yaml(self) -> str:
         """Returns the settings as the text of a YAML file, which `from_yaml` reads."""
-        import yaml
+        return settings_file.to_yaml(self)
 
-        steps = []
-        for step in self.steps:
-            name = _STEP_NAMES.get(type(step))
-            if name is None:
-                raise ValueError(f"a file holds {', '.join(_STEPS)} alone, got {step!r}")
-            values = asdict(step)  # type: ignore[call-overload]
-            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-            steps.append({name: plain})
-        content = {"version": VERSION, "steps": steps, "reconstruction": self.reconstruction}
-        return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
-
-    @classmethod
-    def from_yaml(cls, text: str) -> Reduction:
+    @staticmethod
+    def from_yaml(text: str) -> Reduction:
         """Reads the text of a settings file.
 
         Raises:
             ValueError: not YAML, another version, unknown keys, or invalid settings.
         """
-        import yaml
-
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"settings are not YAML: {error}") from error
-        content = _known("the settings", content, {"version", "steps", "reconstruction"})
-        if content.get("version") != VERSION:
-            raise ValueError(
-                f"settings must be of version {VERSION}, got {content.get('version')!r}"
-            )
-        listed = content.get("steps")
-        if not isinstance(listed, list):
-            raise ValueError(f"steps must be a list of steps, got {listed!r}")
-        steps = []
-        for entry in listed:
-            named = _known("a step", entry, set(_STEPS))
-            if len(named) != 1:
-                raise ValueError(f"a step must have one name, {' or '.join(_STEPS)}, got {entry!r}")
-            ((name, values),) = named.items()
-            kind = _STEPS[name]
-            values = _known(name, values, set(kind.__dataclass_fields__))
-            missing = [field for field in ("at", "grid") if field not in values]
-            if missing:
-                raise ValueError(f"{name} must have {' and '.join(missing)}, got {values!r}")
-            steps.append(kind(**values))
-        return cls(tuple(steps), content.get("reconstruction", "residual"))
+        return settings_file.from_yaml(text)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the settings to a YAML file, which appears whole or not at all."""
-        text = self.to_yaml()
-        with replacing(Path(path)) as partial:
-            partial.write_text(text, encoding="utf-8")
+        """Writes the settings to a YAML file, and the tensors of a correction beside it.
 
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Reduction:
+        Both appear whole or not at all.
+        """
+        settings_file.save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Reduction:
         """Reads the settings from a YAML file.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, or no file of the tensors that it names.
             ValueError: not a file of settings; the message names it.
         """
-        try:
-            return cls.from_yaml(Path(path).read_text(encoding="utf-8-sig"))
-        except (UnicodeDecodeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return settings_file.load(Path(path))
 
 
 class Expeditable(ABC):
@@ -197,16 +183,6 @@ class Expeditable(ABC):
     def reducible_blocks(self) -> Sequence[nn.Module]:
         """Returns the blocks that a step may precede, from the first of the encoder on."""
 
-
-_STEPS: dict[str, type[Cluster]] = {"cluster": Cluster}
-_STEP_NAMES: dict[type, str] = {kind: name for name, kind in _STEPS.items()}
-
-
-def _known(what: str, value: Any, keys: set[str]) -> Mapping[str, Any]:
-    """Returns a value that is a mapping with no other keys than these."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{what} must be a mapping of {', '.join(sorted(keys))}, got {value!r}")
-    unknown = [key for key in value if key not in keys]
-    if unknown:
-        raise ValueError(f"{what} may have {', '.join(sorted(keys))}, got {unknown[0]!r}")
-    return value
+    @abstractmethod
+    def read_outs(self) -> Sequence[int]:
+        """Returns the numbers of the blocks whose outputs are reconstructed, in order."""

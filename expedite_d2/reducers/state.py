@@ -6,9 +6,13 @@ nest, run in threads, be recomputed or be compiled. The result of an operation d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from expedite_d2.reducers.correction import DetailMap
 
 _ATTRIBUTE = "_expedite_d2"
 
@@ -20,24 +24,46 @@ class Grid(NamedTuple):
     columns: int
 
 
+class Groups(NamedTuple):
+    """Groups of tokens, whose means alone the attention of the blocks sees.
+
+    Attributes:
+        places: (B, N) int32, the group of each token.
+        count: number of groups.
+    """
+
+    places: Tensor
+    count: int
+
+    def behind(self, prefixes: int) -> Groups:
+        """Returns the groups of a sequence with prefix tokens in front, each its own group."""
+        batch = self.places.shape[0]
+        first = torch.arange(prefixes, dtype=torch.int32, device=self.places.device)
+        places = torch.cat([first.expand(batch, -1), self.places + prefixes], dim=1)
+        return Groups(places, self.count + prefixes)
+
+
 class Points(NamedTuple):
     """Layout of tokens in a sequence without a grid, each for one or more tokens of the image.
 
     Attributes:
         sizes: (B, N) float32, the number of tokens of the image that each stands for.
+        groups: the groups that attention sees; None if it sees each token.
     """
 
     sizes: Tensor
+    groups: Groups | None = None
 
 
 class Undo(Protocol):
     """Undoes one step, and holds the tensors that this needs."""
 
-    def reconstruct(self, low: Tensor) -> Tensor:
+    def reconstruct(self, low: Tensor, detail: DetailMap | None = None) -> Tensor:
         """Distributes the processed reduced tokens to the tokens before the step.
 
         Args:
             low: (B, h, w, C) on a grid or (B, n, C), after the blocks that ran on them.
+            detail: what becomes of the tokens' own detail; None: it stays as it is.
 
         Returns:
             (B, H, W, C) or (B, N, C), in the layout before the step.
@@ -67,17 +93,18 @@ class State(NamedTuple):
         """Returns the state of an image's tokens before the first step."""
         return cls(Grid(rows, columns), Grid(rows, columns))
 
-    def reconstruct(self, low: Tensor) -> Tensor:
+    def reconstruct(self, low: Tensor, details: Sequence[DetailMap] | None = None) -> Tensor:
         """Undoes the steps, the last one first.
 
         Args:
             low: reduced tokens without prefixes, in `layout`.
+            details: the detail maps of the steps, first to last; None without.
 
         Returns:
             (B, H, W, C), or (B, H * W, C) if the first step was given a sequence.
         """
-        for step in reversed(self.steps):
-            low = step.reconstruct(low)
+        for place, step in reversed(list(enumerate(self.steps))):
+            low = step.reconstruct(low, details[place] if details else None)
         return low
 
 

@@ -2,68 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from expedite_d2.adapters.core import expedited_encoders
 from expedite_d2.ops import Reduced
 from expedite_d2.ops.observe import ObservedOperator
-from expedite_d2.reducers import Reduction
+from expedite_d2.reducers import Cluster, Reduction
 from expedite_d2.reducers.cluster import sharpness
+from expedite_d2.tools.detail_maps import DetailMaps, Subject
+
+# One image of so many is not fitted to, and decides whether a correction is kept.
+HELD_OUT = 4
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Iterable[Any]) -> Reduction:
-    """Measures the temperature on a few images and stores it in the encoder's settings.
+def calibrate(
+    model: nn.Module,
+    images: Iterable[Any],
+    *,
+    temperature: bool = True,
+    correction: bool = True,
+) -> Reduction:
+    """Measures settings on a few unlabelled images, and stores them in the encoder.
 
-    The images pass through the model with the automatic temperature, which measures the spread
-    of the tokens in each clustering.
+    Nothing is trained: the temperature is a mean over the tokens, and the detail maps of the
+    correction are linear regressions of what the blocks add to the tokens' own detail.
 
     Args:
         model: is or holds one expedited encoder: a backbone of this project, or a model that
             was given to `expedite`.
-        images: inputs of the model, one per call.
+        images: inputs of the model, one per call; about 16. They are gone through once.
+        temperature: whether to measure the temperature of a Cluster: c / T, T being the mean over
+            all images of their spreads.
+        correction: whether to fit detail maps. They are kept if they bring the model's outputs
+            nearer to those of the plain model on every fourth image, which they are not fitted to.
+            The reconstruction "replace" has none, and grouped attention (rounds > 0) gets none.
 
     Returns:
-        The new settings of the encoder, with the temperature c / T, T being the mean over all
-        images.
+        The new settings of the encoder.
 
     Raises:
-        ValueError: no expedited encoder or several, no images, or none that was clustered.
+        ValueError: no expedited encoder or several, no images, or none that was reduced.
     """
-    encoder = _expedited_encoder(model)
-    reduction: Reduction = encoder.reduction
-    training = {module: module.training for module in model.modules()}
-    calls = 0
+    subject = Subject(_expedited_encoder(model))
+    before = subject.reduction
+    given = list(images)
+    if not given:
+        raise ValueError("calibrate needs at least one image, got none")
+    settings = replace(before, correction=None)
+    # torch.compile refuses to run under a function mode.
+    with _evaluating(model), torch.compiler.set_stance("force_eager"):
+        try:
+            if temperature and isinstance(settings.steps[0], Cluster):
+                subject.reduction = settings.with_temperature(0.0)
+                measured = _temperature(lambda: [model(image) for image in given], len(given))
+                settings = settings.with_temperature(measured)
+            subject.reduction = settings
+            if correction and _takes_correction(settings):
+                settings = _corrected(model, subject, given)
+        except BaseException:
+            subject.reduction = before
+            raise
+    subject.reduction = settings
+    return settings
+
+
+def _temperature(run: Callable[[], object], images: int) -> float:
+    """Returns c / T while the model runs with the automatic temperature."""
     observed = ObservedOperator(
         torch.ops.expedite_d2.token_reduce.default,
         lambda arguments, result: (sharpness(arguments["window"]), Reduced(*result).spread),
     )
-    try:
-        model.eval()
-        encoder.reduction = reduction.with_temperature(0.0)
-        # torch.compile refuses to run under a function mode.
-        with torch.compiler.set_stance("force_eager"), observed:
-            for image in images:
-                model(image)
-                calls += 1
-    finally:
-        encoder.reduction = reduction
-        for module, mode in training.items():
-            module.training = mode
-    if not calls:
-        raise ValueError("calibrate needs at least one image, got none")
+    with observed:
+        run()
     if not observed.kept:
         raise ValueError(
-            f"calibrate needs an image with more tokens than clusters, got none among {calls}"
+            f"calibrate needs an image with more tokens than clusters, got none among {images}"
         )
-    c = observed.kept[0][0]
     spreads = torch.cat([spread for _, spread in observed.kept])
-    encoder.reduction = reduction.with_temperature(c / spreads.double().mean().item())
-    return encoder.reduction
+    return observed.kept[0][0] / spreads.double().mean().item()
+
+
+def _takes_correction(settings: Reduction) -> bool:
+    grouped = any(getattr(step, "rounds", 0) for step in settings.steps)
+    return settings.reconstruction == "residual" and not grouped
+
+
+def _corrected(model: nn.Module, subject: Subject, images: list[Any]) -> Reduction:
+    """Returns the encoder's settings with detail maps, if these help on images held out."""
+    settings = subject.reduction
+    if not subject.numbers:  # nothing is reconstructed: the model's head runs on clusters
+        return settings
+    held_out = images[HELD_OUT - 1 :: HELD_OUT]
+    fitted = [image for i, image in enumerate(images) if i % HELD_OUT != HELD_OUT - 1]
+    maps = DetailMaps(subject, subject.read(lambda: model(fitted[0])))
+    for image in fitted:
+        maps.add(lambda image=image: model(image))
+    if not maps.images:
+        raise ValueError(f"calibrate needs an image that is reduced, got none among {len(fitted)}")
+    corrected = replace(settings, correction=maps.solve())
+    distances = [0.0, 0.0]
+    for image in held_out:
+        with subject.plain():
+            expected = _floats(model(image))
+        for number, reduction in enumerate((settings, corrected)):
+            subject.reduction = reduction
+            distances[number] += distance(_floats(model(image)), expected)
+    return corrected if held_out and distances[1] < distances[0] else settings
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+
+def distance(outputs: list[Tensor], expected: list[Tensor]) -> float:
+    """Returns the relative distance (L2) of outputs to others, of shapes alike in pairs."""
+    pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
+    difference = sum((a.double() - b.double()).square().sum().item() for a, b in pairs)
+    scale = sum(b.double().square().sum().item() for _, b in pairs)
+    return (difference / scale) ** 0.5 if scale else 0.0
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _expedited_encoder(model: nn.Module) -> Any:

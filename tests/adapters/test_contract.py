@@ -15,18 +15,30 @@ from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, families, is_expedited, restore
 from expedite_d2.adapters.registry import find_encoder
+from expedite_d2.reducers import Cluster, Merge, Reduction
 
-kinds = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Each kind of encoder with each reduction that it takes.
+SETTINGS: dict[str, tuple[Case, Reduction]] = {}
+for _name, _case in CASES.items():
+    SETTINGS[_name] = (_case, Reduction(Cluster(_case.alpha, _case.clusters)))
+    if not find_encoder(_case.make())[0].positions.needs_grid:  # type: ignore[union-attr]
+        SETTINGS[f"{_name}, merging"] = (_case, Reduction(Merge((1, 2), 0.7)))
+        SETTINGS[f"{_name}, grouped"] = (_case, Reduction(Merge((1, 2), 0.7, rounds=1)))
+kinds = pytest.mark.parametrize(("case", "reduction"), SETTINGS.values(), ids=SETTINGS)
 # Of each mechanism one, for what takes seconds: none, table (two libraries), windows, decomposed.
 MECHANISMS = ["timm vit", "timm beit, own bias", "transformers beit, both biases"]
 MECHANISMS += ["transformers dpt", "official swin", "detectron2 vit"]
-mechanisms = pytest.mark.parametrize("case", [CASES[name] for name in MECHANISMS], ids=MECHANISMS)
+MECHANISMS += ["timm vit, grouped", "transformers vit, merging"]
+mechanisms = pytest.mark.parametrize(
+    ("case", "reduction"), [SETTINGS[name] for name in MECHANISMS], ids=MECHANISMS
+)
 # And of each kind of positions one, for what takes a minute.
 KINDS_OF_POSITIONS = ["timm vit", "timm beit, own bias", "official swin", "detectron2 vit"]
+KINDS_OF_POSITIONS += ["timm vit, grouped"]
 
 
-def expedited(case: Case) -> Any:
-    return expedite(case.make(), alpha=case.alpha, clusters=case.clusters)
+def expedited(case: Case, reduction: Reduction) -> Any:
+    return expedite(case.make(), reduction)
 
 
 def lengths(case: Case, model: Any, x: Tensor) -> list[int]:
@@ -53,21 +65,21 @@ def test_every_registered_family_is_tried() -> None:
 
 
 @kinds
-def test_blocks_of_the_span_run_on_fewer_tokens(case: Case) -> None:
+def test_blocks_of_the_span_run_on_fewer_tokens(case: Case, reduction: Reduction) -> None:
     model, x = case.make(), case.images()
     plain = lengths(case, model, x)
-    expedite(model, alpha=case.alpha, clusters=case.clusters)
+    expedite(model, reduction)
     fewer = lengths(case, model, x)
     assert len(plain) == len(fewer) == len(case.blocks(model))
     span = vars(model)["_hourglass"].span
-    assert span.start == case.alpha
+    assert span.start == reduction.alpha
     for number, (before, after) in enumerate(zip(plain, fewer, strict=True)):
         assert after < 0.75 * before if number in span else after == before
 
 
 @kinds
-def test_outputs_keep_their_shapes_at_every_size(case: Case) -> None:
-    model, fast = case.make(), expedited(case)
+def test_outputs_keep_their_shapes_at_every_size(case: Case, reduction: Reduction) -> None:
+    model, fast = case.make(), expedited(case, reduction)
     with torch.no_grad():
         for size in (case.size, *case.others):
             x = images(*size, batch=2)
@@ -77,8 +89,8 @@ def test_outputs_keep_their_shapes_at_every_size(case: Case) -> None:
 
 
 @kinds
-def test_a_batch_is_its_single_images(case: Case) -> None:
-    model, x = expedited(case), case.images()
+def test_a_batch_is_its_single_images(case: Case, reduction: Reduction) -> None:
+    model, x = expedited(case, reduction), case.images()
     with torch.no_grad():
         together = case.run(model, x)
         single = torch.cat([case.run(model, image[None]) for image in x])
@@ -86,13 +98,13 @@ def test_a_batch_is_its_single_images(case: Case) -> None:
 
 
 @kinds
-def test_restored_is_plain_to_the_bit(case: Case) -> None:
+def test_restored_is_plain_to_the_bit(case: Case, reduction: Reduction) -> None:
     model, x = case.make(), case.images()
     names = {name: set(vars(module)) for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         plain = case.run(model, x)
-        expedite(model, alpha=case.alpha, clusters=case.clusters)
+        expedite(model, reduction)
         assert is_expedited(model) and not torch.equal(case.run(model, x), plain)
         now = model.state_dict()
         assert list(now) == list(state) and all(torch.equal(now[name], state[name]) for name in now)
@@ -102,8 +114,8 @@ def test_restored_is_plain_to_the_bit(case: Case) -> None:
 
 
 @kinds
-def test_copies_and_pickles_are_models_of_their_own(case: Case) -> None:
-    model, x = expedited(case), case.images()
+def test_copies_and_pickles_are_models_of_their_own(case: Case, reduction: Reduction) -> None:
+    model, x = expedited(case, reduction), case.images()
     with torch.no_grad():
         expected = case.run(model, x)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -118,8 +130,8 @@ def test_copies_and_pickles_are_models_of_their_own(case: Case) -> None:
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_types_and_autocast(case: Case, dtype: torch.dtype) -> None:
-    model, x = expedited(case), case.images()
+def test_half_types_and_autocast(case: Case, reduction: Reduction, dtype: torch.dtype) -> None:
+    model, x = expedited(case, reduction), case.images()
     with torch.no_grad():
         expected = case.run(model, x)
         with torch.autocast("cpu", dtype):
@@ -132,7 +144,7 @@ def test_half_types_and_autocast(case: Case, dtype: torch.dtype) -> None:
 
 
 @kinds
-def test_a_training_step_reaches_every_parameter(case: Case) -> None:
+def test_a_training_step_reaches_every_parameter(case: Case, reduction: Reduction) -> None:
     model, x = case.make().train(), case.images()
 
     def reached() -> dict[str, bool]:
@@ -143,13 +155,13 @@ def test_a_training_step_reaches_every_parameter(case: Case) -> None:
         return {name: grad is not None for name, grad in grads.items()}
 
     plain = reached()
-    expedite(model, alpha=case.alpha, clusters=case.clusters)
+    expedite(model, reduction)
     assert reached() == plain
 
 
 @kinds
-def test_nothing_of_a_pass_is_left_behind(case: Case) -> None:
-    model, x = expedited(case), case.images()
+def test_nothing_of_a_pass_is_left_behind(case: Case, reduction: Reduction) -> None:
+    model, x = expedited(case, reduction), case.images()
     seen: list[weakref.ref] = []
     for block in case.blocks(model):
         block.register_forward_hook(lambda _, args, out: seen.append(weakref.ref(out)))
@@ -165,9 +177,9 @@ def test_nothing_of_a_pass_is_left_behind(case: Case) -> None:
 
 @kinds
 @pytest.mark.slow
-def test_compiles_without_breaks(case: Case) -> None:
+def test_compiles_without_breaks(case: Case, reduction: Reduction) -> None:
     torch.compiler.reset()
-    model, x = expedited(case), case.images()
+    model, x = expedited(case, reduction), case.images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(case.run(compiled, x), case.run(model, x), rtol=1e-4, atol=1e-4)
@@ -177,8 +189,8 @@ def test_compiles_without_breaks(case: Case) -> None:
 @pytest.mark.slow
 def test_inductor_makes_code_of_it(name: str) -> None:
     torch.compiler.reset()
-    case = CASES[name]
-    model, x = expedited(case), case.images()
+    case, reduction = SETTINGS[name]
+    model, x = expedited(case, reduction), case.images()
     with torch.no_grad():
         out = case.run(torch.compile(model, fullgraph=True), x)
         torch.testing.assert_close(out, case.run(model, x), rtol=1e-3, atol=1e-3)
@@ -186,8 +198,8 @@ def test_inductor_makes_code_of_it(name: str) -> None:
 
 @mechanisms
 @pytest.mark.slow
-def test_exports(case: Case) -> None:
-    model, x = expedited(case), case.images()
+def test_exports(case: Case, reduction: Reduction) -> None:
+    model, x = expedited(case, reduction), case.images()
 
     class Run(nn.Module):
         def __init__(self) -> None:

@@ -14,6 +14,7 @@ from expedite_d2 import ops
 from expedite_d2.reducers import (
     Cluster,
     Clustering,
+    DetailMap,
     Grid,
     Points,
     Reduction,
@@ -118,7 +119,7 @@ class Halved(NamedTuple):
     tokens: Tensor
     means: Tensor
 
-    def reconstruct(self, low: Tensor) -> Tensor:
+    def reconstruct(self, low: Tensor, detail: DetailMap | None = None) -> Tensor:
         gained = (low - self.means).repeat_interleave(2, 1)
         return self.tokens + gained.view(self.tokens.shape)
 
@@ -128,7 +129,9 @@ class Halve(NamedTuple):
 
     at: int
 
-    def reduce(self, tokens: Tensor, window: Any, residual: bool) -> tuple[Tensor, Points, Halved]:
+    def reduce(
+        self, tokens: Tensor, layout: Any, window: Any, residual: bool
+    ) -> tuple[Tensor, Points, Halved]:
         means = tokens.flatten(1, -2).unflatten(1, (-1, 2)).mean(2)
         return means, Points(torch.full(means.shape[:2], 2.0)), Halved(tokens, means)
 
@@ -161,4 +164,4 @@ def test_one_cluster_is_a_list_of_one_step() -> None:
 
 def test_cluster_refuses_tokens_without_a_grid() -> None:
     with pytest.raises(ValueError, match=r"a map of tokens \(B, H, W, C\), got \(2, 12, 3\)"):
-        Cluster(0, (2, 2)).reduce(tokens(2, 12, 3), None, True)
+        Cluster(0, (2, 2)).reduce(tokens(2, 12, 3), Grid(3, 4), None, True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from settings_cases import clustered
 
-from expedite_d2.reducers import Cluster, Reduction
+from expedite_d2.reducers import Cluster, Merge, Reduction
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,12 @@ def test_reduction_tells_what_is_left_of_an_image() -> None:
     ("steps", "mode", "message"),
     [
         ((), "residual", r"one or more, each before a later block than the last, got \[\]"),
-        (3, "residual", "steps must be a Cluster or another step, or several, got 3"),
-        (((8, 8),), "residual", "steps must be a Cluster or another step"),
+        (3, "residual", "steps must be a Cluster, or one or more Merges, got 3"),
+        (((8, 8),), "residual", "steps must be a Cluster, or one or more Merges"),
         ((Cluster(3, (8, 8)), Cluster(3, (4, 4))), "residual", r"each before a later .*\[3, 3\]"),
         ((Cluster(3, (8, 8)), Cluster(5, (4, 4))), "residual", "no other step beside a Cluster"),
+        ((Cluster(3, (8, 8)), Merge(5, 0.8)), "residual", "no other step beside a Cluster"),
+        (Merge((5, 3), 0.8), "residual", r"each before a later block than the last, got \[5, 3\]"),
         (Cluster(3, (8, 8)), "mean", "reconstruction must be 'residual' or 'replace', got 'mean'"),
     ],
 )
@@ -119,6 +121,8 @@ def test_a_single_step_may_be_given_by_itself() -> None:
         clustered(9, (8, 8)),
         clustered(0, (0.5, 0.66), "replace", iterations=1, neighbourhood=3, topk=1),
         clustered(6, (8, 6), temperature=0.0542),
+        Reduction(Merge((1, 4, 7), 0.8)),
+        Reduction((Merge(2, 0.9), Merge(5, 0.5, rounds=2)), "replace"),
     ],
     ids=str,
 )
@@ -142,7 +146,10 @@ ONE = "version: 1\nsteps: [{cluster: {at: 9, grid: [8, 8]}}]\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the settings must be a mapping of reconstruction, steps, version, got None"),
+        (
+            "",
+            "the settings must be a mapping of correction, .* version, got None",
+        ),
         ("- 1", "the settings must be a mapping"),
         ("{", "settings are not YAML"),
         ("steps: []", "settings must be of version 1, got None"),
@@ -152,10 +159,13 @@ ONE = "version: 1\nsteps: [{cluster: {at: 9, grid: [8, 8]}}]\n"
         ("version: 1\nsteps: []", "steps must be one or more"),
         (ONE.replace("at", "art"), "cluster may have .*, got 'art'"),
         (ONE.replace("at: 9, ", ""), "cluster must have at, got"),
-        (ONE.replace("cluster", "closter"), "a step may have cluster, got 'closter'"),
+        (ONE.replace("cluster", "closter"), "a step may have cluster, merge, got 'closter'"),
         (ONE.replace("9", "-9"), r"at \(alpha\) must be an integer >= 0, got -9"),
         (ONE.replace("9", "x"), r"at \(alpha\) must be an integer >= 0, got 'x'"),
         (ONE + "reconstruction: mean\n", "reconstruction must be 'residual' or 'replace'"),
+        (ONE.replace("cluster: {at: 9, grid: [8, 8]}", "merge: {at: 1}"), "merge must have keep"),
+        (ONE + "correction: ../a.safetensors\n", "correction must be a file in the folder of"),
+        (ONE + "correction: 1\n", "correction must be a file in the folder of the settings, got 1"),
         ("!!python/object/apply:os.getcwd []", "settings are not YAML"),
     ],
 )
@@ -179,9 +189,9 @@ def test_steps_that_a_file_does_not_know_are_not_written(tmp_path: Path) -> None
     class Own(NamedTuple):
         at: int
 
-        def reduce(self, tokens: Any, window: Any, residual: bool) -> Any:
+        def reduce(self, tokens: Any, layout: Any, window: Any, residual: bool) -> Any:
             return tokens
 
-    with pytest.raises(ValueError, match="a file holds cluster alone, got Own"):
+    with pytest.raises(ValueError, match="a file holds cluster, merge alone, got Own"):
         Reduction((Own(1),)).save(tmp_path / "settings.yaml")
     assert not list(tmp_path.iterdir())

@@ -31,6 +31,9 @@ class Backbone(Expeditable, nn.Module):
     def reducible_blocks(self) -> list[nn.Module]:
         return []
 
+    def read_outs(self) -> list[int]:
+        return []
+
     def forward(self, images: Tensor) -> Tensor:
         if not images.isfinite().all():
             raise RuntimeError("not finite")
@@ -126,6 +129,9 @@ def test_calibrate_refuses_images_that_are_not_reduced() -> None:
 def test_calibrate_sets_the_outermost_settings() -> None:
     class Outer(Expeditable, nn.Sequential):
         def reducible_blocks(self) -> list[nn.Module]:
+            return []
+
+        def read_outs(self) -> list[int]:
             return []
 
     model = Model(clustered(3, (2, 2)))

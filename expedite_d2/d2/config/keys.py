@@ -64,6 +64,16 @@ KEYS = [
     Key("MODEL.EXPEDITE.TEMPERATURE", 0.0),
     # "residual": tokens keep their detail and receive what the blocks added; "replace": the paper.
     Key("MODEL.EXPEDITE.RECONSTRUCTION", "residual"),
+    # "cluster", by the keys above, or "merge": plain ViTs merge the most similar tokens before each
+    # block of MERGE_AT and keep the share KEEP; with ROUNDS > 0 attention runs on groups of about
+    # 2 ** ROUNDS of them.
+    Key("MODEL.EXPEDITE.METHOD", "cluster", one_of("cluster", "merge")),
+    Key("MODEL.EXPEDITE.MERGE_AT", []),
+    Key("MODEL.EXPEDITE.KEEP", 0.7),
+    Key("MODEL.EXPEDITE.ROUNDS", 0),
+    # File of a Reduction, which then decides alone: a path, absolute or relative to the config that
+    # names it, or expedite_d2://NAME; "" for none.
+    Key("MODEL.EXPEDITE.SETTINGS", ""),
     # Arithmetic of the evaluation: "float32", or autocast to "bfloat16" or "float16".
     Key("TEST.DTYPE", "float32", one_of("float32", "bfloat16", "float16")),
     # Whether semantic scores are those of overlapping crops, averaged; their size and step, in

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from expedite_d2.d2.config.keys import add_expedite_config, check_keys
 from expedite_d2.d2.config.rules import COMMON_KEYS, check
@@ -64,6 +65,9 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> Cfg
         raise
     except Exception as error:  # yaml's and yacs's errors have no common base
         raise ValueError(f"{path} is not a valid config: {_reason(error)}") from error
+    settings = cfg.MODEL.EXPEDITE.SETTINGS
+    if settings and not settings.startswith(WEIGHTS_PREFIX):
+        cfg.MODEL.EXPEDITE.SETTINGS = str(_naming_settings(path).parent / settings)
     if len(opts) % 2:
         raise ValueError(
             f"config overrides are KEY VALUE pairs, got {len(opts)} words: "
@@ -82,6 +86,14 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> Cfg
         logger.info("MODEL.DEVICE is %s and no GPU is visible: using cpu", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def _naming_settings(path: Path) -> Path:
+    """Of a config and its bases, the file that names ``MODEL.EXPEDITE.SETTINGS``."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = content.get("MODEL", {}).get("EXPEDITE", {}).get("SETTINGS")
+    base = content.get("_BASE_")
+    return path if names or not base else _naming_settings(path.parent / base)
 
 
 def _plain(value: Any) -> Any:

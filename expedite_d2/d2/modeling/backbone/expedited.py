@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from expedite_d2.adapters import expedite
+from expedite_d2.adapters.core import prepare
 from expedite_d2.d2.config.keys import check_keys, check_unset, setting
 from expedite_d2.d2.modeling.backbone.settings import check_swin, reduction_from_config
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, PROVIDER, Backbone, ShapeSpec
@@ -57,7 +57,8 @@ def ExpeditedBackbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
     # Backbones of this package read the settings themselves.
     if reduction is None or isinstance(backbone, Expeditable):
         return backbone
-    return expedite(backbone, reduction)
+    prepare(backbone, reduction)
+    return backbone
 
 
 def SwinTransformer(cfg: Any, input_shape: ShapeSpec) -> Backbone:

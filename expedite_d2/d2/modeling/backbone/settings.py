@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expedite_d2.d2.config.keys import check_keys
+from expedite_d2.d2.config.loading import find_weights
 from expedite_d2.d2.provider import ShapeSpec
-from expedite_d2.reducers import Cluster, Reduction
+from expedite_d2.reducers import Cluster, Merge, Reduction
 
 
 def reduction_from_config(cfg: Any) -> Reduction | None:
@@ -17,6 +18,16 @@ def reduction_from_config(cfg: Any) -> Reduction | None:
     expedite = cfg.MODEL.EXPEDITE
     if not expedite.ENABLED:
         return None
+    if expedite.SETTINGS:
+        return Reduction.load(find_weights(expedite.SETTINGS))
+    if expedite.METHOD == "merge":
+        if not expedite.MERGE_AT:
+            raise ValueError(
+                "MODEL.EXPEDITE.MERGE_AT must list the blocks before which tokens are merged where "
+                "MODEL.EXPEDITE.METHOD is merge, got []"
+            )
+        merges = Merge(tuple(expedite.MERGE_AT), expedite.KEEP, expedite.ROUNDS)
+        return Reduction(merges, expedite.RECONSTRUCTION)
     cluster = Cluster(
         at=expedite.ALPHA,
         grid=tuple(expedite.CLUSTERS),
@@ -81,7 +92,7 @@ def check_reduces(backbone: Any, size: Sequence[int], key: str) -> None:
         ValueError: all images of this size would run unreduced.
     """
     reduction, side = backbone.reduction, backbone.size_divisibility
-    if reduction is None:
+    if reduction is None or not isinstance(reduction.steps[0], Cluster):
         return
     rows, columns = (math.ceil(length / side) for length in size)
     if reduction.cluster.reduced(rows, columns) == (rows, columns):

@@ -34,6 +34,7 @@ from expedite_d2.d2.modeling.upcast import upcast_layers
 from expedite_d2.d2.provider import BACKBONE_REGISTRY, Backbone, ShapeSpec, configurable
 from expedite_d2.profiling import profiler_range
 from expedite_d2.reducers import Expeditable, Reduction, reconstruct, reduce
+from expedite_d2.reducers.correction import attach_correction, maps_at
 
 
 class SwinStage(nn.Module):
@@ -212,14 +213,31 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             positions = relative_position_index((rows, columns)).to(device)
             attention: Any = blocks[reduction.alpha].attn
             source = attention.position_source((rows, columns)).to(device)
+            if reduction.correction is not None:
+                end = self._end_of_stage(reduction.alpha)
+                reduction.correction.check_places({end: blocks[end].norm2.weight.numel()})
         # Constants of the settings, not of a forward pass; buffers follow the model to its device.
         self.register_buffer("cluster_positions", positions, persistent=False)
         self.register_buffer("cluster_source", source, persistent=False)
+        attach_correction(self, None if reduction is None else reduction.correction)
         self._reduction = reduction
 
     def reducible_blocks(self) -> list[nn.Module]:
         """Returns all blocks, across the stages."""
         return [block for stage in self._stages() for block in stage.blocks]
+
+    def read_outs(self) -> list[int]:
+        """Returns the last block of the stage that is clustered."""
+        return [] if self._reduction is None else [self._end_of_stage(self._reduction.alpha)]
+
+    def _end_of_stage(self, number: int) -> int:
+        """Returns the last block of the stage of a block."""
+        last = -1
+        for stage in self._stages():
+            last += len(stage.blocks)
+            if number <= last:
+                break
+        return last
 
     @property
     def cluster_window(self) -> tuple[int, int]:
@@ -258,7 +276,8 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
                     )
                     with profiler_range("expedite_d2.low_blocks", low):
                         low = self._run(blocks[full:], low, windows)
-                    x = reconstruct(low, clustering)
+                    details = maps_at(self, first - 1)
+                    x = reconstruct(low, clustering, details and details[0])
                     reduction = None
             name = f"res{i + 2}"
             if name in self._out_features:

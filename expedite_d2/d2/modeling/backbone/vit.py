@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expedite_d2.adapters import clustering_of, expedite, restore
+from expedite_d2.adapters import clustering_of, restore
+from expedite_d2.adapters.core import prepare
 from expedite_d2.adapters.family import inherits
 from expedite_d2.adapters.positions import NoBias
 from expedite_d2.adapters.timm import beit_bias
@@ -151,11 +152,17 @@ class ExpeditedViT(Expeditable, Backbone):
             restore(self.vit)
             return
         outputs = () if self._keep_clusters else {self._depth - 1, *self._numbers()}
-        expedite(self.vit, reduction, outputs=outputs)
+        prepare(self.vit, reduction, outputs)
 
     def reducible_blocks(self) -> list[nn.Module]:
         """Returns the transformer's blocks up to the last whose output is used."""
         return list(self.vit.blocks[: self._depth])
+
+    def read_outs(self) -> list[int]:
+        """Returns the blocks on clusters that are features, and the last."""
+        if self.reduction is None or self._keep_clusters:
+            return []
+        return sorted(n for n in {self._depth - 1, *self._numbers()} if n >= self.reduction.alpha)
 
     @property
     def keep_clusters(self) -> bool:

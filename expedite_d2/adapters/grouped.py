@@ -1,0 +1,66 @@
+"""Grouped attention: it runs on means of groups of tokens, while all else in a block sees each.
+
+x <- x + attention(norm(P x))[group], P x being the means over the groups. The norm before the
+attention is given the means, and the attention's output is read at each token's group; the block's
+own forward, with what it has around them, stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from expedite_d2.adapters.family import Family
+from expedite_d2.adapters.override import Override
+from expedite_d2.ops.token_pool import token_pool
+from expedite_d2.reducers import Groups, Points
+from expedite_d2.reducers.merge import spread
+from expedite_d2.reducers.state import attach, state_of
+
+
+def group_attention(family: Family, blocks: Sequence[nn.Module], number: int) -> list[Override]:
+    """Returns the changes to one block's norm and attention.
+
+    Raises:
+        ValueError: the block has no norm of its own before the attention.
+    """
+    place = family.attention(blocks[number])
+    if place is None:
+        raise ValueError(
+            f"rounds must be 0 for {family.name}: block {number} has no norm of its own before the "
+            "attention, or runs attention and MLP in parallel"
+        )
+    norm, attention = place
+    return [_OfMeans(norm, "forward"), _AtGroups(attention, "forward")]
+
+
+def _groups(x: Tensor) -> Groups | None:
+    state = state_of(x)
+    layout = None if state is None else state.layout
+    return layout.groups if isinstance(layout, Points) else None
+
+
+class _OfMeans(Override):
+    """The norm before the attention: takes the means over the groups."""
+
+    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        groups = _groups(x)
+        if groups is None:
+            return self.original(x, *args, **kwargs)
+        means = token_pool(x, groups.places, groups.count)
+        return attach(self.original(means, *args, **kwargs), state_of(x))  # type: ignore[arg-type]
+
+
+class _AtGroups(Override):
+    """The attention: returns to each token what its group received."""
+
+    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = self.original(x, *args, **kwargs)
+        groups = _groups(x)
+        if groups is None:
+            return out
+        if isinstance(out, Tensor):
+            return spread(out, groups.places)
+        return type(out)((spread(out[0], groups.places), *out[1:]))  # with attention weights

@@ -1,0 +1,117 @@
+"""The fit of detail maps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from family_cases import CASES, Case, images, timm_vit
+from settings_cases import clustered
+from torch import Tensor, nn
+
+from expedite_d2.adapters import expedite, restore
+from expedite_d2.reducers import Merge, Reduction
+from expedite_d2.reducers.correction import maps_at
+from expedite_d2.tools.calibrate import calibrate, distance
+from expedite_d2.tools.detail_maps import Regression, Subject
+
+
+def test_regression_is_ridge_without_a_penalty_on_the_constant() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=generator)
+    matrix, constant = torch.randn(2, 3, generator=generator), torch.tensor([5.0, -7.0])
+    y = x @ matrix.T + constant
+    sums = Regression()
+    for part in (slice(0, 50), slice(50, 200)):
+        sums.add(x[part], y[part])
+    found, offset = sums.solve()
+    # By hand: (X'X + l I) w = X'y over centred columns, since nothing is asked of the constant.
+    centred = (x - x.mean(0)).double()
+    gram = centred.T @ centred
+    penalty = 0.01 * (x.double().square().sum(0)).mean()
+    expected = torch.linalg.solve(
+        gram + penalty * torch.eye(3), centred.T @ (y - y.mean(0)).double()
+    ).T
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        offset, y.mean(0).double() - expected @ x.mean(0).double(), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "reduction", [clustered(1, (3, 3)), Reduction(Merge((1, 2), 0.7))], ids=str
+)
+@pytest.mark.parametrize("name", ["timm vit", "transformers vit", "transformers dpt"])
+def test_calibrated_maps_bring_the_encoder_nearer_to_the_plain_one(
+    name: str, reduction: Reduction
+) -> None:
+    case = CASES[name]
+    model, x = case.make(), images(*case.size, batch=12)
+    state = list(model.state_dict())
+    with torch.no_grad():
+        plain = case.run(model, x)
+        expedite(model, reduction)
+        before = distance([case.run(model, x)], [plain])
+        seen = calibrate(Called(case, model), [image[None] for image in x], temperature=False)
+        assert seen.correction is not None and seen == model.reduction
+        assert seen.steps == reduction.steps
+        after = distance([case.run(model, x)], [plain])
+        assert after < 0.9 * before
+        assert list(model.state_dict()) == state
+        other = expedite(case.make(), seen)
+        assert torch.equal(case.run(other, x), case.run(model, x))
+        assert torch.equal(case.run(copy.deepcopy(model), x), case.run(model, x))
+        restore(model)
+        assert torch.equal(case.run(model, x), plain) and not list(model.buffers())
+
+
+class Called(nn.Module):
+    """A model around an encoder, whose output is the encoder's last."""
+
+    def __init__(self, case: Case, encoder: Any) -> None:
+        super().__init__()
+        self.case, self.encoder = case, encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.case.run(self.encoder, x)
+
+
+def test_maps_are_fitted_where_somebody_reads() -> None:
+    model = timm_vit()
+    expedite(model, clustered(1, (3, 3)))
+    x = images(24, 24, batch=1)
+    with torch.no_grad():
+        assert Subject(model).read(lambda: model(x)) == [3]
+        read = Subject(model).read(lambda: model.forward_intermediates(x, indices=[0, 2]))
+    assert read == [2, 3]
+
+
+def test_regression_of_one_block_finds_what_it_does_to_the_detail() -> None:
+    """A block that is linear in each token: B is its matrix, but for the ridge."""
+    model = timm_vit(depth=1)
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 16, bias=False)
+    model.blocks[0].attn.forward = lambda x, **_: torch.zeros_like(x)
+    model.blocks[0].norm2 = nn.Identity()
+    model.blocks[0].mlp = linear
+    expedite(model, clustered(0, (3, 3)))
+    found = calibrate(model, [images(32, 32, batch=1) for _ in range(4)], temperature=False)
+    assert found.correction is not None
+    ((weights, _),) = found.correction.maps.values()
+    error = (weights[0] - linear.weight).norm() / linear.weight.norm()
+    assert error < 0.2
+    (detail,) = maps_at(model, 0) or []
+    torch.testing.assert_close(detail.weight, weights[0] + torch.eye(16))
+
+
+def test_no_map_where_none_helps() -> None:
+    model = timm_vit()
+    x = [image[None] for image in images(24, 24, batch=8)]
+    for reduction in (clustered(1, (3, 3), "replace"), Reduction(Merge(1, 0.7, rounds=1))):
+        expedite(model, reduction)
+        assert calibrate(model, x, temperature=False) == reduction
+    expedite(model, clustered(1, (3, 3)))
+    assert calibrate(model, x[:1], temperature=False).correction is None  # none is held out
+    assert calibrate(model, x, correction=False).correction is None
