@@ -266,7 +266,7 @@ def test_wheel_holds_configs_weights_and_data(tmp_path):
     result = run_setup("build_py", "--build-lib", str(tmp_path), FORCE_CUDA="0")
     assert result.returncode == 0, result.stderr
     package = tmp_path / "expedite_d2"
-    assert files_below(ROOT / "configs") == files_below(package / "configs")
+    assert files_below(ROOT / "configs") == files_below(package / "d2/configs")
     kinds = (".py", ".html", ".pth", ".safetensors", ".json", ".txt")
     expected = files_below(ROOT / "expedite_d2", *kinds)
     assert expected <= files_below(package)

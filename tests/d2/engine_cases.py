@@ -30,7 +30,6 @@ from expedite_d2.d2 import (
     MetadataCatalog,
     build_model,
     comm,
-    engine,
     launch,
 )
 from expedite_d2.d2.comparison.compare import compare
@@ -39,7 +38,8 @@ from expedite_d2.d2.data import build_test_loader
 from expedite_d2.d2.data.depth import read_depth
 from expedite_d2.d2.data.scenes import dataset, writer
 from expedite_d2.d2.data.scenes.depth import register_scenes_depth
-from expedite_d2.d2.engine import build_trained_model, do_test
+from expedite_d2.d2.engine import build_trained_model, do_test, do_train
+from expedite_d2.d2.engine import train as training
 from expedite_d2.d2.evaluation import build_evaluators, inference_on_dataset
 from expedite_d2.d2.evaluation.panoptic import read_panoptic
 
@@ -218,8 +218,8 @@ def train(
 
     model.register_forward_pre_hook(watch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "LOG_PERIOD", 1)
-        engine.do_train(cfg, model, resume=resume)
+        patch.setattr(training, "LOG_PERIOD", 1)
+        do_train(cfg, model, resume=resume)
     return {"state": model.state_dict(), "images": images}
 
 

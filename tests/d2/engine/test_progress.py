@@ -18,11 +18,11 @@ from PIL import Image
 from settings_cases import clustered
 from torch import nn
 
-from expedite_d2.d2 import engine
 from expedite_d2.d2 import progress as progress_module
 from expedite_d2.d2.comparison import compare
 from expedite_d2.d2.data.scenes import writer
 from expedite_d2.d2.engine import calibrate, predict
+from expedite_d2.d2.engine import train as training
 from expedite_d2.d2.evaluation import evaluator
 from expedite_d2.d2.progress import PERIOD, Heartbeat, progress
 
@@ -193,7 +193,7 @@ def make_scenes(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def train(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    log = engine._TrainingLog(2, 0, folder / "training.jsonl")
+    log = training._TrainingLog(2, 0, folder / "training.jsonl")
     with log.heartbeat:
         for iteration in range(2):
             log.data_ready()
