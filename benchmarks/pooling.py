@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from expedite_d2.ops.token_cluster import token_cluster
-from expedite_d2.reducers import Cluster, Clustering, Grid
+from expedite_d2.reducers import Cluster, Clustering, Grid, Points
 
 
 def average_pool(
-    self: Cluster, tokens: Tensor, window: tuple[int, int] | None, residual: bool
+    self: Cluster,
+    tokens: Tensor,
+    layout: Grid | Points,
+    window: tuple[int, int] | None,
+    residual: bool,
 ) -> tuple[Tensor, Grid, Clustering]:
     """What `Cluster.reduce` is replaced by; the same arguments and results."""
     height, width = tokens.shape[1:3]

@@ -23,7 +23,7 @@ from benchmarks.operator_table import CASES, TOKENS, make_inputs
 from benchmarks.pooling import average_pool, average_pooled
 from benchmarks.systems import SYSTEMS, config
 from expedite_d2._ext import ext_error, has_ext
-from expedite_d2.reducers import Cluster, reconstruct
+from expedite_d2.reducers import Cluster, Grid, reconstruct
 from expedite_d2.tools import count_multiply_adds
 
 timm = pytest.importorskip("timm")
@@ -294,7 +294,7 @@ def test_script_tells_its_sections(script: str):
 
 def test_average_pooling_interpolates_between_the_cells():
     tokens = torch.randn(2, 12, 8, 5)
-    low, _, clustering = average_pool(Cluster(0, (4, 4)), tokens, None, True)
+    low, _, clustering = average_pool(Cluster(0, (4, 4)), tokens, Grid(12, 8), None, True)
     pooled = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), (4, 4))
     torch.testing.assert_close(low, pooled.permute(0, 2, 3, 1))
     change = torch.randn_like(low)
@@ -305,7 +305,7 @@ def test_average_pooling_interpolates_between_the_cells():
 
 def test_average_pooling_in_windows_has_one_map():
     tokens = torch.randn(1, 7, 9, 3)  # ragged windows of 4
-    low, _, clustering = average_pool(Cluster(0, (2, 2)), tokens, (4, 4), True)
+    low, _, clustering = average_pool(Cluster(0, (2, 2)), tokens, Grid(7, 9), (4, 4), True)
     assert low.shape == (1, 4, 5, 3)
     torch.testing.assert_close(low[:, 0, 0], tokens[:, :2, :2].mean((1, 2)))
     torch.testing.assert_close(reconstruct(low, clustering), tokens)

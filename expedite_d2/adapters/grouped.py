@@ -49,7 +49,7 @@ class _OfMeans(Override):
         groups = _groups(x)
         if groups is None:
             return self.original(x, *args, **kwargs)
-        means = token_pool(x, groups.places, groups.count)
+        means = token_pool(x, groups.places, groups.total)
         return attach(self.original(means, *args, **kwargs), state_of(x))  # type: ignore[arg-type]
 
 

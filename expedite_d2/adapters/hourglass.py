@@ -91,7 +91,8 @@ class _SpanBlock(Override):
         family, encoder = hourglass.family, hourglass.encoder_of(self.owner)
         x, state = self._enter(refuse_tracing(x), encoder)
         if isinstance(state.layout, Points) and state.layout.groups:
-            attach(x, state)  # for the norm and the attention of the block
+            # For the norm and the attention of the block: the layout alone, as the rest may hold x.
+            attach(x, State(state.grid, state.layout))
         low = family.positions.run(BlockCall(hourglass, encoder, self, x, state, args, kwargs))
         if self.number not in hourglass.full:
             return attach(low, state._replace(low=None))

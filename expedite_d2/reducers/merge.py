@@ -166,9 +166,13 @@ def spread(
     Returns:
         (B, N, C): values[places], or tokens + (values - means)[places].
     """
-    column = [None if x is None else x.unsqueeze(2) for x in (values, tokens, means)]
+    # A sequence is a map of one column, and each token has one centre, of weight 1.
     indices = places[:, :, None, None]
-    weights = torch.ones((), device=values.device).expand(indices.shape)
-    return token_reconstruct(
-        column[0], indices, weights, tokens=column[1], centres=column[2]
-    ).squeeze(2)
+    out = token_reconstruct(
+        values.unsqueeze(2),
+        indices,
+        torch.ones((), device=values.device).expand(indices.shape),
+        tokens=None if tokens is None else tokens.unsqueeze(2),
+        centres=None if means is None else means.unsqueeze(2),
+    )
+    return out.squeeze(2)

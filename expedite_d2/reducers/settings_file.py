@@ -89,13 +89,23 @@ def save(reduction: Reduction, path: Path) -> None:
     if correction is None:
         text = to_yaml(reduction)
     else:
-        from safetensors.torch import save_file
+        from safetensors import TensorSpec, serialize_file  # safetensors.torch needs numpy to write
 
         # Of its own name: a YAML that is there goes on with the tensors that it names.
         name = f"{path.stem}-{correction.digest[:12]}.safetensors"
         text = to_yaml(reduction, name)
+        tensors = {key: tensor.contiguous() for key, tensor in correction.tensors().items()}
+        specs = {
+            key: TensorSpec(
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=list(tensor.shape),
+                data_ptr=tensor.data_ptr(),
+                data_len=tensor.nbytes,
+            )
+            for key, tensor in tensors.items()
+        }
         with replacing(path.with_name(name)) as partial:
-            save_file(correction.tensors(), partial)
+            serialize_file(specs, partial)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -29,18 +29,18 @@ class Groups(NamedTuple):
 
     Attributes:
         places: (B, N) int32, the group of each token.
-        count: number of groups.
+        total: number of groups.
     """
 
     places: Tensor
-    count: int
+    total: int
 
     def behind(self, prefixes: int) -> Groups:
         """Returns the groups of a sequence with prefix tokens in front, each its own group."""
         batch = self.places.shape[0]
         first = torch.arange(prefixes, dtype=torch.int32, device=self.places.device)
         places = torch.cat([first.expand(batch, -1), self.places + prefixes], dim=1)
-        return Groups(places, self.count + prefixes)
+        return Groups(places, self.total + prefixes)
 
 
 class Points(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,9 +103,9 @@ def _corrected(model: nn.Module, subject: Subject, images: list[Any]) -> Reducti
         return settings
     held_out = images[HELD_OUT - 1 :: HELD_OUT]
     fitted = [image for i, image in enumerate(images) if i % HELD_OUT != HELD_OUT - 1]
-    maps = DetailMaps(subject, subject.read(lambda: model(fitted[0])))
+    maps = DetailMaps(subject, subject.read(partial(model, fitted[0])))
     for image in fitted:
-        maps.add(lambda image=image: model(image))
+        maps.add(partial(model, image))
     if not maps.images:
         raise ValueError(f"calibrate needs an image that is reduced, got none among {len(fitted)}")
     corrected = replace(settings, correction=maps.solve())

@@ -113,7 +113,7 @@ def test_prefixes_are_groups_of_their_own() -> None:
     assert isinstance(state.layout, Points) and state.layout.groups
     groups = state.layout.groups
     places, count = groups.behind(2)
-    assert count == groups.count + 2 and places.dtype == torch.int32
+    assert count == groups.total + 2 and places.dtype == torch.int32
     assert places[0].tolist() == [0, 1, *(groups.places[0] + 2).tolist()]
 
 

@@ -27,7 +27,7 @@ def reduction_from_config(cfg: Any) -> Reduction | None:
                 "MODEL.EXPEDITE.METHOD is merge, got []"
             )
         merges = Merge(tuple(expedite.MERGE_AT), expedite.KEEP, expedite.ROUNDS)
-        return Reduction(merges, expedite.RECONSTRUCTION)
+        return Reduction((merges,), expedite.RECONSTRUCTION)
     cluster = Cluster(
         at=expedite.ALPHA,
         grid=tuple(expedite.CLUSTERS),

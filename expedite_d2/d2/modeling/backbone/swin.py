@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -214,8 +215,8 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
             attention: Any = blocks[reduction.alpha].attn
             source = attention.position_source((rows, columns)).to(device)
             if reduction.correction is not None:
-                end = self._end_of_stage(reduction.alpha)
-                reduction.correction.check_places({end: blocks[end].norm2.weight.numel()})
+                stage, end = self._stage_of(reduction.alpha)
+                reduction.correction.check_places({end: self.num_features[stage]})
         # Constants of the settings, not of a forward pass; buffers follow the model to its device.
         self.register_buffer("cluster_positions", positions, persistent=False)
         self.register_buffer("cluster_source", source, persistent=False)
@@ -228,16 +229,13 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
 
     def read_outs(self) -> list[int]:
         """Returns the last block of the stage that is clustered."""
-        return [] if self._reduction is None else [self._end_of_stage(self._reduction.alpha)]
+        return [] if self._reduction is None else [self._stage_of(self._reduction.alpha)[1]]
 
-    def _end_of_stage(self, number: int) -> int:
-        """Returns the last block of the stage of a block."""
-        last = -1
-        for stage in self._stages():
-            last += len(stage.blocks)
-            if number <= last:
-                break
-        return last
+    def _stage_of(self, number: int) -> tuple[int, int]:
+        """Returns the stage of a block, and the number of the stage's last block."""
+        ends = list(itertools.accumulate(len(stage.blocks) for stage in self._stages()))
+        stage = next(i for i, end in enumerate(ends) if number < end)
+        return stage, ends[stage] - 1
 
     @property
     def cluster_window(self) -> tuple[int, int]:
@@ -277,7 +275,7 @@ class ExpeditedSwinTransformer(Expeditable, Backbone):
                     with profiler_range("expedite_d2.low_blocks", low):
                         low = self._run(blocks[full:], low, windows)
                     details = maps_at(self, first - 1)
-                    x = reconstruct(low, clustering, details and details[0])
+                    x = reconstruct(low, clustering, details[0] if details else None)
                     reduction = None
             name = f"res{i + 2}"
             if name in self._out_features:
