@@ -15,7 +15,7 @@ from expedite_d2.errors import cli
 VERBS = {
     "describe": ("expedite_d2.d2.comparison.describe", "tokens and multiply-adds, block by block"),
     "cost": ("expedite_d2.d2.comparison.cost", "multiply-adds of a config, without weights"),
-    "calibrate": ("expedite_d2.d2.engine.calibrate", "measure the temperature on a few images"),
+    "calibrate": ("expedite_d2.d2.engine.calibrate", "measure settings on a few unlabelled images"),
     "predict": ("expedite_d2.d2.engine.predict", "draw predictions on images"),
     "demo": ("expedite_d2.d2.comparison.demo", "compare every system, and show all on one page"),
     "convert": ("expedite_d2.d2.checkpoint.convert", "a training checkpoint as a file to ship"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -52,22 +52,28 @@ def calibrate(
     Raises:
         ValueError: no expedited encoder or several, no images, or none that was reduced.
     """
-    subject = Subject(_expedited_encoder(model))
+    encoder = _expedited_encoder(model)
+    subject = Subject(encoder)
     before = subject.reduction
-    given = list(images)
-    if not given:
-        raise ValueError("calibrate needs at least one image, got none")
     settings = replace(before, correction=None)
+    given: list[Any] = []
     # torch.compile refuses to run under a function mode.
     with _evaluating(model), torch.compiler.set_stance("force_eager"):
         try:
             if temperature and isinstance(settings.steps[0], Cluster):
                 subject.reduction = settings.with_temperature(0.0)
-                measured = _temperature(lambda: [model(image) for image in given], len(given))
-                settings = settings.with_temperature(measured)
+                with _observed_spreads() as spreads:
+                    for image in images:
+                        model(image)
+                        given.append(image)
+                settings = settings.with_temperature(_temperature(spreads, len(given)))
+            else:
+                given += images
+            if not given:
+                raise ValueError("calibrate needs at least one image, got none")
             subject.reduction = settings
             if correction and _takes_correction(settings):
-                settings = _corrected(model, subject, given)
+                settings = _corrected(model, encoder, subject, given)
         except BaseException:
             subject.reduction = before
             raise
@@ -75,14 +81,18 @@ def calibrate(
     return settings
 
 
-def _temperature(run: Callable[[], object], images: int) -> float:
-    """Returns c / T while the model runs with the automatic temperature."""
-    observed = ObservedOperator(
+def _observed_spreads() -> ObservedOperator:
+    """A context that records c and T of each clustering with the automatic temperature."""
+    return ObservedOperator(
         torch.ops.expedite_d2.token_reduce.default,
         lambda arguments, result: (sharpness(arguments["window"]), Reduced(*result).spread),
     )
-    with observed:
-        run()
+
+
+def _temperature(observed: ObservedOperator, images: int) -> float:
+    """Returns c / T, T being the mean over all images."""
+    if not images:
+        raise ValueError("calibrate needs at least one image, got none")
     if not observed.kept:
         raise ValueError(
             f"calibrate needs an image with more tokens than clusters, got none among {images}"
@@ -96,7 +106,9 @@ def _takes_correction(settings: Reduction) -> bool:
     return settings.reconstruction == "residual" and not grouped
 
 
-def _corrected(model: nn.Module, subject: Subject, images: list[Any]) -> Reduction:
+def _corrected(
+    model: nn.Module, encoder: nn.Module, subject: Subject, images: list[Any]
+) -> Reduction:
     """Returns the encoder's settings with detail maps, if these help on images held out."""
     settings = subject.reduction
     if not subject.numbers:  # nothing is reconstructed: the model's head runs on clusters
@@ -112,11 +124,22 @@ def _corrected(model: nn.Module, subject: Subject, images: list[Any]) -> Reducti
     distances = [0.0, 0.0]
     for image in held_out:
         with subject.plain():
-            expected = _floats(model(image))
+            expected = _outputs(model, encoder, image)
         for number, reduction in enumerate((settings, corrected)):
             subject.reduction = reduction
-            distances[number] += distance(_floats(model(image)), expected)
+            distances[number] += distance(_outputs(model, encoder, image), expected)
     return corrected if held_out and distances[1] < distances[0] else settings
+
+
+def _outputs(model: nn.Module, encoder: nn.Module, image: Any) -> list[Tensor]:
+    """Returns the model's floating point outputs; those of its encoder if it has none."""
+    features: list[Any] = []
+    hook = encoder.register_forward_hook(lambda module, args, out: features.append(out))
+    try:
+        outputs = model(image)
+    finally:
+        hook.remove()
+    return _floats(outputs) or _floats(features)
 
 
 def _floats(outputs: Any) -> list[Tensor]:

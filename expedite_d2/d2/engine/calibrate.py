@@ -1,12 +1,13 @@
-"""Measure the clustering temperature of a trained model on a few images.
+"""Measure settings of a trained model on a few images.
 
-expedite-d2 calibrate --config-file FILE [--images N] [KEY VALUE ...]
+expedite-d2 calibrate --config-file FILE [--images N] [--output SETTINGS.yaml] [KEY VALUE ...]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.config.command_line import config_parser
@@ -14,22 +15,27 @@ from expedite_d2.d2.data import build_test_loader
 from expedite_d2.d2.engine.defaults import build_trained_model
 from expedite_d2.d2.progress import progress
 from expedite_d2.d2.provider import CfgNode
+from expedite_d2.reducers import Cluster, Reduction
 from expedite_d2.tools.calibrate import calibrate
 
-# The measure is a mean over thousands of tokens an image; more images hardly move it.
-IMAGES = 8
+# Means and sums over thousands of tokens per image: more images hardly change them.
+IMAGES = 16
 
 
-def measure(cfg: CfgNode, images: int = IMAGES) -> tuple[float, int, str]:
+def measure(
+    cfg: CfgNode, images: int = IMAGES, correction: bool = True
+) -> tuple[Reduction, int, str]:
     """Calibrate a config's trained model.
 
     Args:
         cfg: names the model, its weights and its data sets; the first training set is read, through
             the test loader and so without augmentation, or else the first test set.
         images: how many images to read, fewer where the data set has fewer.
+        correction: whether to fit detail maps, too.
 
     Returns:
-        The temperature, the images that it was measured on, and the name of their data set.
+        The settings, the number of images that they were measured on, and the name of their data
+        set.
     """
     if not cfg.MODEL.EXPEDITE.ENABLED:
         raise ValueError(
@@ -44,16 +50,31 @@ def measure(cfg: CfgNode, images: int = IMAGES) -> tuple[float, int, str]:
     inputs = list(islice(build_test_loader(cfg, datasets[0]), images))
     model = build_trained_model(cfg)
     with progress(inputs, "calibrating", unit="image") as shown:
-        temperature = calibrate(model, shown).cluster.temperature
-    return temperature, len(inputs), datasets[0]
+        settings = calibrate(model, shown, correction=correction)
+    return settings, len(inputs), datasets[0]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the temperature, and the key that stores it."""
-    parser = config_parser("calibrate", "Measure the temperature of a model on a few images.")
+    """Print the temperature, or write all settings to a file, and tell the key that takes them."""
+    parser = config_parser("calibrate", "Measure settings of a model on a few images.")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"how many (default {IMAGES})")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a YAML file for the settings, with detail maps if they help; default: none, the "
+        "temperature alone is printed",
+    )
     args = parser.parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
-    temperature, images, dataset = measure(cfg, args.images)
-    print(f"temperature {temperature:.6g}, measured on {images} images of {dataset}")
-    print(f"to store it: MODEL.EXPEDITE.TEMPERATURE {temperature:.6g}")
+    settings, images, dataset = measure(cfg, args.images, correction=args.output is not None)
+    (step, *_) = settings.steps
+    if isinstance(step, Cluster):
+        print(f"temperature {step.temperature:.6g}, measured on {images} images of {dataset}")
+    if args.output is None:
+        temperature = settings.cluster.temperature
+        print(f"to store it: MODEL.EXPEDITE.TEMPERATURE {temperature:.6g}")
+        return
+    settings.save(args.output)
+    maps = "without detail maps" if settings.correction is None else "with detail maps"
+    print(f"settings {maps} written to {args.output}: MODEL.EXPEDITE.SETTINGS {args.output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from expedite_d2.__main__ import main
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.engine import calibrate as command
 from expedite_d2.d2.modeling.backbone import ExpeditedSwinTransformer
+from expedite_d2.d2.modeling.backbone.settings import reduction_from_config
+from expedite_d2.reducers import Reduction
 
 CONFIG = "scenes/panoptic/mask2former_swin_mini_expedited.yaml"
 
@@ -64,6 +67,19 @@ def test_calibrate_command_prints_key(
     assert key == "MODEL.EXPEDITE.TEMPERATURE" and float(value) > 0
     assert load_config(CONFIG, [key, value]).MODEL.EXPEDITE.TEMPERATURE == float(value)
     assert loaded == ["scenes_train"]
+
+
+def test_calibrate_command_writes_settings_that_a_config_takes(
+    loaded: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "settings.yaml"
+    main(["calibrate", "--config-file", CONFIG, "--output", str(path)])
+    settings = Reduction.load(path)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("settings with") and last.endswith(f"MODEL.EXPEDITE.SETTINGS {path}")
+    assert settings.cluster.temperature > 0
+    cfg = load_config(CONFIG, ["MODEL.EXPEDITE.SETTINGS", str(path)])
+    assert reduction_from_config(cfg) == settings
 
 
 def test_calibrate_command_takes_test_set_without_training_set(loaded: list[str]) -> None:
