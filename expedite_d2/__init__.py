@@ -23,7 +23,8 @@ from expedite_d2.reducers import (
     reconstruct,
     reduce,
 )
-from expedite_d2.tools import calibrate, describe
+from expedite_d2.tools.calibrate import calibrate
+from expedite_d2.tools.describe import describe
 
 __version__ = "0.1.0"
 
