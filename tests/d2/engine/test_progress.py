@@ -178,13 +178,13 @@ def calibrate_images(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         calibrate,
         "calibrate",
-        lambda model, images: clustered(0, (2, 2), temperature=float(len(list(images)))),
+        lambda model, images, correction: clustered(0, (2, 2), topk=len(list(images))),
     )
     cfg: Any = SimpleNamespace(
         MODEL=SimpleNamespace(EXPEDITE=SimpleNamespace(ENABLED=True)),
         DATASETS=SimpleNamespace(TRAIN=["any"], TEST=[]),
     )
-    assert calibrate.measure(cfg) == (2.0, 2, "any")
+    assert calibrate.measure(cfg) == (clustered(0, (2, 2), topk=2), 2, "any")
 
 
 def make_scenes(folder: Path, patch: pytest.MonkeyPatch) -> None:
