@@ -64,14 +64,9 @@ def expedite(
         "temperature": temperature,
     }
     settings = _settings(reduction, alpha, clusters, keywords, reconstruction)
+    if settings.correction is not None:
+        settings.correction.check(find_encoder(model)[1])
     prepare(model, settings, outputs)
-    correction = settings.correction
-    if correction is not None:
-        try:
-            correction.check(find_encoder(model)[1])
-        except ValueError:
-            restore(model)
-            raise
     return model
 
 

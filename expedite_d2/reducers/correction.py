@@ -29,7 +29,7 @@ class DetailMap(NamedTuple):
     """The map of one step at one read-out.
 
     Attributes:
-        weight: (C, C), the identity plus B.
+        weight: B, (C, C).
         bias: (C,), or None.
     """
 
@@ -43,7 +43,8 @@ class DetailMap(NamedTuple):
         """
         weight = self.weight.to(tokens.dtype)
         bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        return F.linear(tokens, weight, bias), F.linear(means, weight)
+        # The sums keep the tokens' own type and bits where autocast multiplies in a half type.
+        return tokens + F.linear(tokens, weight, bias), means + F.linear(means, weight)
 
 
 class Correction:
@@ -170,10 +171,9 @@ def attach_correction(encoder: nn.Module, correction: Correction | None) -> None
         return
     like = next(encoder.parameters())
     for number, (weights, bias) in correction.maps.items():
-        identity = torch.eye(weights.shape[-1])
-        for name, tensor in (("weight", weights + identity), ("bias", bias)):
-            tensor = tensor.to(like.device, like.dtype)
-            encoder.register_buffer(f"{_BUFFER}{name}{number}", tensor, persistent=False)
+        for name, tensor in (("weight", weights), ("bias", bias)):
+            held = tensor.to(like.device, like.dtype, copy=True)
+            encoder.register_buffer(f"{_BUFFER}{name}{number}", held, persistent=False)
     encoder.register_load_state_dict_post_hook(_check_loaded)
 
 

@@ -63,6 +63,11 @@ def test_calibrated_maps_bring_the_encoder_nearer_to_the_plain_one(
         other = expedite(case.make(), seen)
         assert torch.equal(case.run(other, x), case.run(model, x))
         assert torch.equal(case.run(copy.deepcopy(model), x), case.run(model, x))
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = case.run(model, x)
+        assert distance([mixed], [case.run(model, x)]) < 0.1
+        half = case.run(copy.deepcopy(model).bfloat16(), x.bfloat16())
+        assert distance([half], [case.run(model, x)]) < 0.1
         restore(model)
         assert torch.equal(case.run(model, x), plain) and not list(model.buffers())
 
@@ -103,7 +108,7 @@ def test_regression_of_one_block_finds_what_it_does_to_the_detail() -> None:
     error = (weights[0] - linear.weight).norm() / linear.weight.norm()
     assert error < 0.2
     (detail,) = maps_at(model, 0) or []
-    torch.testing.assert_close(detail.weight, weights[0] + torch.eye(16))
+    torch.testing.assert_close(detail.weight, weights[0])
 
 
 def test_no_map_where_none_helps() -> None:
@@ -115,3 +120,16 @@ def test_no_map_where_none_helps() -> None:
     expedite(model, clustered(1, (3, 3)))
     assert calibrate(model, x[:1], temperature=False).correction is None  # none is held out
     assert calibrate(model, x, correction=False).correction is None
+
+
+def test_settings_of_other_weights_leave_the_model_as_it_was() -> None:
+    model, other = timm_vit(), timm_vit(depth=3)
+    x = [image[None] for image in images(32, 40, batch=8)]
+    expedite(model, clustered(1, (3, 3)))
+    settings = calibrate(model, x)
+    assert settings.correction is not None
+    before = clustered(1, (4, 4))
+    expedite(other, before)
+    with pytest.raises(ValueError, match="fitted to other weights"):
+        expedite(other, settings)
+    assert other.reduction == before

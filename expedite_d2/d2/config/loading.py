@@ -90,10 +90,12 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[Any] = ()) -> Cfg
 
 def _naming_settings(path: Path) -> Path:
     """Of a config and its bases, the file that names ``MODEL.EXPEDITE.SETTINGS``."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = content.get("MODEL", {}).get("EXPEDITE", {}).get("SETTINGS")
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    node: Any = content
+    for name in ("MODEL", "EXPEDITE", "SETTINGS"):
+        node = (node or {}).get(name)
     base = content.get("_BASE_")
-    return path if names or not base else _naming_settings(path.parent / base)
+    return path if node or not base else _naming_settings(path.parent / Path(base).expanduser())
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from expedite_d2.__main__ import main
 from expedite_d2.d2 import build_model
 from expedite_d2.d2.checkpoint import load_weights
 from expedite_d2.d2.config import load_config
@@ -97,6 +98,10 @@ def test_detail_maps_come_with_the_settings_and_are_checked_with_the_weights(
     with torch.inference_mode():
         for ours, theirs in zip(model(inputs), again(inputs), strict=True):
             assert torch.equal(ours["sem_seg"], theirs["sem_seg"])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert again(inputs)[0]["sem_seg"].isfinite().all()
+    words = ["--config-file", str(MODELS / f"{name}_tiny.yaml"), "--size", "64", "64", *opts]
+    main(["cost", *map(str, [*words, "MODEL.EXPEDITE.SETTINGS", tmp_path / "settings.yaml"])])
     torch.save({"model": tiny(name, opts).state_dict()}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="fitted to other weights .*: calibrate again"):
         load_weights(again, str(tmp_path / "other.pth"))
