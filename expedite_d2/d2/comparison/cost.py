@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,21 +19,13 @@ from torch import nn
 
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.config.command_line import config_parser
+from expedite_d2.d2.modeling.backbone.settings import reduction_from_config
 from expedite_d2.d2.modeling.build import build_model
 from expedite_d2.d2.provider import CfgNode
+from expedite_d2.reducers import Cluster
 from expedite_d2.tools import count_multiply_adds, on_meta
 
 Gflops = dict[str, float]
-
-_SETTINGS = (
-    "alpha",
-    "clusters",
-    "iterations",
-    "neighbourhood",
-    "topk",
-    "temperature",
-    "reconstruction",
-)
 
 
 def count_gflops(cfg: CfgNode | nn.Module, height: int, width: int) -> Gflops:
@@ -55,8 +48,20 @@ def count_gflops(cfg: CfgNode | nn.Module, height: int, width: int) -> Gflops:
 
 
 def expedite_settings(cfg: CfgNode) -> dict[str, Any]:
-    """The settings of ``MODEL.EXPEDITE`` as reports show them."""
-    return {name: cfg.MODEL.EXPEDITE[name.upper()] for name in _SETTINGS}
+    """The settings of ``MODEL.EXPEDITE``, or of the file that it names, as reports show them."""
+    reduction = reduction_from_config(_switched(cfg, True))
+    assert reduction is not None  # it is switched on
+    settings: dict[str, Any]
+    (first, *_) = reduction.steps
+    if isinstance(first, Cluster):
+        values = asdict(first)
+        settings = {"alpha": values.pop("at"), "clusters": list(values.pop("grid")), **values}
+    else:
+        settings = {"merges": [str(step) for step in reduction.steps]}
+    settings["reconstruction"] = reduction.reconstruction
+    if reduction.correction is not None:
+        settings["detail_maps"] = [f"block {number}" for number in reduction.correction.maps]
+    return settings
 
 
 def config_cost(cfg: CfgNode, height: int, width: int) -> dict[str, Any]:

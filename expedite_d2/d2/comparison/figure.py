@@ -205,15 +205,16 @@ def _fit(size: tuple[int, ...], column: int, row: int) -> tuple[int, int]:
 
 def _titles(comparison: Mapping[str, Any]) -> tuple[str, str, str]:
     settings = comparison["expedited"]["settings"]
-    clusters = "x".join(str(c) for c in settings.get("clusters", []))
+    if "clusters" in settings:
+        clusters = "x".join(map(str, settings["clusters"]))
+        reduction = f"alpha {settings['alpha']}, clusters {clusters}"
+    else:
+        reduction = " ".join(settings["merges"])
     subtitle = (
         f"{comparison['model']}: the same weights, no training; "
         f"{comparison['images']} images of {comparison['dataset']}"
     )
-    setting = (
-        f"alpha {settings.get('alpha')}, clusters {clusters}; {comparison['dtype']} on "
-        f"{comparison['device']}"
-    )
+    setting = f"{reduction}; {comparison['dtype']} on {comparison['device']}"
     return ", ".join(claims(comparison)) or "baseline and expedited", subtitle, setting
 
 
