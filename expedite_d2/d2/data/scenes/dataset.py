@@ -1,4 +1,4 @@
-"""Registers ``scenes_train`` and ``scenes_val``, which are made when they are first loaded."""
+"""Registers ``scenes_train``, ``_val`` and ``_tune``, which are made when they are first loaded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_scenes(split: str, root: Path, metadata: dict[str, Any]) -> list[Entry]
     """Dataset dicts of a split with everything that the scenes have.
 
     Args:
-        split: "train" or "val"; it is made if it is not there yet.
+        split: "train", "val" or "tune"; it is made if it is not there yet.
         root: Cache directory.
         metadata: The two ``*_dataset_id_to_contiguous_id`` maps.
     """

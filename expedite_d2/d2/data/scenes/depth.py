@@ -1,4 +1,4 @@
-"""Registers ``scenes_depth_train`` and ``scenes_depth_val``: the scenes as a task of depth."""
+"""Registers ``scenes_depth_train``, ``_val`` and ``_tune``: the scenes as a task of depth."""
 
 from __future__ import annotations
 
