@@ -162,13 +162,13 @@ class Clustering(NamedTuple):
         """
         if self.indices is None or self.weights is None:
             return low
+        tokens, centres, at = self.tokens, self.centres, (self.indices, self.weights)
         with profiler_range("expedite_d2.reconstruct", low):
-            tokens, centres = self.tokens, self.centres
+            out = token_reconstruct(low, *at, tokens=tokens, centres=centres)
             if detail is not None and tokens is not None and centres is not None:
-                tokens, centres = detail.of(tokens, centres)
-            return token_reconstruct(
-                low, self.indices, self.weights, tokens=tokens, centres=centres
-            )
+                # The sum keeps the tokens' type where autocast multiplies in a half type.
+                out = out + detail.of(tokens - token_reconstruct(centres, *at))
+            return out
 
 
 def sharpness(window: Sequence[int] | None) -> float:

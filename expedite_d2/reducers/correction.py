@@ -36,15 +36,10 @@ class DetailMap(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
-    def of(self, tokens: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what the residual form is given in place of the tokens and of their means.
-
-        z + (y - s) + B (z - s) + b = (z + B z + b) + (y - (s + B s)).
-        """
-        weight = self.weight.to(tokens.dtype)
-        bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        # The sums keep the tokens' own type and bits where autocast multiplies in a half type.
-        return tokens + F.linear(tokens, weight, bias), means + F.linear(means, weight)
+    def of(self, details: Tensor) -> Tensor:
+        """Returns B d + b of details (..., C)."""
+        bias = None if self.bias is None else self.bias.to(details.dtype)
+        return F.linear(details, self.weight.to(details.dtype), bias)
 
 
 class Correction:

@@ -145,11 +145,13 @@ class Merging(NamedTuple):
         """
         if self.places is None:
             return low
+        tokens, merged = self.tokens, self.merged
         with profiler_range("expedite_d2.reconstruct", low):
-            tokens, merged = self.tokens, self.merged
+            out = spread(low, self.places, tokens, merged)
             if detail is not None and tokens is not None and merged is not None:
-                tokens, merged = detail.of(tokens, merged)
-            return spread(low, self.places, tokens, merged)
+                # The sum keeps the tokens' type where autocast multiplies in a half type.
+                out = out + detail.of(tokens - spread(merged, self.places))
+            return out
 
 
 def spread(
