@@ -63,6 +63,12 @@ class Description:
     multiply_adds: int
     reduced_multiply_adds: int
 
+    @property
+    def share(self) -> float:
+        """The share of the blocks' multiply-adds that is left, with what the reduction costs."""
+        blocks = sum(block.multiply_adds for block in self.blocks)
+        return 1 - (self.multiply_adds - self.reduced_multiply_adds) / max(blocks, 1)
+
     def __str__(self) -> str:
         height, width = self.size
         of = f" ({self.family})" if self.family else ""
