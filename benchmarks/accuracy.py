@@ -1,16 +1,18 @@
 """What is kept of the accuracy at equal cost: clustering, merging, grouped attention, detail maps.
 
-    python -m benchmarks.accuracy --sweep      # many settings, on the images that choose
-    python -m benchmarks.accuracy              # the chosen ones and their rivals, on other images
+    python -m benchmarks.accuracy --part sweep     # many settings, on the images that choose
+    python -m benchmarks.accuracy                  # the chosen ones and their rivals, on others
+    python -m benchmarks.accuracy --part latency   # how long the encoder takes with each of them
 
 A budget is the share that is left of the multiply-adds of the encoder's blocks; every method meets
-it from below, with what the reduction itself costs. Temperature and detail maps are calibrated on
-the first images of `scenes_tune`, settings are chosen on its others, and what is reported was
-measured on `scenes_val`.
+it, with what the reduction itself costs. Temperature and detail maps are calibrated on the first
+images of `scenes_tune`, settings are chosen on its others, and what is reported was measured on
+`scenes_val`.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,7 +22,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.common import ROOT, Recorder, parser
+from benchmarks.common import ROOT, Recorder, measure, parser
 from benchmarks.pooling import average_pooled
 from benchmarks.tome import block_multiplyadds, equal_schedule, merging
 from expedite_d2 import Reduction, calibrate, describe, expedite, restore
@@ -61,7 +63,6 @@ SYSTEMS = {
     "htc": System("instance/htc_swin_mini.yaml", (("segm", "AP"),)),
     "panoptic_fpn": System("panoptic/panoptic_fpn_swin_mini.yaml", (("panoptic_seg", "PQ"),)),
 }
-BUDGETS = (0.7, 0.6, 0.5, 0.4)
 # Images that maps and temperature are calibrated on.
 CALIBRATED = 16
 # Of a budget: detail maps of clusters cost half of it, and alpha has no fractions.
@@ -74,15 +75,19 @@ def _blocks(*numbers: int) -> tuple[float, ...]:
 
 
 # Of the sweep, on encoders whose blocks take a sequence, and on those with windows.
-SEQUENCE_RECIPES: tuple[Recipe, ...] = (
-    *(Clusters(round(side / 24, 4)) for side in (10, 12, 14, 16, 18)),
-    *(
-        Merges(_blocks(*blocks), rounds)
-        for rounds in (0, 1, 2)
-        for blocks in ((1, 4, 7), (0, 3, 6, 9), (2, 5, 8))
+SWEEP: dict[str, tuple[Recipe, ...]] = {
+    "sequence": (
+        *(Clusters(round(side / 24, 4)) for side in (10, 12, 14, 16, 18)),
+        *(
+            Merges(_blocks(*blocks), rounds)
+            for rounds in (0, 1, 2)
+            for blocks in ((1, 4, 7), (0, 3, 6, 9), (2, 5, 8))
+        ),
     ),
-)
-WINDOW_RECIPES = tuple(Clusters(round(side / 12, 4)) for side in (4, 5, 6, 7, 8))
+    "windows": tuple(Clusters(round(side / 12, 4)) for side in (4, 5, 6, 7, 8)),
+}
+# What the sweep chose: each method's recipe, by budget.
+CHOSEN: dict[str, dict[str, dict[float, Recipe]]] = {}
 
 
 class Runner:
@@ -90,19 +95,20 @@ class Runner:
 
     Args:
         name: of the system.
-        device: that it runs on.
-        images: how many of `scenes_val` to report on; None: those of `scenes_tune` that choose.
+        args: of the command.
     """
 
-    def __init__(self, name: str, device: str, images: int | None) -> None:
-        self.system, self.device = SYSTEMS[name], device
+    def __init__(self, name: str, args: Any) -> None:
+        self.system, self.args = SYSTEMS[name], args
         self.cfg = self._config()
         (test,) = self.cfg.DATASETS.TEST
         tune = test.replace("_val", "_tune")
-        self.dataset, self.shown = (tune, slice(CALIBRATED, None))
-        if images is not None:
-            self.dataset, self.shown = test, slice(images)
-        self.model = build_trained_model(self.cfg)
+        self.dataset, self.shown = test, slice(args.images)
+        if args.part == "sweep":
+            self.dataset, self.shown = tune, slice(CALIBRATED, CALIBRATED + args.images)
+        self.model = build_trained_model(self.cfg).eval()
+        self.plain = copy.deepcopy(self.model)
+        self.kind = "sequence" if hasattr(self.model.backbone, "vit") else "windows"
         self.calibrated = list(build_test_loader(self.cfg, tune))[:CALIBRATED]
         self.images = self._images(self.cfg)
         height, width = self.images[0][0]["image"].shape[-2:]
@@ -112,16 +118,37 @@ class Runner:
 
     def _config(self, *opts: Any) -> Any:
         path = str(ROOT / "configs/scenes" / self.system.config)
-        return load_config(path, ["MODEL.DEVICE", self.device, "DATALOADER.NUM_WORKERS", 0, *opts])
+        fixed = ["MODEL.DEVICE", self.args.device, "DATALOADER.NUM_WORKERS", 0]
+        return load_config(path, [*fixed, *opts])
 
     def _images(self, cfg: Any) -> list[Any]:
         return list(build_test_loader(cfg, self.dataset))[self.shown]
 
     def _multiply_adds(self, size: tuple[int, int]) -> int:
-        return sum(block.multiply_adds for block in describe(self.model, size).blocks)
+        return sum(block.multiply_adds for block in describe(self.plain, size).blocks)
 
-    def measure(self, images: Sequence[Any] | None = None) -> dict[str, float]:
-        """Metrics of the model as it is.
+    def measure(self, opts: Sequence[Any] = (), size: tuple[int, int] | None = None) -> Any:
+        """What the part of the benchmark measures of the model as it is.
+
+        Args:
+            opts: config options that give it its images.
+            size: of these images.
+        """
+        if self.args.part == "latency":
+            return {"latency_ms": self._latency(size or self.size)}
+        images = self._images(self._config(*opts)) if opts else self.images
+        return {"metrics": self._metrics(images)}
+
+    @torch.inference_mode()
+    def _latency(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Times the encoder, in turn with the plain one on the whole image."""
+        whole, image = (torch.randn(1, 3, *of, device=self.args.device) for of in (self.size, size))
+        plain, reduced = (model.get_submodule("backbone") for model in (self.plain, self.model))
+        calls = {"plain": partial(plain, whole), "reduced": partial(reduced, image)}
+        return measure(calls, self.args.device, self.args.rounds, quick=self.args.quick)["reduced"]
+
+    def _metrics(self, images: Sequence[Any]) -> dict[str, float]:
+        """Metrics on images.
 
         Of depth also the root mean square in m of its distance to the plain model's, which is
         measured first.
@@ -134,7 +161,7 @@ class Runner:
         )
         evaluators = build_evaluators(self.cfg, self.dataset)
         try:
-            found: Any = inference_on_dataset(self.model, images or self.images, evaluators)
+            found: Any = inference_on_dataset(self.model, images, evaluators)
         finally:
             hook.remove()
         metrics = {metric: found[task][metric] for task, metric in self.system.metrics}
@@ -146,13 +173,13 @@ class Runner:
 
     def recipe(self, recipe: Recipe, budget: float, maps: bool) -> dict[str, Any] | None:
         """A row of a recipe at a budget, which detail maps are part of; None where they hurt."""
-        settings = meet_budget(self.model, recipe, budget, self.size)
+        settings = meet_budget(self.plain, recipe, budget, self.size)
         if maps:
-            calibrate(expedite(self.model, settings), self.calibrated)
+            settings = calibrate(expedite(self.model, settings), self.calibrated)
             over = describe(self.model, self.size).share - budget
             if over > TOLERANCE:
-                settings = meet_budget(self.model, recipe, budget - over, self.size)
-            settings = calibrate(expedite(self.model, settings), self.calibrated)
+                settings = meet_budget(self.plain, recipe, budget - over, self.size)
+                settings = calibrate(expedite(self.model, settings), self.calibrated)
             if settings.correction is None:
                 return None
         return {"maps": maps, **self.reduced(settings)}
@@ -161,19 +188,24 @@ class Runner:
         """A row of settings; the model is plain again then."""
         expedite(self.model, settings)
         steps = [str(step) for step in settings.steps]
-        share = describe(self.model, self.size).share
-        row = {"steps": steps, "share": share, "metrics": self.measure()}
+        row = {"steps": steps, "share": describe(self.model, self.size).share, **self.measure()}
         restore(self.model)
         return row
+
+    def average_pooling(self, recipe: Recipe, budget: float) -> dict[str, Any]:
+        """The row of cells in the place of clusters, on the same grid after the same blocks."""
+        settings = meet_budget(self.plain, recipe, budget, self.size)
+        with average_pooled():
+            return self.reduced(settings)
 
     def resized(self, budget: float) -> dict[str, Any]:
         """The row of the plain model on smaller images."""
         side, step = self.size[0] - self.system.step, self.system.step
         while self._multiply_adds((side, side)) > budget * self.whole:
             side -= step
-        smaller = self._images(self._config(*self.system.resized(side)))
         share = self._multiply_adds((side, side)) / self.whole
-        return {"side": side, "share": share, "metrics": self.measure(smaller)}
+        measured = self.measure(self.system.resized(side), (side, side))
+        return {"side": side, "share": share, **measured}
 
     def token_merging(self, budget: float) -> dict[str, Any]:
         """The row of ToMe, on a plain ViT."""
@@ -184,36 +216,50 @@ class Runner:
         schedule = equal_schedule(backbone.vit, tokens, budget * whole)
         share = block_multiplyadds(backbone.vit, tokens, schedule) / whole
         with merging(backbone.vit, schedule):
-            return {"share": share, "metrics": self.measure()}
+            return {"share": share, **self.measure()}
 
 
-def sweep(runner: Runner, budget: float) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every recipe with and without maps."""
-    on_sequence = hasattr(runner.model.backbone, "vit")
-    for recipe in SEQUENCE_RECIPES if on_sequence else WINDOW_RECIPES:
-        grouped = isinstance(recipe, Merges) and recipe.rounds > 0
-        for maps in (False,) if grouped else (False, True):
-            yield str(recipe), partial(runner.recipe, recipe, budget, maps)
+Rows = Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]
+
+
+def swept(runner: Runner, budget: float) -> Rows:
+    """Every recipe, without and with detail maps."""
+    for recipe in SWEEP[runner.kind]:
+        yield str(recipe), partial(runner.recipe, recipe, budget, False)
+        if not getattr(recipe, "rounds", 0):
+            yield str(recipe), partial(runner.recipe, recipe, budget, True)
+
+
+def reported(runner: Runner, budget: float) -> Rows:
+    """Each method's chosen recipe, and the rivals."""
+    for method, recipes in CHOSEN[runner.kind].items():
+        for maps in (False, True) if method != "grouped attention" else (False,):
+            yield method, partial(runner.recipe, recipes[budget], budget, maps)
+    clusters = CHOSEN[runner.kind]["clustering"][budget]
+    yield "average pooling", partial(runner.average_pooling, clusters, budget)
+    if runner.kind == "sequence":
+        yield "ToMe", partial(runner.token_merging, budget)
+    yield "resized image", partial(runner.resized, budget)
 
 
 @cli
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__ or "")
+    arguments.add_argument("--part", choices=["report", "sweep", "latency"], default="report")
     arguments.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    arguments.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
-    arguments.add_argument("--images", type=int, default=200, help="reported on (default 200)")
-    arguments.add_argument("--sweep", action="store_true", help="many settings, to choose from")
+    arguments.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.4])
+    arguments.add_argument("--images", type=int, default=80, help="of the set (default 80)")
     args = arguments.parse_args(argv)
     if args.quick:
         args.images, args.budgets = 2, args.budgets[:1]
     logging.getLogger("expedite_d2").setLevel(logging.ERROR)
-    recorder = Recorder("accuracy", args)
+    recorder = Recorder("accuracy", args, part=args.part)
     for name in args.systems:
-        runner = Runner(name, args.device, None if args.sweep else args.images)
+        runner = Runner(name, args)
         row = {"system": name, "dataset": runner.dataset, "images": len(runner.images)}
-        recorder.add({**row, "method": "plain", "share": 1.0, "metrics": runner.measure()})
+        recorder.add({**row, "method": "plain", "share": 1.0, **runner.measure()})
         for budget in args.budgets:
-            for method, run in (sweep if args.sweep else report)(runner, budget):
+            for method, run in (swept if args.part == "sweep" else reported)(runner, budget):
                 if recorder.late(f"{name} {method} {budget}"):
                     continue
                 try:
@@ -227,25 +273,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line per system, budget and method; an error is kept as its inverse ratio."""
-    plain = {row["system"]: row["metrics"] for row in results if row["method"] == "plain"}
+    """One line per system, budget, method and figure."""
+    plain = {row["system"]: row for row in results if row["method"] == "plain"}
     rows = []
     for row in results:
-        for metric, value in row["metrics"].items():
-            before = plain[row["system"]][metric]
-            kept = before / value if metric == "RMSE" else value / before if before else None
-            rows.append(
-                {
-                    "system": row["system"],
-                    "budget": row.get("budget"),
-                    "method": row["method"] + (", detail maps" if row.get("maps") else ""),
-                    "blocks' multiply-adds, %": 100 * row["share"],
-                    "metric": metric,
-                    "value": value,
-                    "kept, %": kept and 100 * kept,
-                }
-            )
+        line = {
+            "system": row["system"],
+            "budget": row.get("budget"),
+            "method": row["method"] + (", detail maps" if row.get("maps") else ""),
+            "blocks' multiply-adds, %": 100 * row["share"],
+        }
+        if "latency_ms" in row:
+            rows.append({**line, "ms": row["latency_ms"]["median"], "speed-up": speedup(row)})
+        for metric, value in row.get("metrics", {}).items():
+            share = kept(metric, value, plain[row["system"]]["metrics"][metric])
+            rows.append({**line, "metric": metric, "value": value, "kept, %": share})
     return tabulate(rows, headers="keys", floatfmt=".4g")
+
+
+def kept(metric: str, value: float, plain: float) -> float | None:
+    """Percent of the plain model's metric; an error as its inverse ratio, a distance as none."""
+    if metric == "distance":
+        return None
+    return 100 * (plain / value if metric == "RMSE" else value / plain)
+
+
+def speedup(row: Mapping[str, Any]) -> float:
+    """How many times faster than the plain encoder."""
+    return 1 / row["latency_ms"]["ratio"]
 
 
 if __name__ == "__main__":
