@@ -77,14 +77,14 @@ def _blocks(*numbers: int) -> tuple[float, ...]:
 # Of the sweep, on encoders whose blocks take a sequence, and on those with windows.
 SWEEP: dict[str, tuple[Recipe, ...]] = {
     "sequence": (
-        *(Clusters(round(side / 24, 4)) for side in (10, 12, 14, 16, 18)),
+        *(Clusters(round(side / 24, 4)) for side in (12, 14, 16)),
         *(
             Merges(_blocks(*blocks), rounds)
             for rounds in (0, 1, 2)
-            for blocks in ((1, 4, 7), (0, 3, 6, 9), (2, 5, 8))
+            for blocks in ((1, 4, 7), (0, 3, 6, 9))
         ),
     ),
-    "windows": tuple(Clusters(round(side / 12, 4)) for side in (4, 5, 6, 7, 8)),
+    "windows": tuple(Clusters(round(side / 12, 4)) for side in (5, 6, 7, 8)),
 }
 # What the sweep chose: each method's recipe, by budget.
 CHOSEN: dict[str, dict[str, dict[float, Recipe]]] = {}
