@@ -89,7 +89,7 @@ def save(reduction: Reduction, path: Path) -> None:
     if correction is None:
         text = to_yaml(reduction)
     else:
-        from safetensors import TensorSpec, serialize_file  # safetensors.torch needs numpy to write
+        from safetensors import TensorSpec, serialize  # safetensors.torch needs numpy to write
 
         # Of its own name: a YAML that is there goes on with the tensors that it names.
         name = f"{path.stem}-{correction.digest[:12]}.safetensors"
@@ -105,7 +105,8 @@ def save(reduction: Reduction, path: Path) -> None:
             for key, tensor in tensors.items()
         }
         with replacing(path.with_name(name)) as partial:
-            serialize_file(specs, partial)
+            # Not serialize_file, whose files are for their owner alone.
+            partial.write_bytes(serialize(specs))
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

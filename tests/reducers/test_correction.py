@@ -151,6 +151,7 @@ def test_file_keeps_the_tensors_beside_it(tmp_path: Path) -> None:
     settings.save(path)
     (tensors,) = tmp_path.glob("*.safetensors")
     assert tensors.name in path.read_text() and len(list(tmp_path.iterdir())) == 2
+    assert tensors.stat().st_mode == path.stat().st_mode  # whoever reads the one reads the other
     assert Reduction.load(path) == settings
     with pytest.raises(ValueError, match="does not fit into a text"):
         settings.to_yaml()
