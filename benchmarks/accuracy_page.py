@@ -1,0 +1,203 @@
+"""Writes docs/accuracy.md and its plots from benchmarks/results/*-accuracy*.json.
+
+python -m benchmarks.accuracy_page
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from tabulate import tabulate
+
+from benchmarks.accuracy import SYSTEMS, kept, speedup
+from benchmarks.common import ROOT
+from expedite_d2.errors import cli
+from expedite_d2.files import replacing
+
+Row = Mapping[str, Any]
+
+TITLES = {
+    "segmenter": "Segmenter, ViT",
+    "dpt": "DPT, ViT",
+    "mask2former": "Mask2Former, Swin",
+    "htc": "HTC, Swin",
+    "panoptic_fpn": "Panoptic FPN, Swin",
+}
+# Colour and marker of each method, the same in every plot.
+STYLES = {
+    "clustering": ("tab:blue", "o"),
+    "merging": ("tab:green", "s"),
+    "grouped attention": ("tab:red", "D"),
+    "average pooling": ("tab:gray", "v"),
+    "ToMe": ("tab:brown", "^"),
+    "resized image": ("black", "x"),
+}
+
+
+def read(files: Iterable[Path]) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """The rows of each part of the benchmark, of two alike the later one, and the runs."""
+    runs = [json.loads(file.read_text()) for file in files]
+    runs = sorted((run for run in runs if not run["quick"]), key=lambda run: run["date"])
+    parts: dict[str, dict[str, dict[str, Any]]] = {"report": {}, "sweep": {}, "latency": {}}
+    for run in runs:
+        for row in run["results"]:
+            parts[run["part"]][_identity(row)] = row
+    return {part: list(rows.values()) for part, rows in parts.items()}, runs
+
+
+def _identity(row: Row) -> str:
+    return json.dumps([row["system"], row["method"], row.get("budget"), bool(row.get("maps"))])
+
+
+def name_of(row: Row) -> str:
+    """The method with or without detail maps."""
+    return row["method"] + (" + detail map" if row.get("maps") else "")
+
+
+def results(rows: Sequence[Row], latencies: Mapping[str, Row], system: str) -> str:
+    """A table of one system."""
+    found = [row for row in rows if row["system"] == system]
+    plain = next(row for row in found if row["method"] == "plain")
+    lines = []
+    for row in sorted(found, key=lambda row: -row.get("budget", 1.0)):
+        timed = latencies.get(_identity(row))
+        line: dict[str, Any] = {
+            "budget, %": f"{100 * row['budget']:.0f}" if "budget" in row else "",
+            "method": name_of(row),
+            "multiply-adds of the blocks, %": f"{100 * row['share']:.1f}",
+            "encoder's speed-up": f"{speedup(timed):.2f}" if timed else "",
+        }
+        for metric, value in row["metrics"].items():
+            share = kept(metric, value, plain["metrics"][metric])
+            unit = " to plain, m" if metric == "distance" else ""
+            line[f"{metric}{unit}"] = f"{value:.3f}" if share is None else f"{value:.2f}"
+            if metric == "RMSE":
+                line[metric] = f"{value:.3f}"
+            if share is not None:
+                line[f"{metric} kept, %"] = f"{share:.1f}"
+        lines.append(line)
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def swept(rows: Sequence[Row], system: str) -> str:
+    """A table of what was chosen from: the best first, for each budget."""
+    found = [row for row in rows if row["system"] == system]
+    plain = next(row for row in found if row["method"] == "plain")
+    metric = SYSTEMS[system].metrics[0][1]
+
+    def share(row: Row) -> float:
+        return kept(metric, row["metrics"][metric], plain["metrics"][metric]) or 0.0
+
+    reduced = [row for row in found if row["method"] != "plain"]
+    lines = [
+        {
+            "budget, %": f"{100 * row['budget']:.0f}",
+            "steps": "; ".join(_short(step) for step in row["steps"]),
+            "detail map": "yes" if row["maps"] else "",
+            "multiply-adds of the blocks, %": f"{100 * row['share']:.1f}",
+            f"{metric} kept, %": f"{share(row):.1f}",
+            **(
+                {"distance to plain, m": f"{row['metrics']['distance']:.3f}"}
+                if "distance" in row["metrics"]
+                else {}
+            ),
+        }
+        for row in sorted(reduced, key=lambda row: (-row["budget"], -share(row)))
+    ]
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _short(step: str) -> str:
+    """A step without the settings that are the same in all."""
+    return step.split(", iterations")[0].rstrip(")") + ")"
+
+
+def plot(rows: Sequence[Row], latencies: Mapping[str, Row], system: str, path: Path) -> None:
+    """Accuracy kept against multiply-adds and against the encoder's measured latency."""
+    found = [row for row in rows if row["system"] == system]
+    plain = next(row for row in found if row["method"] == "plain")
+    metric = SYSTEMS[system].metrics[0][1]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for method, (colour, marker) in STYLES.items():
+        for maps in (False, True):
+            points = [r for r in found if r["method"] == method and bool(r.get("maps")) is maps]
+            points.sort(key=lambda row: row["share"])
+            if not points:
+                continue
+            shares = [
+                kept(metric, row["metrics"][metric], plain["metrics"][metric]) for row in points
+            ]
+            style = {
+                "color": colour,
+                "marker": marker,
+                "linestyle": "--" if maps else "-",
+                "fillstyle": "none" if maps else "full",
+                "label": name_of(points[0]),
+            }
+            panels[0].plot([100 * row["share"] for row in points], shares, **style)
+            timed = [latencies.get(_identity(row)) for row in points]
+            if all(timed):
+                panels[1].plot([100 / speedup(row) for row in timed if row], shares, **style)
+    panels[0].set_xlabel("multiply-adds of the blocks, % of the plain encoder's")
+    panels[1].set_xlabel("latency of the encoder, % of the plain one's")
+    panels[0].set_ylabel(f"{metric} kept, %")
+    for panel in panels:
+        panel.axhline(99, color="lightgray", zorder=0)
+        panel.grid(alpha=0.2)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(TITLES[system])
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=100)
+    plt.close(figure)
+
+
+def page(parts: Mapping[str, Sequence[Row]], runs: Sequence[Row], text: str, folder: Path) -> str:
+    """The page: its text, in which {segmenter} and so on stand for the tables."""
+    latencies = {_identity(row): row for row in parts["latency"]}
+    filled = {}
+    for system in SYSTEMS:
+        rows = [row for row in parts["report"] if row["system"] == system]
+        if rows:
+            plot(rows, latencies, system, folder / f"{system}.png")
+            images = f"The first {rows[0]['images']} images of `{rows[0]['dataset']}`:"
+            picture = f"![{TITLES[system]}]({folder.name}/{system}.png)"
+            table = results(parts["report"], latencies, system)
+            filled[system] = f"### {TITLES[system]}\n\n{images}\n\n{table}\n\n{picture}"
+        else:
+            filled[system] = f"### {TITLES[system]}\n\nNot measured yet."
+        rows = [row for row in parts["sweep"] if row["system"] == system]
+        filled[f"{system}_sweep"] = (
+            f"{TITLES[system]}, {rows[0]['images']} images of `{rows[0]['dataset']}`:\n\n"
+            f"{swept(parts['sweep'], system)}"
+            if rows
+            else ""
+        )
+    last = runs[-1]
+    filled["machine"] = f"{last['device']}, torch {last['torch']}"
+    return text.format_map(filled)
+
+
+@cli
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/accuracy.md", metavar="FILE")
+    args = parser.parse_args(argv)
+    parts, runs = read(args.results.glob("*-accuracy*.json"))
+    if not runs:
+        raise ValueError(f"--results must hold files of benchmarks.accuracy, got {args.results}")
+    folder = args.output.parent / args.output.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (Path(__file__).parent / "accuracy_page.md").read_text(encoding="utf-8")
+    with replacing(args.output) as partial:
+        partial.write_text(page(parts, runs, text, folder), encoding="utf-8")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
