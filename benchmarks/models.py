@@ -2,11 +2,14 @@
 
     python -m benchmarks.models --part backbone --systems panoptic --sizes 1152x1152
     python -m benchmarks.models --part model --dtype bfloat16 --modes eager compiled --batch 1 8
+    python -m benchmarks.models --systems panoptic_half --maps
 
 Weights are random: they do not change the work. Baseline, expedited and, of a whole Mask2Former,
 transformers' own implementation run in turn, so that drifting clocks hit all alike. Before that
 ours are compared with transformers' outputs, and what was compiled with what was not.
-Efficiency is the measured speed-up divided by the ratio of the multiply-adds.
+Efficiency is the measured speed-up divided by the ratio of the multiply-adds. Of a backbone that
+is not compiled the profiler tells how long its calls reduce, group and reconstruct tokens, after
+the clock has stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +25,18 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.common import DTYPES, Call, Recorder, compiled, difference, measure, parser
-from benchmarks.systems import SYSTEMS, TITLES, config, outside, pair, run, sizes
+from benchmarks.overhead import overhead
+from benchmarks.systems import (
+    SYSTEMS,
+    TITLES,
+    WITH_DETAIL,
+    add_detail_maps,
+    config,
+    outside,
+    pair,
+    run,
+    sizes,
+)
 from expedite_d2.d2.comparison.cost import count_gflops
 from expedite_d2.errors import cli
 from expedite_d2.tools.latency import PeakMemory
@@ -97,6 +111,10 @@ def measure_job(
     }
     speedup = 1 / times["expedited"]["ratio"]
     ratio = gflops["baseline"] / gflops["expedited"]
+    if job["part"] == "backbone" and job["mode"] == "eager":
+        spent = overhead(calls["expedited"])
+        share = spent / times["baseline"]["median"]
+        runs["operators"] = {"milliseconds": spent, "share_of_baseline": share}
     return {
         **job,
         **runs,
@@ -119,6 +137,7 @@ def jobs(args: Any, name: str) -> list[dict[str, Any]]:
             "batch": batch,
             "dtype": dtype,
             "mode": mode,
+            **({"maps": True} if args.maps else {}),
         }
         for mode, size, batch, dtype in itertools.product(*axes)
     ]
@@ -133,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--batch", nargs="+", type=int, default=[1])
     arguments.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     arguments.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"])
+    arguments.add_argument(
+        "--maps", action="store_true", help="with detail maps (random), reconstruction residual"
+    )
     args = arguments.parse_args(argv)
     # Random weights are meant, and operators that are not counted are named once elsewhere.
     logging.getLogger("expedite_d2").setLevel(logging.ERROR)
@@ -142,14 +164,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         todo = [job for job in jobs(args, name) if not recorder.late(label(job))]
         if not todo:
             continue
-        cfg = config(SYSTEMS[name], args.device, args.quick)
+        cfg = config(SYSTEMS[name], args.device, args.quick, WITH_DETAIL if args.maps else [])
         models = pair(cfg)
-        gflops = {
-            size: {one: count_gflops(model, *size)[args.part] for one, model in models.items()}
-            for size in {tuple(job["size"]) for job in todo}
-        }
         if args.part == "model" and "mask2former" in SYSTEMS[name].config:
             models["transformers"] = outside(cfg, models)
+        if args.maps:
+            add_detail_maps(models["expedited"].backbone, todo[0]["size"])
+        gflops = {
+            size: {
+                one: count_gflops(models[one], *size)[args.part]
+                for one in ("baseline", "expedited")
+            }
+            for size in {tuple(job["size"]) for job in todo}
+        }
         for job in todo:
             if recorder.late(label(job)):
                 continue
@@ -172,7 +199,13 @@ def label(job: Mapping[str, Any]) -> str:
     """A job in one line."""
     height, width = job["size"]
     what = f"{job['system']} {job['part']} {height}x{width} batch {job['batch']}"
-    return f"{what} {job['dtype']} {job['mode']}"
+    maps = " with detail maps" if job.get("maps") else ""
+    return f"{what} {job['dtype']} {job['mode']}{maps}"
+
+
+def operators_share(row: Mapping[str, Any]) -> float | None:
+    """Percent of the baseline's time that our operators take in the expedited backbone."""
+    return 100 * row["operators"]["share_of_baseline"] if "operators" in row else None
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -180,7 +213,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     names = ("baseline", "expedited", "transformers")
     rows = [
         {
-            "system": TITLES[row["system"]],
+            "system": TITLES[row["system"]] + (", detail maps" if row.get("maps") else ""),
             "part": row["part"],
             "size": "x".join(map(str, row["size"])),
             "batch": row["batch"],
@@ -190,6 +223,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             "speed-up": row["speedup"],
             "multiply-adds": row["ratio_of_multiplyadds"],
             "efficiency": row["efficiency"],
+            "operators, % of the baseline": operators_share(row),
         }
         for row in results
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ from expedite_d2.d2.checkpoint import load_weights
 from expedite_d2.d2.comparison.compare import build_pair
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.modeling.meta_arch.mask2former_heads import mask2former_config
+from expedite_d2.reducers import Correction
+from expedite_d2.reducers.correction import fingerprint
+from expedite_d2.tools import on_meta
+from expedite_d2.tools.detail_maps import Subject
 
 # Ours computes the same as transformers' up to the order of float32 sums.
 TOLERANCE = 1e-3
@@ -53,6 +58,7 @@ _TINY_DPT = [
     *("MODEL.VIT.OUT_BLOCKS", [0, 1, 2, 3], "MODEL.DPT.NECK_CHANNELS", [8, 16, 24, 24]),
     *("MODEL.DPT.REASSEMBLE_FACTORS", [4, 2, 1, 0.5], "MODEL.DPT.FUSION_CHANNELS", 16),
 ]
+_MERGES = ["MODEL.EXPEDITE.MERGE_AT", [1, 2, 3]]
 
 SYSTEMS = {
     "panoptic": System(
@@ -76,6 +82,19 @@ SYSTEMS = {
         _TINY_SEGMENTER,
     ),
     "dpt": System("configs/kitti/depth/dpt_vit_hybrid_expedited.yaml", [(352, 1216)], _TINY_DPT),
+    "panoptic_half": System(
+        "configs/coco/panoptic/mask2former_swin_large_half.yaml",
+        [(1024, 1024), (1152, 1152)],
+        _TINY_MASK2FORMER,
+    ),
+    "segmenter_half": System(
+        "configs/ade20k/semantic/segmenter_vit_large_half.yaml",
+        [(640, 640)],
+        [*_TINY_SEGMENTER, *_MERGES],
+    ),
+    "dpt_half": System(
+        "configs/kitti/depth/dpt_vit_hybrid_half.yaml", [(352, 1216)], [*_TINY_DPT, *_MERGES]
+    ),
 }
 TITLES = {
     "panoptic": "Mask2Former Swin-L, COCO panoptic setting",
@@ -83,7 +102,15 @@ TITLES = {
     "instance": "Mask2Former Swin-L, COCO instance setting",
     "segmenter": "Segmenter ViT-L, ADE20K setting",
     "dpt": "DPT-hybrid, KITTI setting",
+    "panoptic_half": "Mask2Former Swin-L, COCO panoptic, half",
+    "segmenter_half": "Segmenter ViT-L, ADE20K, half",
+    "dpt_half": "DPT-hybrid, KITTI, half",
 }
+# What detail maps need of a config: the paper's settings replace the tokens' own detail, and its
+# Segmenter keeps the clusters up to the logits.
+WITH_DETAIL = [
+    *("MODEL.EXPEDITE.RECONSTRUCTION", "residual", "MODEL.SEGMENTER.PLACEMENT", "features"),
+]
 TINY_SIZE = (64, 96)
 
 
@@ -106,6 +133,28 @@ def pair(cfg: CfgNode) -> dict[str, Any]:
     for model in models:
         model.requires_grad_(False)
     return dict(zip(("baseline", "expedited"), models, strict=True))
+
+
+def add_detail_maps(backbone: Any, size: tuple[int, int]) -> None:
+    """Give an expedited backbone small random detail maps wherever its model reads it.
+
+    Args:
+        backbone: that reconstructs by "residual"; its weights are not loaded again.
+        size: of images with which the outputs that are read are found, on `meta`.
+    """
+    sketch = on_meta(backbone)
+    subject, images = Subject(sketch), torch.empty(1, 3, *size, device="meta")
+    with torch.inference_mode(), subject.outputs(subject.numbers) as outputs:
+        numbers = subject.read(lambda: sketch(images))
+    maps = {}
+    for number in numbers:
+        steps = sum(step.at <= number for step in subject.reduction.steps)
+        width = outputs[number].shape[-1]
+        maps[number] = (0.1 * width**-0.5 * torch.randn(steps, width, width), torch.zeros(width))
+    subject = Subject(backbone)
+    weights = fingerprint(subject.encoder)
+    assert weights is not None  # they are not on `meta`
+    subject.reduction = replace(subject.reduction, correction=Correction(maps, weights))
 
 
 class Outside(nn.Module):
