@@ -1,19 +1,23 @@
-"""Clustering against token merging (ToMe) and average pooling at equal multiply-adds.
+"""Our settings at half of the blocks' multiply-adds against other ways to the same cost.
 
-    python -m benchmarks.competitors --part speed
-    python -m benchmarks.competitors --part accuracy --images 50
+    python -m benchmarks.competitors --systems segmenter_half --dtype float32
 
-All are our own implementations (benchmarks/tome.py, benchmarks/pooling.py) on the same backbones,
-through the same attention. Token merging chooses how many pairs it merges in a block so that all
-blocks together cost what the expedited ones do; average pooling has the same grid as the clusters.
-Token merging needs global attention and positions that do not matter after the embedding: it runs
-on ViTs, not on Swin. Speed is that of the backbone with random weights, accuracy that of models
-with weights on the embedded scenes.
+Each costs at most what ours cost, with what it takes to choose and to undo it, and runs on the
+same weights through the same attention:
+
+- one-shot clustering; of a few cluster grids the one whose cost comes nearest;
+- average pooling on the grid of these clusters (benchmarks/pooling.py);
+- token merging, ToMe (benchmarks/tome.py), which needs global attention and positions that do not
+  matter after the embedding: it runs on ViTs, not on Swin;
+- the plain model on smaller images, whose features then are smaller, too.
+
+Speed is that of the backbone with random weights; benchmarks/accuracy.py has the accuracy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -23,73 +27,124 @@ from typing import Any, NamedTuple
 import torch
 from tabulate import tabulate
 
-from benchmarks.common import DTYPES, ROOT, Call, Recorder, measure, parser
+from benchmarks.common import DTYPES, Call, Recorder, measure, parser
 from benchmarks.models import flattened
 from benchmarks.pooling import average_pooled
 from benchmarks.systems import SYSTEMS, TITLES, config, pair, run, sizes
 from benchmarks.tome import block_multiplyadds, equal_schedule, merging
-from expedite_d2.d2 import CfgNode
-from expedite_d2.d2.comparison.compare import build_pair
-from expedite_d2.d2.comparison.cost import count_gflops
-from expedite_d2.d2.config import load_config
-from expedite_d2.d2.data import build_test_loader
-from expedite_d2.d2.evaluation import build_evaluators, inference_on_dataset
-from expedite_d2.d2.modeling.backbone.vit import ExpeditedViT
+from expedite_d2 import Reduction, describe
 from expedite_d2.errors import cli
+from expedite_d2.reducers import Merge
+from expedite_d2.tools.budget import Clusters, meet_budget
 
-SPEED = ("segmenter", "panoptic")
-# Each of them where its config has weights.
-ACCURACY = {
-    "scenes_panoptic": "configs/scenes/panoptic/mask2former_swin_mini_expedited.yaml",
-    "scenes_semantic": "configs/scenes/semantic/segmenter_vit_mini_expedited.yaml",
-}
-# Features come back at full resolution, by this package's own settings: the same for all rivals.
-OURS = [
-    *("MODEL.EXPEDITE.TOPK", 4, "MODEL.EXPEDITE.TEMPERATURE", 0.0),
-    *("MODEL.EXPEDITE.RECONSTRUCTION", "residual", "MODEL.SEGMENTER.PLACEMENT", "features"),
-]
+CHOSEN = ("segmenter_half", "panoptic_half")
+# Sides of one-shot clusters, as shares of the image's; the budget decides how many blocks run on
+# them, a whole number.
+SIDES = (0.5, 0.6, 0.7, 0.8)
+
+Size = tuple[int, int]
 
 
 class Method(NamedTuple):
     """A way to a cheaper backbone.
 
     Attributes:
-        model: which of the pair it runs on.
-        gflops: of the backbone, for one image.
+        model: what runs.
+        size: rows and columns of its images.
+        gflops: giga multiply-adds of its backbone for one of them.
         entered: what must be entered while it runs.
     """
 
     model: Any
+    size: Size
     gflops: float
     entered: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
-def methods(models: Mapping[str, Any], height: int, width: int) -> dict[str, Method]:
-    """All methods that the backbone takes, the baseline first.
+def methods(models: Mapping[str, Any], size: Size) -> dict[str, Method]:
+    """All methods that the backbone takes, the baseline first and ours after it.
 
     Args:
-        models: "baseline" and "expedited".
-        height, width: of the images; merging is planned for their number of tokens.
+        models: "baseline" and "expedited", whose cost is the others' budget.
+        size: rows and columns of the images.
     """
-    baseline, expedited = models["baseline"], models["expedited"]
-    whole, ours = (count_gflops(m, height, width)["backbone"] for m in (baseline, expedited))
+    baseline, ours = models["baseline"], models["expedited"]
+    whole, budget = gflops(baseline, size), gflops(ours, size)
+    found = {"baseline": Method(baseline, size, whole)}
+    clustered = Method(ours, size, budget)
+    if isinstance(ours.backbone.reduction.steps[0], Merge):
+        grouped = ours.backbone.reduction.steps[0].rounds > 0
+        found["merging, grouped attention" if grouped else "merging"] = clustered
+        clustered = one_shot(baseline, size, describe(ours.backbone, size).share)
+    found["clustering"] = clustered
     with average_pooled():
-        pooled = count_gflops(expedited, height, width)["backbone"]
-    result = {
-        "baseline": Method(baseline, whole),
-        "clustering": Method(expedited, ours),
-        "average pooling": Method(expedited, pooled, average_pooled),
-    }
-    if isinstance(baseline.backbone, ExpeditedViT):
-        vit, stride = baseline.backbone.vit, baseline.backbone.size_divisibility
-        tokens = -(-height // stride) * -(-width // stride) + vit.num_prefix_tokens
-        all_blocks = block_multiplyadds(vit, tokens, [0] * len(vit.blocks))
-        schedule = equal_schedule(vit, tokens, all_blocks - 1e9 * (whole - ours))
-        spared = all_blocks - block_multiplyadds(vit, tokens, schedule)
-        result["token merging"] = Method(
-            baseline, whole - spared / 1e9, lambda: merging(vit, schedule)
-        )
-    return result
+        pooled = gflops(clustered.model, size)
+    found["average pooling"] = Method(clustered.model, size, pooled, average_pooled)
+    if hasattr(baseline.backbone, "vit"):
+        found["token merging (ToMe)"] = token_merging(baseline, size, whole, budget)
+    smaller = smaller_size(baseline, size, budget)
+    found["smaller images"] = Method(baseline, smaller, gflops(baseline, smaller))
+    return found
+
+
+def gflops(model: Any, size: Size) -> float:
+    """Giga multiply-adds of a model's backbone for one image."""
+    return describe(model.backbone, size).reduced_multiply_adds / 1e9
+
+
+def one_shot(baseline: Any, size: Size, share: float) -> Method:
+    """Clustering that leaves at most a share of the blocks' multiply-adds.
+
+    Raises:
+        ValueError: no grid of `SIDES` is small enough.
+    """
+    found = []
+    for side in SIDES:
+        with contextlib.suppress(ValueError):  # a grid that is too large for the share
+            settings = meet_budget(baseline.backbone, Clusters(side), share, size)
+            model = twin(baseline, settings)
+            found.append(Method(model, size, gflops(model, size)))
+    if not found:
+        raise ValueError(f"no clusters leave {share:.3f} of the blocks' multiply-adds")
+    return max(found, key=lambda method: method.gflops)
+
+
+def twin(model: Any, reduction: Reduction) -> Any:
+    """A copy with the same parameter tensors and other settings."""
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+    copied.backbone.reduction = reduction
+    return copied
+
+
+def token_merging(baseline: Any, size: Size, whole: float, budget: float) -> Method:
+    """ToMe on a ViT, the same number of pairs in each block.
+
+    Args:
+        baseline: the plain model.
+        size: rows and columns of the images.
+        whole, budget: giga multiply-adds of the plain backbone and of the merging one.
+    """
+    vit, stride = baseline.backbone.vit, baseline.backbone.size_divisibility
+    tokens = -(-size[0] // stride) * -(-size[1] // stride) + vit.num_prefix_tokens
+    blocks = block_multiplyadds(vit, tokens, [0] * len(vit.blocks))
+    schedule = equal_schedule(vit, tokens, blocks - 1e9 * (whole - budget))
+    spared = blocks - block_multiplyadds(vit, tokens, schedule)
+    return Method(baseline, size, whole - spared / 1e9, lambda: merging(vit, schedule))
+
+
+def smaller_size(baseline: Any, size: Size, budget: float) -> Size:
+    """The largest size at which the plain backbone keeps to a budget of giga multiply-adds.
+
+    Its sides are multiples of what the backbone divides images by, and shrink in turn.
+    """
+    step = baseline.backbone.size_divisibility
+    height, width = size
+    while gflops(baseline, (height, width)) > budget:
+        if height / size[0] >= width / size[1]:
+            height -= step
+        else:
+            width -= step
+    return height, width
 
 
 def call_of(method: Method, dtype: str, images: torch.Tensor) -> Call:
@@ -111,110 +166,58 @@ def call_of(method: Method, dtype: str, images: torch.Tensor) -> Call:
     return call
 
 
-def speed(recorder: Recorder, args: Any) -> None:
-    """Latency of the backbone with each method, all in turn."""
-    for name in args.systems:
-        system = SYSTEMS[name]
-        cfg = config(system, args.device, args.quick, OURS)
-        height, width = sizes(system, args.quick)[0]
-        models = pair(cfg)
-        found = methods(models, height, width)
-        for batch, dtype in itertools.product(args.batch, args.dtype):
-            row = {"part": "speed", "system": name, "size": [height, width], "batch": batch}
-            if recorder.late(f"{row} {dtype}"):
-                continue
-            images = torch.randn(batch, 3, height, width, device=args.device)
-            calls = {one: call_of(method, dtype, images) for one, method in found.items()}
-            warmup = 0 if args.device == "cpu" else 2  # every call has run once
-            times = measure(calls, args.device, args.rounds, warmup=warmup, quick=args.quick)
-            recorder.add(
-                {
-                    **row,
-                    "dtype": dtype,
-                    "methods": {
-                        one: {
-                            "latency_ms": times[one],
-                            "gflops": method.gflops,
-                            "speedup": 1 / times[one]["ratio"],
-                        }
-                        for one, method in found.items()
-                    },
-                }
-            )
-
-
-def accuracy(recorder: Recorder, args: Any) -> None:
-    """Metrics of models with weights on the embedded scenes, the first images of the data set."""
-    for name, path in ACCURACY.items():
-        cfg: CfgNode = load_config(str(ROOT / path), ["MODEL.DEVICE", args.device, *OURS])
-        if not cfg.MODEL.WEIGHTS:
-            recorder.skipped.append(f"accuracy {name}: {path} has no weights")
-            continue
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        dataset = cfg.DATASETS.TEST[0]
-        models = dict(zip(("baseline", "expedited"), build_pair(cfg), strict=True))
-        batches = list(itertools.islice(build_test_loader(cfg, dataset), args.images))
-        # Most images are landscapes of one size; merging is planned for those.
-        height, width = batches[0][0]["image"].shape[-2:]
-        row = {"part": "accuracy", "system": name, "images": len(batches)}
-        results = {}
-        for one, method in methods(models, height, width).items():
-            if recorder.late(f"{row} {one}"):
-                continue
-            with method.entered():
-                metrics = inference_on_dataset(
-                    method.model, batches, build_evaluators(cfg, dataset)
-                )
-            results[one] = {"gflops": method.gflops, "metrics": metrics}
-        recorder.add({**row, "dtype": cfg.TEST.DTYPE, "dataset": dataset, "methods": results})
-
-
 @cli
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__ or "")
-    parts = {"speed": speed, "accuracy": accuracy}
-    arguments.add_argument("--part", nargs="+", choices=parts, default=["speed"])
-    arguments.add_argument("--systems", nargs="+", choices=SPEED, default=SPEED)
+    arguments.add_argument("--systems", nargs="+", choices=CHOSEN, default=CHOSEN)
     arguments.add_argument("--batch", nargs="+", type=int, default=[1])
     arguments.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    arguments.add_argument("--images", type=int, default=50, help="of the data set (default 50)")
     args = arguments.parse_args(argv)
     logging.getLogger("expedite_d2").setLevel(logging.ERROR)
     recorder = Recorder("competitors", args)
-    for part in args.part:
-        parts[part](recorder, args)
+    for name in args.systems:
+        size = sizes(SYSTEMS[name], args.quick)[0]
+        found = methods(pair(config(SYSTEMS[name], args.device, args.quick)), size)
+        for batch, dtype in itertools.product(args.batch, args.dtype):
+            row = {"system": name, "size": list(size), "batch": batch, "dtype": dtype}
+            if recorder.late(str(row)):
+                continue
+            calls = {
+                one: call_of(method, dtype, torch.randn(batch, 3, *method.size, device=args.device))
+                for one, method in found.items()
+            }
+            warmup = 0 if args.device == "cpu" else 2  # every call has run once
+            times = measure(calls, args.device, args.rounds, warmup=warmup, quick=args.quick)
+            timed = {
+                one: {
+                    "size": list(method.size),
+                    "gflops": method.gflops,
+                    "latency_ms": times[one],
+                    "speedup": 1 / times[one]["ratio"],
+                }
+                for one, method in found.items()
+            }
+            recorder.add({**row, "methods": timed})
     recorder.finish(table(recorder.results))
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """One line a method."""
-    rows = []
-    for row in results:
-        for name, method in row["methods"].items():
-            latency = method.get("latency_ms", {})
-            metrics = method.get("metrics", {})
-            rows.append(
-                {
-                    "system": TITLES.get(row["system"], row["system"]),
-                    "batch": row.get("batch"),
-                    "dtype": row["dtype"],
-                    "method": name,
-                    "G multiply-adds": method["gflops"],
-                    "ms": latency.get("median"),
-                    "speed-up": method.get("speedup"),
-                    **{key: value for key, value in headlines(metrics).items()},
-                }
-            )
+    rows = [
+        {
+            "system": TITLES[row["system"]],
+            "batch": row["batch"],
+            "dtype": row["dtype"],
+            "method": name,
+            "size": "x".join(map(str, method["size"])),
+            "G multiply-adds": method["gflops"],
+            "ms": method["latency_ms"]["median"],
+            "speed-up": method["speedup"],
+        }
+        for row in results
+        for name, method in row["methods"].items()
+    ]
     return tabulate(rows, headers="keys", floatfmt=".4g")
-
-
-def headlines(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The metric that each task is judged by."""
-    wanted = {"panoptic_seg": "PQ", "sem_seg": "mIoU", "segm": "AP"}
-    return {
-        wanted[task]: values[wanted[task]] for task, values in metrics.items() if task in wanted
-    }
 
 
 if __name__ == "__main__":

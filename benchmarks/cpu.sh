@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# The benchmarks at sizes for a few quiet CPU cores, about two hours on two:
+# The benchmarks at sizes for a few quiet CPU cores, about three hours on two:
 #
-#     benchmarks/cpu.sh [operators|backbones|models|competitors ...]      default: all of them
+#     benchmarks/cpu.sh [SECTION ...]      default: all of them
+#
+#     operators      kernels against reference, torch.compile, dense formulation
+#     backbones      every backbone, baseline against expedited, at the paper's settings
+#     models         whole Mask2Former up to its logits, and transformers' own
+#     half           backbones at half of the blocks' multiply-adds
+#     half-models    whole Mask2Former at that setting, and transformers' own
+#     maps           Swin-L with detail maps, at both settings
+#     competitors    other ways to half of the multiply-adds
 #
 # Results go to $OUT (default benchmarks/results) as cpu-SECTION.json: `python -m benchmarks.report`
 # makes docs/performance.md of them.
@@ -17,8 +25,9 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268
 # Weights and tokens on pages of 2 MiB, where the system gives them on request.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
+SECTIONS="operators backbones models half half-models maps competitors"
 sections=("$@")
-[ ${#sections[@]} -gt 0 ] || sections=(operators backbones models competitors)
+[ ${#sections[@]} -gt 0 ] || read -ra sections <<<"$SECTIONS"
 
 benchmark() {
   local section=$1 name=$2
@@ -62,12 +71,23 @@ for section in "${sections[@]}"; do
       benchmark models-bfloat16 models --part model --rounds 5 --systems panoptic \
         --sizes 1024x1024 --dtype bfloat16
       ;;
+    half)
+      benchmark half-vit models --part backbone --rounds 5 --systems segmenter_half dpt_half
+      benchmark half-swin models --part backbone --rounds 5 --systems panoptic_half
+      ;;
+    half-models)
+      benchmark half-models models --part model --rounds 5 --systems panoptic_half \
+        --sizes 1024x1024 --dtype float32
+      ;;
+    maps)
+      benchmark maps models --part backbone --rounds 7 --systems panoptic panoptic_half \
+        --sizes 1152x1152 --dtype float32 --maps
+      ;;
     competitors)
-      benchmark competitors competitors --part speed accuracy --systems segmenter --rounds 2 \
-        --dtype float32 --images 30
+      benchmark competitors competitors --rounds 5 --dtype float32
       ;;
     *)
-      echo "usage: benchmarks/cpu.sh [operators|backbones|models|competitors ...]" >&2
+      echo "usage: benchmarks/cpu.sh [${SECTIONS// /|} ...]" >&2
       exit 2
       ;;
   esac

@@ -4,11 +4,14 @@
 #     benchmarks/gpu.sh tests               build, and all tests that run on the GPU
 #     benchmarks/gpu.sh sanitizers          the operators' tests under compute-sanitizer
 #     benchmarks/gpu.sh operators           kernels against reference, torch.compile, dense formulation
-#     benchmarks/gpu.sh backbones           every backbone, baseline against expedited
+#     benchmarks/gpu.sh backbones           every backbone, baseline against expedited, the paper's settings
 #     benchmarks/gpu.sh backbones-compiled  the same under torch.compile, Swin-L at 1152x1152 first
 #     benchmarks/gpu.sh models              whole models up to their logits, and transformers' own
 #     benchmarks/gpu.sh models-compiled     the same under torch.compile
-#     benchmarks/gpu.sh competitors         against token merging and average pooling; accuracy
+#     benchmarks/gpu.sh half                backbones at half of the blocks' multiply-adds
+#     benchmarks/gpu.sh half-models         whole models at that setting, and transformers' own
+#     benchmarks/gpu.sh maps                Swin-L with detail maps, at both settings
+#     benchmarks/gpu.sh competitors         other ways to half of the multiply-adds
 #
 # Further arguments go to the section's benchmark: `gpu.sh backbones --systems dpt --batch 32`, and
 # `gpu.sh sanitizers racecheck` runs that tool alone. What there was no time for is listed in the
@@ -20,7 +23,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-SECTIONS="tests sanitizers operators backbones backbones-compiled models models-compiled competitors"
+SECTIONS="tests sanitizers operators backbones backbones-compiled models models-compiled half"
+SECTIONS+=" half-models maps competitors"
+PAPER="panoptic semantic instance segmenter dpt"  # systems at the paper's settings
+HALF="panoptic_half segmenter_half dpt_half"
 section=${1:-}
 case " $SECTIONS " in
   *" ${section:-none} "*) shift ;;
@@ -119,10 +125,10 @@ case "$section" in
       --cases swin_l_1152 vit_l_640 swin_l_1152_batch8 dpt_352x1216 "$@"
     ;;
   backbones)
-    benchmark "$section" models --part backbone --batch 1 8 "$@"
+    benchmark "$section" models --part backbone --systems $PAPER --batch 1 8 "$@"
     ;;
   backbones-compiled)
-    benchmark "$section" models --part backbone --batch 1 8 --modes compiled "$@"
+    benchmark "$section" models --part backbone --systems $PAPER --batch 1 8 --modes compiled "$@"
     ;;
   models)
     benchmark "$section" models --part model --systems panoptic segmenter dpt --batch 1 8 "$@"
@@ -130,7 +136,17 @@ case "$section" in
   models-compiled)
     benchmark "$section" models --part model --systems panoptic segmenter dpt --modes compiled "$@"
     ;;
+  half)
+    benchmark "$section" models --part backbone --systems $HALF --batch 1 8 "$@"
+    ;;
+  half-models)
+    benchmark "$section" models --part model --systems $HALF --batch 1 8 "$@"
+    ;;
+  maps)
+    benchmark "$section" models --part backbone --systems panoptic panoptic_half --batch 1 8 \
+      --maps "$@"
+    ;;
   competitors)
-    benchmark "$section" competitors --part accuracy speed --batch 1 8 --images 200 "$@"
+    benchmark "$section" competitors --batch 1 8 "$@"
     ;;
 esac

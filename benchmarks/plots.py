@@ -80,22 +80,27 @@ def models(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def competitors(rows: Sequence[Row]) -> Figure | None:
+def competitors(rows: Sequence[Row]) -> Figure:
     """Speed-up of each method, by system and arithmetic."""
-    rows = [row for row in rows if row["part"] == "speed"]
-    if not rows:
-        return None
-    names = list(dict.fromkeys(name for row in rows for name in row["methods"]))[1:]
+    most = sorted(rows, key=lambda row: -len(row["methods"]))
+    named = dict.fromkeys(name for row in most for name in row["methods"])
+    names = [name for name in named if name != "baseline"]
+    height = 0.8 / len(names)
     labels = [f"{TITLES[r['system']]}\n{r['dtype']}, batch {r['batch']}" for r in rows]
-    figure, panel = plt.subplots(figsize=(6.5, 1 + 0.9 * len(rows)))
-    for place, name in enumerate(names):
-        values = [row["methods"].get(name, {}).get("speedup", np.nan) for row in rows]
-        panel.barh(np.arange(len(rows)) + 0.25 * (place - 1), values, 0.25, label=name)
+    figure, panel = plt.subplots(figsize=(9, 1.2 + 1.1 * len(rows)))
+    for line, row in enumerate(rows):
+        found = [name for name in names if name in row["methods"]]
+        for place, name in enumerate(found):
+            y = line + height * (place - (len(found) - 1) / 2)
+            speedup = row["methods"][name]["speedup"]
+            panel.barh(y, speedup, height, color=f"C{names.index(name)}")
+    for number, name in enumerate(names):
+        panel.barh(0, 0, color=f"C{number}", label=name)
     panel.axvline(1, color="0.6", linestyle="--")
     panel.set_yticks(range(len(rows)), labels)
     panel.invert_yaxis()
     panel.set_xlabel("speed-up of the backbone at equal multiply-adds")
-    panel.legend()
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from benchmarks import plots
 from benchmarks.common import ROOT
-from benchmarks.competitors import headlines
+from benchmarks.models import operators_share
 from benchmarks.operators import floor
 from benchmarks.systems import TITLES
 from expedite_d2.errors import cli
@@ -52,14 +52,28 @@ How the numbers come about:
   them in float32, transformers' and the operators' rivals in bfloat16.
 - Efficiency is the measured speed-up divided by the ratio of the multiply-adds: 1 where every
   multiply-add that is spared is felt. Weights are random, which changes no work.
+- "Half" are the settings at half of the blocks' multiply-adds (`configs/**/*_half.yaml`): merging
+  with grouped attention on ViTs, 6x6 clusters a window on Swin. "Detail maps" has, beside the
+  residual reconstruction, the products of a detail map at every output that the model reads.
+- "Operators, % of the baseline" is the time in which the expedited backbone clusters or merges,
+  averages over groups and reads what the groups were given, and reconstructs, detail maps
+  included: by the profiler in the same run, divided by the baseline's median. What the tokens that
+  are left take is not in it.
+- "transformers / expedited" divides the two ratios to the baseline.
+"""
+
+COMPETITORS = """\
+Backbones with random weights. Ours run at the settings that the system's name tells; the others
+cost as many multiply-adds, or a little less where their settings have no finer steps: one-shot
+clustering, average pooling on the grid of these clusters, token merging (ToMe: as many pairs in
+each block), and the plain model on images made smaller, whose features are smaller, too. To resize
+the images is not in the time. All are our own implementations and run through the same attention.
 """
 
 # What makes two results the same measurement.
-IDENTITY = (
-    *("case", "operator", "part", "system", "size", "mode", "dtype", "batch"),
-    *("dataset", "images"),
-)
+IDENTITY = ("case", "operator", "part", "system", "size", "mode", "dtype", "batch", "maps")
 
+SHARE = "operators, % of the baseline"
 EMPTY = "\nNo results have been recorded yet.\n"
 
 
@@ -117,6 +131,13 @@ def milliseconds(times: Mapping[str, float] | None) -> str | None:
     return f"{median} ({least} to {most})"
 
 
+def without_empty(rows: Sequence[Row], column: str) -> Sequence[Row]:
+    """The rows without a column in which none of them has anything."""
+    if any(row[column] for row in rows):
+        return rows
+    return [{k: v for k, v in row.items() if k != column} for row in rows]
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
@@ -162,10 +183,7 @@ def operator_section(device: str, rows: Sequence[Row]) -> str:
                     **{f"{o} / kernel": times[o]["ratio"] if o in times else None for o in others},
                 }
             )
-        graphs = any(row["in a graph, ms"] for row in body)
-        if not graphs:
-            body = [{k: v for k, v in row.items() if k != "in a graph, ms"} for row in body]
-        lines += [f"{dtype}:", table(body)]
+        lines += [f"{dtype}:", table(without_empty(body, "in a graph, ms"))]
     return "\n\n".join(lines)
 
 
@@ -175,7 +193,7 @@ def model_section(rows: Sequence[Row], part: str) -> str:
     for row in (row for row in rows if row["part"] == part):
         outside = row.get("transformers")
         line = {
-            "system": TITLES[row["system"]],
+            "system": TITLES[row["system"]] + (", detail maps" if row.get("maps") else ""),
             "size": "×".join(map(str, row["size"])),
             "batch": row["batch"],
             "arithmetic": f"{row['dtype']}, {row['mode']}",
@@ -184,34 +202,34 @@ def model_section(rows: Sequence[Row], part: str) -> str:
             "speed-up": row["speedup"],
             "multiply-adds": row["ratio_of_multiplyadds"],
             "efficiency": row["efficiency"],
+            SHARE: operators_share(row),
         }
         if part == "model":
             line["transformers, ms"] = milliseconds(outside and outside["latency_ms"])
             ratio = outside["latency_ms"]["ratio"] if outside else None
             line["transformers / baseline"] = ratio
+            line["transformers / expedited"] = ratio and ratio * row["speedup"]
         body.append(line)
-    return table(body)
+    return table(without_empty(body, SHARE))
 
 
 def competitor_section(rows: Sequence[Row]) -> str:
-    """Speed, then accuracy, of clustering, token merging and average pooling."""
-    speed, accuracy = [], []
-    for row in rows:
-        title = TITLES.get(row["system"], row["system"].replace("_", ", "))
-        for name, method in row["methods"].items():
-            head = {"system": title, "method": name, "G multiply-adds": method["gflops"]}
-            if row["part"] == "speed":
-                where = {"batch": row["batch"], "arithmetic": row["dtype"]}
-                times = {"ms": milliseconds(method["latency_ms"]), "speed-up": method["speedup"]}
-                speed.append({**head, **where, **times})
-            else:
-                accuracy.append({**head, "images": row["images"], **headlines(method["metrics"])})
-    parts = []
-    if speed:
-        parts += ["Latency of the backbone, random weights:", table(speed)]
-    if accuracy:
-        parts += ["Accuracy of the small models on the embedded scenes:", table(accuracy, ".4g")]
-    return "\n\n".join(parts)
+    """Ways to one cost: their latency."""
+    body = [
+        {
+            "system": TITLES[row["system"]],
+            "batch": row["batch"],
+            "arithmetic": row["dtype"],
+            "method": name,
+            "size": "×".join(map(str, method.get("size", row["size"]))),
+            "G multiply-adds": method["gflops"],
+            "ms": milliseconds(method["latency_ms"]),
+            "speed-up": method["speedup"],
+        }
+        for row in rows
+        for name, method in row["methods"].items()
+    ]
+    return f"{COMPETITORS}\n{table(body)}"
 
 
 def page(results: Mapping[str, Mapping[str, list[Row]]], folder: Path, base: Path) -> str:
@@ -242,7 +260,7 @@ def page(results: Mapping[str, Mapping[str, list[Row]]], folder: Path, base: Pat
             rows = found["competitors"]
             image = plot(plots.competitors(rows), f"competitors-{number}")
             text = competitor_section(rows)
-            sections.append(f"\n### Clustering, token merging, average pooling\n\n{text}\n{image}")
+            sections.append(f"\n### Rivals at equal multiply-adds\n\n{text}\n{image}")
     return "".join(sections if results else [*sections, EMPTY])
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,14 @@ from torch.nn import functional as F
 
 from benchmarks import accuracy, common, competitors, models, operators, report, tome
 from benchmarks.operator_table import CASES, TOKENS, make_inputs
+from benchmarks.overhead import overhead
 from benchmarks.pooling import average_pool, average_pooled
-from benchmarks.systems import SYSTEMS, config
+from benchmarks.systems import SYSTEMS, TINY_SIZE, WITH_DETAIL, add_detail_maps, config, pair
 from expedite_d2._ext import ext_error, has_ext
 from expedite_d2.d2 import build_model
+from expedite_d2.d2.comparison.cost import count_gflops
 from expedite_d2.d2.config import load_config
+from expedite_d2.profiling import profiler_range
 from expedite_d2.reducers import Cluster, Grid, reconstruct
 from expedite_d2.tools import count_multiply_adds
 
@@ -35,6 +39,10 @@ QUICK = ["--quick", "--device", "cpu", "--rounds", "2"]
 RUNS: dict[str, tuple[Any, list[str]]] = {
     "operators": (operators, ["--modes", "reference", "released"]),
     "backbones": (models, ["--part", "backbone", "--systems", "semantic", "segmenter"]),
+    "maps": (
+        models,
+        ["--systems", "panoptic", "segmenter_half", "dpt_half", "--dtype", "float32", "--maps"],
+    ),
     "models": (
         models,
         ["--part", "model", "--systems", "panoptic", "dpt", "--dtype", "float32"],
@@ -187,6 +195,53 @@ def test_backbones(ran: Callable[[str], Ran]):
     for row in written["results"]:
         assert row["efficiency"] == pytest.approx(row["speedup"] / row["ratio_of_multiplyadds"])
         assert row["baseline"]["gflops"] > row["expedited"]["gflops"] > 0
+        spent = row["operators"]["share_of_baseline"] * row["baseline"]["latency_ms"]["median"]
+        assert spent == pytest.approx(row["operators"]["milliseconds"]) and spent > 0
+
+
+def test_detail_maps_are_timed_and_told(ran: Callable[[str], Ran]):
+    run = ran("maps")
+    assert len(run.written["results"]) == 3 and not run.written["skipped"]
+    assert all(row["maps"] and row["expedited"]["gflops"] > 0 for row in run.written["results"])
+    assert run.printed.count(" with detail maps: ") == 3
+    assert run.printed.count(", detail maps ") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("segmenter_half", {3: 3}),  # the last block's output, after three merges
+        ("segmenter", {3: 1}),
+        ("dpt_half", {1: 1, 2: 2, 3: 3}),  # of the four blocks that are read, those in the span
+        ("panoptic_half", {3: 1}),  # the end of the third stage
+    ],
+)
+def test_detail_maps_are_where_a_model_reads(name: str, steps: dict[int, int]):
+    models = pair(config(SYSTEMS[name], "cpu", True, WITH_DETAIL))
+    model, images = models["expedited"], torch.randn(1, 3, *TINY_SIZE)
+    before, outputs = count_gflops(model, *TINY_SIZE)["backbone"], model.backbone(images)
+    add_detail_maps(model.backbone, TINY_SIZE)
+    maps = model.backbone.reduction.correction.maps
+    assert {number: len(weights) for number, (weights, _) in maps.items()} == steps
+    assert count_gflops(model, *TINY_SIZE)["backbone"] > before
+    changed = model.backbone(images)
+    assert any(not torch.equal(changed[name], outputs[name]) for name in outputs)
+
+
+def test_overhead_is_what_reduces_groups_and_reconstructs():
+    x, places = torch.randn(1, 6, 8), torch.zeros(1, 6, dtype=torch.int32)
+
+    def call() -> None:
+        with profiler_range("expedite_d2.low_blocks", x):
+            time.sleep(0.3)
+            with profiler_range("expedite_d2.reduce", x):
+                with profiler_range("expedite_d2.reconstruct", x):  # is not counted twice
+                    time.sleep(0.1)
+
+    assert 100 <= overhead(call) < 190
+    assert overhead(lambda: x + x) == 0
+    alone = overhead(lambda: torch.ops.expedite_d2.token_pool(x, places, 1))
+    assert 0 < alone < 100
 
 
 @pytest.mark.slow
@@ -224,15 +279,39 @@ def test_model_that_fails_is_told_and_ends_in_an_error(
 
 def test_competitors_cost_the_same(ran: Callable[[str], Ran]):
     rows = {row["system"]: row["methods"] for row in ran("competitors").written["results"]}
-    names = ["baseline", "clustering", "average pooling"]
-    assert list(rows["panoptic"]) == names
-    assert list(rows["segmenter"]) == [*names, "token merging"]
+    on_swin = ["baseline", "clustering", "average pooling", "smaller images"]
+    on_vit = ["baseline", "merging, grouped attention", *on_swin[1:3], "token merging (ToMe)"]
+    assert list(rows["panoptic_half"]) == on_swin
+    assert list(rows["segmenter_half"]) == [*on_vit, "smaller images"]
     for methods in rows.values():
-        cost = {name: method["gflops"] for name, method in methods.items()}
-        assert cost["average pooling"] <= cost["clustering"] < cost["baseline"]
-    merging, clustering = (rows["segmenter"][n]["gflops"] for n in ("token merging", "clustering"))
+        whole, ours, *others = (method["gflops"] for method in methods.values())
+        assert ours < whole and all(0.5 * ours < cost <= ours for cost in others)
+        sizes = {name: tuple(method["size"]) for name, method in methods.items()}
+        assert sizes.pop("smaller images") < TINY_SIZE and set(sizes.values()) == {TINY_SIZE}
+    costs = [rows["segmenter_half"][n]["gflops"] for n in ("token merging (ToMe)", on_vit[1])]
     # One pair more or less is a lot of 25 tokens.
-    assert 0.85 * clustering < merging <= clustering
+    assert 0.85 * costs[1] < costs[0]
+
+
+def test_images_shrink_until_they_meet_the_budget():
+    baseline = pair(config(SYSTEMS["segmenter_half"], "cpu", quick=True))["baseline"]
+    budget = 0.5 * competitors.gflops(baseline, (128, 256))
+    height, width = competitors.smaller_size(baseline, (128, 256), budget)
+    assert height % 16 == width % 16 == 0 and abs(2 * height - width) <= 32
+    assert competitors.gflops(baseline, (height, width)) <= budget
+    assert competitors.gflops(baseline, (height + 16, width + 16)) > budget
+
+
+def test_other_settings_share_the_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(competitors, "SIDES", (0.5,))
+    baseline = pair(config(SYSTEMS["segmenter_half"], "cpu", quick=True))["baseline"]
+    method = competitors.one_shot(baseline, (128, 128), 0.9)
+    assert baseline.backbone.reduction is None
+    assert isinstance(method.model.backbone.reduction.cluster, Cluster)
+    theirs = dict(method.model.named_parameters())
+    assert all(theirs[name] is tensor for name, tensor in baseline.named_parameters())
+    with pytest.raises(ValueError, match="no clusters leave 0.01"):
+        competitors.one_shot(baseline, (128, 128), 0.01)
 
 
 @needs_kernels
@@ -242,9 +321,11 @@ def test_report_has_all_sections_and_plots(ran: Callable[[str], Ran], tmp_path: 
     page = tmp_path / "performance.md"
     report.main(["--results", str(tmp_path), "--output", str(page)])
     text = page.read_text()
-    sections = ["### Operators", "### Backbones", "### Whole models", "### Clustering, token"]
+    sections = ["### Operators", "### Backbones", "### Whole models", "### Rivals at"]
     assert [text.count(section) for section in sections] == [1, 1, 1, 1]
     assert "tiny sizes, no measurement" in text and "token_cluster" in text
+    assert "operators, % of the baseline" in text and "transformers / expedited" in text
+    assert text.count("ADE20K, half, detail maps") == 1 and "| smaller images" in text
     linked = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(linked) == 4 and all((tmp_path / link).stat().st_size > 1000 for link in linked)
 
@@ -260,6 +341,11 @@ def test_report_takes_the_latest(tmp_path: Path):
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
     (row,) = report.load(tmp_path.glob("*.json"))["a"]["models"]
     assert row["speedup"] == 2.0
+    result = {"system": "x", "size": [1, 2], "speedup": 3.0, "maps": True}
+    run = {**facts, "date": "2026-01-03", "results": [result]}
+    (tmp_path / "maps.json").write_text(json.dumps(run))
+    rows = report.load(tmp_path.glob("*.json"))["a"]["models"]
+    assert sorted(row["speedup"] for row in rows) == [2.0, 3.0]  # detail maps are told apart
     facts["benchmark"] = "operators"
     facts["gigabytes_per_second"] = 10
     for name, rival, rate in [("d", "reference", 1), ("e", "compiled", 50)]:
