@@ -5,7 +5,7 @@
     python -m benchmarks.accuracy --part latency   # how long the encoder takes with each of them
 
 A budget is the share that is left of the multiply-adds of the encoder's blocks; every method meets
-it to within a hundredth, with what the reduction itself costs. Temperature and detail maps are
+it nearly, with what the reduction itself costs. Temperature and detail maps are
 calibrated on the first images of `scenes_tune`, settings are chosen on its others, and what is
 reported was measured on `scenes_val`.
 """
@@ -66,7 +66,7 @@ SYSTEMS = {
 # Images that maps and temperature are calibrated on.
 CALIBRATED = 16
 # How far clusters, whose alpha is whole, may exceed a budget; their detail maps cost half of it.
-TOLERANCE = 0.01
+TOLERANCE = 0.015
 
 
 def _blocks(*numbers: int) -> tuple[float, ...]:

@@ -69,6 +69,25 @@ class Merges:
 Recipe = Clusters | Merges
 
 
+# What did best on the images that choose (docs/accuracy.md), for each kind of encoder: recipes with
+# the least budget that each one is for, the largest first. Detail maps add to all but grouped
+# attention.
+RECIPES: dict[str, tuple[tuple[float, Recipe], ...]] = {
+    # Blocks take a sequence of tokens, without relative positions.
+    "sequence": (
+        (0.6, Merges((0.0, 0.25, 0.5, 0.75))),
+        (0.0, Merges((0.0, 0.25, 0.5, 0.75), rounds=2)),
+    ),
+    # Blocks attend in windows.
+    "windows": ((0.0, Clusters(0.5)),),
+}
+
+
+def recipe_for(kind: str, budget: float) -> Recipe:
+    """Returns the recipe of a kind of encoder, a key of `RECIPES`, at a budget."""
+    return next(recipe for least, recipe in RECIPES[kind] if budget >= least)
+
+
 def meet_budget(
     model: nn.Module, recipe: Recipe, budget: float, size: tuple[int, int] | None = None
 ) -> Reduction:

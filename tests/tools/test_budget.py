@@ -1,0 +1,51 @@
+"""Settings that meet a budget."""
+
+from __future__ import annotations
+
+import pytest
+from family_cases import CASES
+
+from expedite_d2.adapters import expedite, is_expedited
+from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
+from expedite_d2.reducers import Merge
+from expedite_d2.tools import describe
+from expedite_d2.tools.budget import RECIPES, Clusters, Merges, meet_budget, recipe_for
+
+
+def test_merges_keep_as_much_as_the_budget_allows() -> None:
+    case = CASES["timm vit"]
+    model = case.make()
+    recipe = Merges((0.0, 0.5))
+    found = meet_budget(model, recipe, 0.8, (192, 192))
+    assert not is_expedited(model)
+    blocks = len(describe(model, (192, 192)).blocks)
+    assert [step.at for step in found.steps] == [0, round(blocks / 2)]
+    assert 0.75 < describe(expedite(model, found), (192, 192)).share <= 0.8
+    more = Merge(tuple(step.at for step in found.steps), found.steps[0].keep + 0.01)
+    assert describe(expedite(model, type(found)((more,))), (192, 192)).share > 0.8
+
+
+def test_clusters_start_as_late_as_the_budget_demands_in_the_dearest_stage() -> None:
+    model = ExpeditedSwinTransformer(
+        embed_dim=16, depths=(1, 1, 4, 1), num_heads=(1, 2, 4, 8), window_size=6
+    ).eval()
+    starts = []
+    for budget in (0.9, 0.75, 0.65):
+        settings = meet_budget(model, Clusters(0.5), budget, (192, 192))
+        assert model.reduction is None
+        starts.append(settings.alpha)
+        model.reduction = settings
+        assert describe(model, (192, 192)).share <= budget
+        model.reduction = None
+    assert starts == sorted(starts, reverse=True) and starts[0] > starts[-1] >= 2
+    with pytest.raises(ValueError, match=r"budget must be at least 0\.\d+ and less than 1 for Exp"):
+        meet_budget(model, Clusters(0.5), 0.1, (192, 192))
+    with pytest.raises(ValueError, match="budget must be .*, got 1.5"):
+        meet_budget(model, Clusters(0.5), 1.5, (192, 192))
+
+
+def test_every_budget_has_a_recipe() -> None:
+    for kind in RECIPES:
+        for budget in (0.95, 0.7, 0.5, 0.3, 0.05):
+            assert recipe_for(kind, budget) in [recipe for _, recipe in RECIPES[kind]]
+    assert recipe_for("sequence", 0.7) != recipe_for("sequence", 0.5)
