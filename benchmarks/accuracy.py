@@ -219,7 +219,7 @@ class Runner:
         return {"side": side, "share": share, **measured}
 
     def token_merging(self, budget: float) -> dict[str, Any]:
-        """The row of ToMe, on a plain ViT."""
+        """The row of ToMe, on a plain ViT of which the last block alone is read."""
         backbone: Any = self.model.backbone
         rows, columns = (-(-side // backbone.size_divisibility) for side in self.size)
         tokens = rows * columns + backbone.vit.num_prefix_tokens
@@ -248,7 +248,7 @@ def reported(runner: Runner, budget: float) -> Rows:
             yield method, partial(runner.recipe, recipes[budget], budget, maps)
     clusters = CHOSEN[runner.kind]["clustering"][budget]
     yield "average pooling", partial(runner.average_pooling, clusters, budget)
-    if runner.kind == "sequence":
+    if runner.kind == "sequence" and runner.cfg.MODEL.VIT.OUT_BLOCKS == ["last"]:
         yield "ToMe", partial(runner.token_merging, budget)
     yield "resized image", partial(runner.resized, budget)
 

@@ -35,18 +35,20 @@ def test_methods_meet_the_budget_and_fill_the_page(
     scenes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--systems", "segmenter", "--budgets", "0.5")
+    recipes = accuracy.CHOSEN["sequence"]
+    few = {method: recipes[method] for method in ("clustering", "grouped attention")}
+    monkeypatch.setattr(accuracy, "CHOSEN", {"sequence": few})
     found = run(tmp_path, "report", *words)
     plain, *reduced = found
     assert plain["method"] == "plain" and plain["share"] == 1
     rivals = {"average pooling", "ToMe", "resized image"}
-    assert {row["method"] for row in reduced} == rivals | set(accuracy.CHOSEN["sequence"])
+    assert {row["method"] for row in reduced} == rivals | set(few)
     assert all(0.4 < row["share"] <= 0.515 for row in reduced)
     assert all(row["dataset"] == "scenes_val" and row["images"] == 2 for row in found)
     assert all(0 < row["metrics"]["mIoU"] <= 100 for row in found)
     timed = run(tmp_path, "latency", *words, "--rounds", "1")
     assert [row["share"] for row in timed] == [row["share"] for row in found]
-    few = {"sequence": accuracy.SWEEP["sequence"][-1:]}
-    monkeypatch.setattr(accuracy, "SWEEP", few)
+    monkeypatch.setattr(accuracy, "SWEEP", {"sequence": accuracy.SWEEP["sequence"][-1:]})
     (_, swept) = run(tmp_path, "sweep", *words)
     assert swept["dataset"] == "scenes_tune" and swept["images"] == 1  # beside those calibrated on
     page = tmp_path / "page.md"
@@ -56,7 +58,11 @@ def test_methods_meet_the_budget_and_fill_the_page(
     assert (tmp_path / "page" / "segmenter.png").stat().st_size > 10_000
 
 
-def test_distance_of_depth_to_the_plain_models(scenes: None, tmp_path: Path) -> None:
+def test_distance_of_depth_to_the_plain_models(
+    scenes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"clustering": accuracy.CHOSEN["sequence"]["clustering"]}
+    monkeypatch.setattr(accuracy, "CHOSEN", {"sequence": few})
     words = ("--systems", "dpt", "--budgets", "0.5")
     plain, *reduced = run(tmp_path, "report", *words)
     assert plain["metrics"]["distance"] == 0
