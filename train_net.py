@@ -3,6 +3,7 @@
 
 python train_net.py --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
 python train_net.py --config-file FILE --eval-only [--compare | --profile] [KEY VALUE ...]
+python train_net.py --config-file FILE --eval-only --compare-with FILE ... [KEY VALUE ...]
 torchrun --nproc-per-node N train_net.py --config-file FILE ...
 """
 
@@ -13,6 +14,7 @@ import argparse
 from expedite_d2.d2 import build_model, default_argument_parser, launch
 from expedite_d2.d2.comparison.compare import compare
 from expedite_d2.d2.comparison.profile import profile
+from expedite_d2.d2.comparison.settings import further_configs
 from expedite_d2.d2.engine import build_trained_model, do_test, do_train, setup
 from expedite_d2.errors import cli
 
@@ -20,7 +22,7 @@ from expedite_d2.errors import cli
 def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     if args.compare:
-        compare(cfg)
+        compare(cfg, further_configs(cfg, args.config_file, args.compare_with, args.opts))
     elif args.profile:
         profile(cfg)
     elif args.eval_only:
@@ -40,11 +42,20 @@ def invoke_main() -> None:
         help="with --eval-only: evaluate baseline and expedited side by side on the same images",
     )
     parser.add_argument(
+        "--compare-with",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="compare with the settings of this config of the same model, too (may be repeated); "
+        "MODEL.EXPEDITE options of the command line apply to those of --config-file alone",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="with --eval-only: write where the time of a few images goes, as a trace and a table",
     )
     args = parser.parse_args()
+    args.compare = args.compare or bool(args.compare_with)
     if args.compare and args.profile:
         parser.error("--compare times what --profile would slow: choose one of them")
     for option in ("compare", "profile"):

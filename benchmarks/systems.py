@@ -14,7 +14,7 @@ from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
 from benchmarks.common import ROOT, difference
 from expedite_d2.d2 import CfgNode
 from expedite_d2.d2.checkpoint import load_weights
-from expedite_d2.d2.comparison.compare import build_pair
+from expedite_d2.d2.comparison.compare import build_models
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.modeling.meta_arch.mask2former_heads import mask2former_config
 from expedite_d2.reducers import Correction
@@ -129,7 +129,7 @@ def config(system: System, device: str, quick: bool, opts: Sequence[Any] = ()) -
 def pair(cfg: CfgNode) -> dict[str, Any]:
     """The baseline and the expedited model, on one set of random weights."""
     torch.manual_seed(0)
-    models = build_pair(cfg)
+    models = build_models(cfg)
     for model in models:
         model.requires_grad_(False)
     return dict(zip(("baseline", "expedited"), models, strict=True))

@@ -22,6 +22,23 @@ _STEPS: dict[str, type[Cluster | Merge]] = {"cluster": Cluster, "merge": Merge}
 _STEP_NAMES: dict[type, str] = {kind: name for name, kind in _STEPS.items()}
 
 
+def as_mapping(reduction: Reduction) -> dict[str, Any]:
+    """Returns what the YAML file of settings holds, but for the file of a correction's tensors.
+
+    Raises:
+        ValueError: a step of a kind that files do not hold.
+    """
+    steps = []
+    for step in reduction.steps:
+        name = _STEP_NAMES.get(type(step))
+        if name is None:
+            raise ValueError(f"a file holds {', '.join(_STEPS)} alone, got {step!r}")
+        values = asdict(step)  # type: ignore[call-overload]
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        steps.append({name: plain})
+    return {"version": VERSION, "steps": steps, "reconstruction": reduction.reconstruction}
+
+
 def to_yaml(reduction: Reduction, tensors: str | None = None) -> str:
     """Returns settings as the text of a file.
 
@@ -36,15 +53,7 @@ def to_yaml(reduction: Reduction, tensors: str | None = None) -> str:
 
     if reduction.correction is not None and tensors is None:
         raise ValueError("a correction does not fit into a text: save() writes it beside the file")
-    steps = []
-    for step in reduction.steps:
-        name = _STEP_NAMES.get(type(step))
-        if name is None:
-            raise ValueError(f"a file holds {', '.join(_STEPS)} alone, got {step!r}")
-        values = asdict(step)  # type: ignore[call-overload]
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        steps.append({name: plain})
-    content = {"version": VERSION, "steps": steps, "reconstruction": reduction.reconstruction}
+    content = as_mapping(reduction)
     if reduction.correction is not None:
         content["correction"] = tensors
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)

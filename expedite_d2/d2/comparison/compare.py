@@ -1,4 +1,4 @@
-"""A model and its expedited self, evaluated side by side on the same images in one run."""
+"""A model and its expedited selves, evaluated side by side on the same images in one run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from expedite_d2._ext import build_info
 from expedite_d2.d2.checkpoint import load_weights
-from expedite_d2.d2.comparison.cost import count_gflops, expedite_settings
-from expedite_d2.d2.comparison.figure import Example, draw_comparison, write_examples
+from expedite_d2.d2.comparison.cost import count_gflops
+from expedite_d2.d2.comparison.examples import (
+    Example,
+    choose_examples,
+    run_example,
+    write_examples,
+)
+from expedite_d2.d2.comparison.figure import draw_comparison
 from expedite_d2.d2.comparison.report import (
     Measurement,
     Subject,
@@ -33,38 +37,39 @@ from expedite_d2.d2.comparison.report import (
     markdown,
     to_json,
 )
+from expedite_d2.d2.comparison.settings import BASELINE, EXPEDITED, expedite_settings, switched
 from expedite_d2.d2.data import build_test_loader
 from expedite_d2.d2.evaluation import build_evaluators
 from expedite_d2.d2.evaluation.evaluator import DatasetEvaluator, Results
 from expedite_d2.d2.modeling.build import build_model
 from expedite_d2.d2.progress import progress
 from expedite_d2.d2.provider import CfgNode, DatasetCatalog, MetadataCatalog, comm
-from expedite_d2.d2.visualize import prediction_of
 from expedite_d2.files import replacing, written
-from expedite_d2.ops import Reduced
-from expedite_d2.ops.observe import ObservedOperator
 from expedite_d2.tools.latency import PeakMemory, time_call
 
-__all__ = ["build_pair", "choose_examples", "compare"]
+__all__ = ["build_models", "compare"]
 
 logger = logging.getLogger(__name__)
 
 _PARTS = ("backbone", "model")
 # The first passes pay for lazy initialisation, allocator growth and the choice of kernels.
 _WARMUP = 2
-_EXAMPLES = 3
 
 
-def compare(cfg: CfgNode, command: str | None = None) -> dict[str, Any]:
-    """Evaluate baseline and expedited model on ``DATASETS.TEST[0]``, image by image in turn.
+def compare(
+    cfg: CfgNode, further: Mapping[str, CfgNode] | None = None, command: str | None = None
+) -> dict[str, Any]:
+    """Evaluate the baseline and the expedited models on ``DATASETS.TEST[0]``, image by image.
 
-    The model runs with ``MODEL.EXPEDITE.ENABLED`` on and off, from one set of weights, whatever the
-    config says. With several ranks each one takes its share. The main rank writes
-    ``OUTPUT_DIR/comparison.json``, ``.md``, ``.png`` and the single pictures below ``examples/``
-    once all is measured, and prints the table.
+    The model runs with ``MODEL.EXPEDITE.ENABLED`` off and on, from one set of weights, whatever the
+    config says, and once more for each further setting. With several ranks each one takes its
+    share. The main rank writes ``OUTPUT_DIR/comparison.json``, ``.md``, ``.png`` and the single
+    pictures below ``examples/`` once all is measured, and prints the table.
 
     Args:
         cfg: The config, from ``load_config``.
+        further: Configs of the same model by the names of their settings, from
+            ``further_configs``.
         command: The command line that ``comparison.md`` repeats; this process's own by default.
 
     Returns:
@@ -77,82 +82,72 @@ def compare(cfg: CfgNode, command: str | None = None) -> dict[str, Any]:
     """
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: expected the data set to compare on")
-    name = cfg.DATASETS.TEST[0]
+    dataset = cfg.DATASETS.TEST[0]
     output = Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
         output.mkdir(parents=True, exist_ok=True)
     device = torch.device(cfg.MODEL.DEVICE)
-    models = build_pair(cfg)
-    loader = build_test_loader(_undisturbed(cfg, device), name)
-    runs = [_ModelRun(model, device, build_evaluators(cfg, name)) for model in models]
-    _alternate(runs, loader)
-    baseline, expedited = (run.gather() for run in runs)
+    expedited = {EXPEDITED: cfg, **(further or {})}
+    models = dict(zip((BASELINE, *expedited), build_models(*expedited.values()), strict=True))
+    settings = {name: expedite_settings(one) for name, one in expedited.items()}
+    loader = build_test_loader(_undisturbed(cfg, device), dataset)
+    runs = {
+        name: _ModelRun(model, device, build_evaluators(cfg, dataset))
+        for name, model in models.items()
+    }
+    _alternate(list(runs.values()), loader)
+    measured = {name: run.gather(settings.get(name)) for name, run in runs.items()}
     if not comm.is_main_process():
         return {}
-    images = len(baseline.latency_ms["model"])
     subject = Subject(
         model=_describe_model(cfg),
-        dataset=name,
-        images=images,
+        dataset=dataset,
+        images=len(measured[BASELINE].latency_ms["model"]),
         device=_describe_device(device),
         dtype=cfg.TEST.DTYPE,
         torch=torch.__version__,
         extension=build_info(),
     )
-    comparison = build_comparison(subject, baseline, expedited, expedite_settings(cfg))
-    chosen = choose_examples(DatasetCatalog.get(name))
+    comparison = build_comparison(subject, measured)
+    baseline = models.pop(BASELINE)
+    seen = {name: (model, settings[name]) for name, model in models.items()}
+    chosen = choose_examples(DatasetCatalog.get(dataset))
     with progress(chosen, "predicting examples", unit="image") as indices:
-        examples = [_example(models, loader.dataset[index], cfg.INPUT.FORMAT) for index in indices]
+        examples = [
+            run_example(baseline, seen, loader.dataset[index], cfg.INPUT.FORMAT)
+            for index in indices
+        ]
     text = markdown(comparison, cfg.MODEL.WEIGHTS, command or _command_line())
     # First of all: what has been measured is not lost to a disk that is full.
     print(comparison_table(comparison), flush=True)
-    _write(output, comparison, text, examples, MetadataCatalog.get(name))
+    _write(output, comparison, text, examples, MetadataCatalog.get(dataset))
     logger.info("wrote %s", output / "comparison.{json,md,png}")
     return comparison
 
 
-def build_pair(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
-    """The config's model twice, in evaluation mode: baseline, then expedited.
+def build_models(*cfgs: CfgNode) -> list[nn.Module]:
+    """A model in evaluation mode: the baseline, then expedited as each config says.
 
-    The two hold the same parameter tensors, so that a pair takes the memory of one.
-    """
-    models = []
-    for enabled in (False, True):
-        changed = cfg.clone()
-        changed.defrost()
-        changed.MODEL.EXPEDITE.ENABLED = enabled
-        models.append(build_model(changed).eval())
-    baseline, expedited = models
-    load_weights(expedited, cfg.MODEL.WEIGHTS)
-    baseline.load_state_dict(expedited.state_dict(), assign=True)
-    return baseline, expedited
-
-
-def choose_examples(records: Sequence[Mapping[str, Any]], count: int = _EXAMPLES) -> list[int]:
-    """Indices of images to show: one from each part of the data set, rich but not the extreme.
+    All hold the same parameter tensors, so that they take the memory of one.
 
     Args:
-        records: The data set's dicts; what they tell of segments is counted.
-        count: How many, at most.
-
-    Returns:
-        Increasing indices, the same for the same data set.
+        cfgs: Configs that differ in ``MODEL.EXPEDITE`` alone.
     """
-    chosen = []
-    for part in np.array_split(np.arange(len(records)), count):
-        ranked = sorted(part.tolist(), key=lambda index: (_segments(records[index]), -index))
-        # The richest picture of all is often a crowd in which nothing can be told apart.
-        chosen += ranked[math.floor(0.95 * (len(ranked) - 1)) :][:1]
-    return chosen
-
-
-def _segments(record: Mapping[str, Any]) -> int:
-    return len(record.get("segments_info") or record.get("annotations") or ())
+    first = cfgs[0]
+    models = [
+        build_model(cfg).eval()
+        for cfg in (switched(first, False), *(switched(cfg, True) for cfg in cfgs))
+    ]
+    baseline, expedited, *others = models
+    load_weights(expedited, first.MODEL.WEIGHTS)
+    for model in (baseline, *others):
+        model.load_state_dict(expedited.state_dict(), assign=True)
+    return models
 
 
 @dataclass
 class _ModelRun:
-    """One of the two models and what this rank has measured of it so far."""
+    """One of the models and what this rank has measured of it so far."""
 
     model: nn.Module
     device: torch.device
@@ -188,7 +183,7 @@ class _ModelRun:
         for evaluator in self.evaluators:
             evaluator.process(batch, outputs)
 
-    def gather(self) -> Measurement:
+    def gather(self, settings: Mapping[str, Any] | None) -> Measurement:
         """All ranks' images together; metrics are only there on the main rank."""
         shares = comm.all_gather((self.latency_ms, self._gflops(), self.peak_memory_mb))
         if not any(latency["model"] for latency, _, _ in shares):
@@ -202,6 +197,7 @@ class _ModelRun:
             gflops={p: [v for _, share, _ in shares for v in share[p]] for p in _PARTS},
             latency_ms={p: [v for share, _, _ in shares for v in share[p]] for p in _PARTS},
             peak_memory_mb=max(peaks, default=None),
+            settings=settings,
         )
 
     def _gflops(self) -> dict[str, list[float]]:
@@ -256,9 +252,9 @@ def _alternate(runs: Sequence[_ModelRun], loader: Iterable[list[dict[str, Any]]]
             height, width = (math.ceil(side / step) * step for side in batch[0]["image"].shape[-2:])
             for run in runs:
                 run.prepare(batch, (height, width))
-            # Clocks drift and caches are warm for whoever comes second: neither may always be
-            # first.
-            for run in runs if number % 2 == 0 else runs[::-1]:
+            # Clocks drift and caches are warm for whoever comes later: none may always be first.
+            first = number % len(runs)
+            for run in (*runs[first:], *runs[:first]):
                 run.measure(batch, (height, width))
 
 
@@ -270,49 +266,6 @@ def _undisturbed(cfg: CfgNode, device: torch.device) -> CfgNode:
     changed.defrost()
     changed.DATALOADER.NUM_WORKERS = 0
     return changed
-
-
-@torch.inference_mode()
-def _example(
-    models: tuple[nn.Module, nn.Module], item: dict[str, Any], image_format: str
-) -> Example:
-    """Run both models on one image, and look at what the expedited backbone clusters."""
-    sizes: list[torch.Size] = []
-    hook = (
-        models[1]
-        .get_submodule("backbone")
-        .register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[-2:]))
-    )
-    # The first index is that of the nearest centre.
-    observed = ObservedOperator(
-        torch.ops.expedite_d2.token_reduce.default,
-        lambda arguments, result: (arguments["window"], Reduced(*result).indices[0, ..., 0]),
-    )
-    with hook, observed:
-        expedited = prediction_of(models[1]([item])[0])
-    baseline = prediction_of(models[0]([item])[0])
-    # None for an image that is too small to be reduced; crops are not put together.
-    clusters = window = None
-    rows, columns = sizes[0]
-    if len(observed.kept) == 1:
-        window, nearest = observed.kept[0]
-        clusters = nearest.cpu().numpy()
-        rows, columns = clusters.shape
-    height, width = item["image"].shape[-2:]
-    image = item["image"].permute(1, 2, 0).cpu().numpy().astype(np.uint8)
-    if image_format == "BGR":
-        image = image[..., ::-1]
-    return Example(
-        image=np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(baseline.size[::-1])),
-        clusters=clusters,
-        tokens=(
-            height * rows / sizes[0][0],
-            width * columns / sizes[0][1],
-        ),
-        window=None if window is None else tuple(window),
-        baseline=baseline,
-        expedited=expedited,
-    )
 
 
 def _write(

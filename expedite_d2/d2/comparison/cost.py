@@ -11,18 +11,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
+from expedite_d2.d2.comparison.settings import describe_settings, expedite_settings, switched
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.config.command_line import config_parser
-from expedite_d2.d2.modeling.backbone.settings import reduction_from_config
 from expedite_d2.d2.modeling.build import build_model
 from expedite_d2.d2.provider import CfgNode
-from expedite_d2.reducers import Cluster
 from expedite_d2.tools import count_multiply_adds, on_meta
 
 Gflops = dict[str, float]
@@ -47,26 +45,9 @@ def count_gflops(cfg: CfgNode | nn.Module, height: int, width: int) -> Gflops:
     return {"backbone": counts.total("backbone") / 1e9, "model": counts.total() / 1e9}
 
 
-def expedite_settings(cfg: CfgNode) -> dict[str, Any]:
-    """The settings of ``MODEL.EXPEDITE``, or of the file that it names, as reports show them."""
-    reduction = reduction_from_config(_switched(cfg, True))
-    assert reduction is not None  # it is switched on
-    settings: dict[str, Any]
-    (first, *_) = reduction.steps
-    if isinstance(first, Cluster):
-        values = asdict(first)
-        settings = {"alpha": values.pop("at"), "clusters": list(values.pop("grid")), **values}
-    else:
-        settings = {"merges": [str(step) for step in reduction.steps]}
-    settings["reconstruction"] = reduction.reconstruction
-    if reduction.correction is not None:
-        settings["detail_maps"] = [f"block {number}" for number in reduction.correction.maps]
-    return settings
-
-
 def config_cost(cfg: CfgNode, height: int, width: int) -> dict[str, Any]:
     """Baseline and, where the config enables it, expedited cost and their ratio."""
-    plain = _switched(cfg, False)
+    plain = switched(cfg, False)
     baseline = count_gflops(plain, height, width)
     result: dict[str, Any] = {"size": [height, width], "baseline": {"gflops": baseline}}
     if cfg.MODEL.EXPEDITE.ENABLED:
@@ -74,13 +55,6 @@ def config_cost(cfg: CfgNode, height: int, width: int) -> dict[str, Any]:
         result["expedited"] = {"gflops": expedited, "settings": expedite_settings(cfg)}
         result["ratio"] = {f"gflops_{part}": expedited[part] / baseline[part] for part in baseline}
     return result
-
-
-def _switched(cfg: CfgNode, enabled: bool) -> CfgNode:
-    changed = cfg.clone()
-    changed.defrost()
-    changed.MODEL.EXPEDITE.ENABLED = enabled
-    return changed
 
 
 def meta_model(cfg: CfgNode) -> nn.Module:
@@ -104,8 +78,8 @@ def _table(result: dict[str, Any]) -> str:
         lines.append(
             f"{'ratio':<32}{ratio['gflops_backbone']:>10.3f}{ratio['gflops_model']:>10.3f}"
         )
-        settings = result["expedited"]["settings"].items()
-        lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in settings))
+        settings = describe_settings(result["expedited"]["settings"])
+        lines.append("settings: " + ", ".join(" ".join(pair) for pair in settings))
     return "\n".join(lines)
 
 

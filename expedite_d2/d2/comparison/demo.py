@@ -2,7 +2,8 @@
 
     expedite-d2 demo [--output DIR] [--report-only] [CONFIG ...] [--opts KEY VALUE ...]
 
-Each system is compared with its baseline in a process of its own and writes to a folder of its
+Each system is compared with its baseline, and a system of X_expedited.yaml also with the settings
+of X_half.yaml where that lies beside it, in a process of its own and writes to a folder of its
 own, so that one that fails does not take the others along. The page, ``report.html``, is made from
 what lies in the folders.
 """
@@ -23,7 +24,8 @@ from pathlib import Path
 
 from expedite_d2.d2.comparison.compare import compare
 from expedite_d2.d2.comparison.report_page import RUN_FILE, read_system, write_page
-from expedite_d2.d2.config import PROJECT, WEIGHTS_PREFIX, load_config
+from expedite_d2.d2.comparison.settings import further_configs
+from expedite_d2.d2.config import PROJECT, WEIGHTS_PREFIX, find_config, load_config
 from expedite_d2.d2.engine.defaults import default_setup
 from expedite_d2.d2.logger import setup_logger
 from expedite_d2.errors import UNFORESEEN, sentence_of
@@ -48,12 +50,14 @@ class _SystemRun:
 
     Attributes:
         config: Its config file.
+        further: Config files of its further settings.
         folder: Where its comparison is written.
         opts: Settings that override the config, KEY VALUE in turn.
         weights: What the config says of them.
     """
 
     config: str
+    further: tuple[str, ...]
     folder: Path
     opts: tuple[str, ...]
     weights: str
@@ -61,6 +65,7 @@ class _SystemRun:
     def command(self) -> str:
         """What does the same for this system alone."""
         words = ["python", "train_net.py", "--eval-only", "--compare", "--config-file", self.config]
+        words += [word for file in self.further for word in ("--compare-with", file)]
         return shlex.join([*words, *self.opts, "OUTPUT_DIR", str(self.folder)])
 
     def record(self, error: str | None) -> None:
@@ -88,7 +93,8 @@ def main(argv: Sequence[str]) -> None:
         runs = []
         for config, name in zip(args.configs, names, strict=True):
             weights = load_config(config, args.opts).MODEL.WEIGHTS  # what is mistyped shows here
-            runs.append(_SystemRun(config, args.output / name, tuple(args.opts), weights))
+            folder, opts = args.output / name, tuple(args.opts)
+            runs.append(_SystemRun(config, _further(config), folder, opts, weights))
         for number, run in enumerate(runs, start=1):
             print(f"\n== {number} of {len(runs)}: {run.folder.name} ==\n", flush=True)
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +124,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="*",
         default=list(CONFIGS),
         metavar="CONFIG",
-        help="expedited configs; default: one of each family, on the embedded scenes",
+        help="expedited configs, compared also with X_half.yaml where it lies beside "
+        "X_expedited.yaml; default: one of each family, on the embedded scenes",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("output/demo"), help="default: %(default)s"
@@ -136,6 +143,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="settings that override every config; the last option",
     )
     return parser.parse_args(argv)
+
+
+def _further(config: str) -> tuple[str, ...]:
+    """The config of half of the multiply-adds that lies beside an expedited one, if it does."""
+    stem = Path(config).stem
+    name = f"{stem.removesuffix('_expedited')}_half.yaml"
+    if not stem.endswith("_expedited") or not find_config(config).with_name(name).is_file():
+        return ()
+    return (str(Path(config).with_name(name)),)
 
 
 def _run_apart(run: _SystemRun) -> None:
@@ -158,7 +174,8 @@ def _compare(run: _SystemRun) -> None:
         # It logs the whole config; that is in log.txt and config.yaml.
         with contextlib.redirect_stdout(io.StringIO()):
             default_setup(cfg, argparse.Namespace(eval_only=True))
-        compare(cfg, run.command())
+        further = further_configs(cfg, run.config, run.further, run.opts)
+        compare(cfg, further, run.command())
         run.record(None)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from expedite_d2.d2.checkpoint import load_weights
-from expedite_d2.d2.comparison.compare import build_pair
+from expedite_d2.d2.comparison.compare import build_models
 from expedite_d2.d2.data import build_test_loader
 from expedite_d2.d2.modeling.build import build_model
 from expedite_d2.d2.progress import progress
@@ -236,7 +236,7 @@ def _within_ranges(event: Any) -> bool:
 
 def _models(cfg: CfgNode) -> dict[str, nn.Module]:
     if cfg.MODEL.EXPEDITE.ENABLED:
-        return dict(zip(("baseline", "expedited"), build_pair(cfg), strict=True))
+        return dict(zip(("baseline", "expedited"), build_models(cfg), strict=True))
     model = build_model(cfg).eval()
     load_weights(model, cfg.MODEL.WEIGHTS)
     return {"baseline": model}

@@ -1,33 +1,36 @@
-"""The comparison of a baseline with its expedited self, as JSON, Markdown and text."""
+"""The comparison of a baseline with its expedited selves, as JSON, Markdown and text."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from expedite_d2.d2.comparison.settings import BASELINE, EXPEDITED, describe_settings
 from expedite_d2.d2.evaluation.evaluator import Results, format_number
 from expedite_d2.tools.latency import Latency
 
 __all__ = [
     "Measurement",
+    "Setting",
     "Subject",
     "build_comparison",
-    "claims",
     "comparison_rows",
     "comparison_table",
     "describe_build",
-    "describe_settings",
+    "headline",
     "headline_metrics",
     "is_error",
     "markdown",
     "metric_title",
-    "share_kept",
+    "settings_of",
     "to_json",
 ]
 
+_PARTS = ("backbone", "model")
 # The one metric that a task is judged by.
 _HEADLINES = {
     "panoptic_seg": "PQ",
@@ -78,51 +81,74 @@ class Measurement:
         gflops: Billions of multiply-adds of every image, "backbone" and "model".
         latency_ms: Milliseconds of every image, "backbone" and "model".
         peak_memory_mb: Largest of all images; None where it cannot be measured.
+        settings: What ``expedite_settings`` tells of it; None of the baseline.
     """
 
     metrics: Results
     gflops: Mapping[str, Sequence[float]]
     latency_ms: Mapping[str, Sequence[float]]
     peak_memory_mb: float | None
+    settings: Mapping[str, Any] | None = None
 
 
-def build_comparison(
-    subject: Subject,
-    baseline: Measurement,
-    expedited: Measurement,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Setting:
+    """One setting beside the baseline, as ``comparison.json`` has it.
+
+    Attributes:
+        name: "expedited" for the config's own, or what is told of the config of a further one.
+        expedited: What the model cost and reached with it, and the settings themselves.
+        ratio: Expedited / baseline; of latencies baseline / expedited.
+    """
+
+    name: str
+    expedited: Mapping[str, Any]
+    ratio: Mapping[str, Any]
+
+    def kept(self, task: str, name: str) -> float | None:
+        """How much of the baseline's accuracy is kept; 1 is all of it.
+
+        For an error, of which less is better, it is one less the error's relative increase, so that
+        98 % of any accuracy and 102 % of any error are the same share.
+        """
+        ratio = self.ratio["metrics"][task][name]
+        return ratio if ratio is None or not is_error(name) else 2.0 - ratio
+
+
+def build_comparison(subject: Subject, runs: Mapping[str, Measurement]) -> dict[str, Any]:
     """Assemble what ``comparison.json`` holds.
 
     Args:
         subject: What was compared.
-        baseline: The plain model.
-        expedited: The model with its tokens clustered.
-        settings: Its reduction: alpha, clusters and so on.
+        runs: By name "baseline", "expedited", and those of further settings.
 
     Returns:
         A dict of plain Python values; whatever is undefined (not a number, a ratio to zero) is
         None. Speed-ups are ratios of the median latencies, the other ratios are
-        expedited / baseline.
+        expedited / baseline. "further", where there are further settings, is a list with "name",
+        "expedited" and "ratio" of each.
     """
-    sides = {"baseline": _side(baseline), "expedited": _side(expedited)}
-    first, second = sides["baseline"], sides["expedited"]
-    ratio: dict[str, Any] = {
-        f"gflops_{part}": _ratio(second["gflops"][part], first["gflops"][part])
-        for part in ("backbone", "model")
+    sides = {name: _side(measured) for name, measured in runs.items()}
+    baseline = sides.pop(BASELINE)
+    ratios = {name: _ratios(baseline, side) for name, side in sides.items()}
+    comparison = {
+        **asdict(subject),
+        "baseline": baseline,
+        "expedited": sides[EXPEDITED],
+        "ratio": ratios[EXPEDITED],
     }
-    for part in ("backbone", "model"):
-        medians = [side["latency_ms"][part]["median"] for side in (first, second)]
-        ratio[f"speedup_{part}"] = _ratio(*medians)
-    ratio["metrics"] = {
-        task: {
-            name: _ratio(second["metrics"].get(task, {}).get(name), value)
-            for name, value in metrics.items()
-        }
-        for task, metrics in first["metrics"].items()
-    }
-    second["settings"] = dict(settings)
-    return _finite({**asdict(subject), **sides, "ratio": ratio})
+    further = [
+        {"name": name, "expedited": side, "ratio": ratios[name]}
+        for name, side in sides.items()
+        if name != EXPEDITED
+    ]
+    return _finite(comparison | ({"further": further} if further else {}))
+
+
+def settings_of(comparison: Mapping[str, Any]) -> list[Setting]:
+    """All settings of a comparison, the config's own first."""
+    own = Setting(EXPEDITED, comparison["expedited"], comparison["ratio"])
+    return [own, *(Setting(**entry) for entry in comparison.get("further", ()))]
 
 
 def headline_metrics(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -145,19 +171,15 @@ def metric_title(task: str) -> str:
     return _TITLES[task]
 
 
-def share_kept(comparison: Mapping[str, Any], task: str, name: str) -> float | None:
-    """How much of the baseline's accuracy the expedited model keeps; 1 is all of it.
-
-    For an error, of which less is better, it is one less the error's relative increase, so that
-    98 % of any accuracy and 102 % of any error are the same share.
-    """
-    ratio = comparison["ratio"]["metrics"][task][name]
-    return ratio if ratio is None or not is_error(name) else 2.0 - ratio
+def headline(comparison: Mapping[str, Any], setting: Setting) -> str:
+    """What was gained and kept with a setting, in one line; its name where there are several."""
+    found = ", ".join(_claims(comparison, setting)) or f"{BASELINE} and {setting.name}"
+    return f"{setting.name}: {found}" if "further" in comparison else found
 
 
-def claims(comparison: Mapping[str, Any]) -> list[str]:
-    """What was gained and what was kept, in a few words each; only what was measured."""
-    ratio = comparison["ratio"]
+def _claims(comparison: Mapping[str, Any], setting: Setting) -> list[str]:
+    """A few words each; only what was measured."""
+    ratio = setting.ratio
     found = []
     if ratio["gflops_backbone"] is not None:
         found.append(f"{100 * (1 - ratio['gflops_backbone']):.0f} % fewer backbone GFLOPs")
@@ -178,34 +200,34 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The numbers as words: a line of titles, then label, baseline, expedited and share kept."""
-    baseline, expedited, ratio = (comparison[k] for k in ("baseline", "expedited", "ratio"))
-    rows: list[tuple[str, ...]] = [("", "baseline", "expedited", "kept")]
-    for part in ("backbone", "model"):
-        values = [format_number(side["gflops"][part], 4) for side in (baseline, expedited)]
-        rows.append((f"{part} GFLOPs", *values, _percentage(ratio[f"gflops_{part}"])))
-    for part in ("backbone", "model"):
-        values = [
-            format_number(side["latency_ms"][part]["median"], 4) for side in (baseline, expedited)
-        ]
-        speedup = ratio[f"speedup_{part}"]
-        speed = "-" if speedup is None else f"{speedup:.2f}x as fast"
-        rows.append((f"{part} latency, ms", *values, speed))
-    memory = [side["peak_memory_mb"] for side in (baseline, expedited)]
+    """The numbers as words: a line of titles, then label, baseline, and two for each setting.
+
+    These are the value and the share kept.
+    """
+    settings = settings_of(comparison)
+    sides = [comparison["baseline"], *(setting.expedited for setting in settings)]
+    rows = [("", BASELINE, *(title for s in settings for title in (s.name, "kept")))]
+
+    def add(label: str, values: Sequence[float | None], kept: Sequence[str]) -> None:
+        first, *others = (format_number(value, 4) for value in values)
+        rows.append((label, first, *itertools.chain(*zip(others, kept, strict=True))))
+
+    for part in _PARTS:
+        kept = [_percentage(setting.ratio[f"gflops_{part}"]) for setting in settings]
+        add(f"{part} GFLOPs", [side["gflops"][part] for side in sides], kept)
+    for part in _PARTS:
+        kept = [_as_fast(setting.ratio[f"speedup_{part}"]) for setting in settings]
+        add(f"{part} latency, ms", [side["latency_ms"][part]["median"] for side in sides], kept)
+    memory = [side["peak_memory_mb"] for side in sides]
     if memory[0] is not None:
-        kept = _percentage(_ratio(memory[1], memory[0]))
-        rows.append(("peak memory, MiB", *(format_number(m, 4) for m in memory), kept))
-    for task, metrics in baseline["metrics"].items():
-        for name, value in metrics.items():
-            other = expedited["metrics"].get(task, {}).get(name)
-            kept = _percentage(ratio["metrics"][task][name])
-            rows.append(
-                (
-                    _label(task, name, baseline["metrics"]),
-                    *(format_number(v, 4) for v in (value, other)),
-                    kept,
-                )
-            )
+        kept = [_percentage(_ratio(peak, memory[0])) for peak in memory[1:]]
+        add("peak memory, MiB", memory, kept)
+    metrics = comparison["baseline"]["metrics"]
+    for task in metrics:
+        for name in metrics[task]:
+            kept = [_percentage(setting.ratio["metrics"][task][name]) for setting in settings]
+            values = [side["metrics"].get(task, {}).get(name) for side in sides]
+            add(_label(task, name, metrics), values, kept)
     return rows
 
 
@@ -217,21 +239,27 @@ def markdown(comparison: Mapping[str, Any], weights: str, command: str) -> str:
         weights: The checkpoint, or "" for random weights.
         command: The command line that made it.
     """
-    settings = ", ".join(" ".join(pair) for pair in describe_settings(comparison))
+    settings = settings_of(comparison)
+    listed = "\n".join(
+        f"- {setting.name}: "
+        + ", ".join(" ".join(pair) for pair in describe_settings(setting.expedited["settings"]))
+        for setting in settings
+    )
+    sides = [(BASELINE, comparison["baseline"]), *((s.name, s.expedited) for s in settings)]
     spread = "; ".join(
-        f"{kind} {part} {format_number(times['min'], 4)} to {format_number(times['max'], 4)}"
-        for kind in ("baseline", "expedited")
-        for part, times in comparison[kind]["latency_ms"].items()
+        f"{name} {part} {format_number(times['min'], 4)} to {format_number(times['max'], 4)}"
+        for name, side in sides
+        for part, times in side["latency_ms"].items()
     )
     return f"""# {comparison["model"]} on {comparison["dataset"]}
 
 {comparison_table(comparison)}
 
-Both models share their weights and saw the same {comparison["images"]} images in turn, one image
+All models share their weights and saw the same {comparison["images"]} images in turn, one image
 at a time. GFLOPs are billions of multiply-adds, the mean over the images. Latency is the median
-after warm-up; "kept" is expedited / baseline.
+after warm-up; "kept" is the share of the baseline's value.
 
-- settings: {settings}
+{listed}
 - weights: {weights or "random"}
 - device: {comparison["device"]}
 - dtype: {comparison["dtype"]}
@@ -251,12 +279,6 @@ def describe_build(comparison: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {_inline(v)}" for k, v in extension.items() if v) or "not built"
 
 
-def describe_settings(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values of the reduction, as words."""
-    settings = comparison["expedited"]["settings"]
-    return [(name, _inline(value)) for name, value in settings.items()]
-
-
 def to_json(comparison: Mapping[str, Any]) -> str:
     """The text of ``comparison.json``; strict JSON."""
     return json.dumps(comparison, indent=2, allow_nan=False) + "\n"
@@ -264,13 +286,31 @@ def to_json(comparison: Mapping[str, Any]) -> str:
 
 def _side(measured: Measurement) -> dict[str, Any]:
     latency = {part: asdict(Latency.of(times)) for part, times in measured.latency_ms.items()}
-    return {
+    side = {
         "metrics": {task: dict(metrics) for task, metrics in measured.metrics.items()},
         "gflops": {part: _mean(values) for part, values in measured.gflops.items()},
         "latency_ms": latency,
         "fps": {part: _ratio(1e3, times["median"]) for part, times in latency.items()},
         "peak_memory_mb": measured.peak_memory_mb,
     }
+    return side if measured.settings is None else side | {"settings": dict(measured.settings)}
+
+
+def _ratios(baseline: Mapping[str, Any], expedited: Mapping[str, Any]) -> dict[str, Any]:
+    ratios: dict[str, Any] = {}
+    for part in _PARTS:
+        ratios[f"gflops_{part}"] = _ratio(*(side["gflops"][part] for side in (expedited, baseline)))
+    for part in _PARTS:
+        medians = (side["latency_ms"][part]["median"] for side in (baseline, expedited))
+        ratios[f"speedup_{part}"] = _ratio(*medians)
+    ratios["metrics"] = {
+        task: {
+            name: _ratio(expedited["metrics"].get(task, {}).get(name), value)
+            for name, value in metrics.items()
+        }
+        for task, metrics in baseline["metrics"].items()
+    }
+    return ratios
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -302,6 +342,10 @@ def _label(task: str, name: str, metrics: Mapping[str, Any]) -> str:
 
 def _percentage(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _as_fast(speedup: float | None) -> str:
+    return "-" if speedup is None else f"{speedup:.2f}x as fast"
 
 
 def _inline(value: Any) -> str:

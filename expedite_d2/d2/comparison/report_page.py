@@ -12,17 +12,17 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from expedite_d2.d2.comparison.figure import PANELS
 from expedite_d2.d2.comparison.report import (
-    claims,
+    Setting,
     comparison_rows,
     describe_build,
-    describe_settings,
+    headline,
     headline_metrics,
     metric_title,
-    share_kept,
+    settings_of,
 )
-from expedite_d2.d2.comparison.scatter import KEPT, System, draw_marker, draw_scatter
+from expedite_d2.d2.comparison.scatter import KEPT, Point, draw_marker, draw_scatter
+from expedite_d2.d2.comparison.settings import describe_settings, summarize_settings
 from expedite_d2.d2.data.images import image_size
 from expedite_d2.d2.evaluation.evaluator import format_number
 from expedite_d2.files import replacing
@@ -38,11 +38,11 @@ _COSTS = ("backbone", "model")
 # Where the metric's name alone would not tell the task.
 _LABELS = {"segm": "mask AP", "bbox": "box AP"}
 _DEPTH_NOTE = (
-    "Near is bright, far is dark, on one scale for both; red is where the two depths differ by "
-    "more than 5 %."
+    "Near is bright, far is dark, on one scale for all; red is where a depth differs from the "
+    "baseline's by more than 5 %."
 )
 _SEGMENTATION_NOTE = (
-    "Red is where the two predictions give a pixel another class or another object."
+    "Red is where a prediction gives a pixel another class or another object than the baseline's."
 )
 
 
@@ -55,14 +55,14 @@ class Evaluated:
         run: {"config", "weights", "command"}, as far as known.
         error: Why there is no comparison, or None.
         comparison: What ``comparison.json`` holds; {} where there is an error.
-        examples: {"panels": {panel: path}, "differs": share of the pixels} of each image.
+        examples: Of each image its pictures, four to a row: path and caption.
     """
 
     name: str
     run: Mapping[str, str]
     error: str | None
     comparison: Mapping[str, Any]
-    examples: Sequence[Mapping[str, Any]]
+    examples: Sequence[Sequence[tuple[Path, str]]]
 
     @property
     def title(self) -> str:
@@ -86,7 +86,7 @@ def read_system(folder: Path) -> Evaluated:
     """
     run: dict[str, Any] = {}
     comparison: dict[str, Any] = {}
-    examples: list[dict[str, Any]] = []
+    examples: list[list[tuple[Path, str]]] = []
     error = None
     try:
         if (folder / RUN_FILE).is_file():
@@ -111,7 +111,9 @@ def write_page(systems: Sequence[Evaluated], path: Path) -> None:
     done = [system for system in systems if system.error is None]
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         facts="\n".join(_facts(done)),
-        rows="\n".join(_table_row(system, number) for number, system in enumerate(systems)),
+        rows="\n".join(
+            row for number, system in enumerate(systems) for row in _table_rows(system, number)
+        ),
         plot="\n".join(_plot(systems)),
         sections="\n".join(_section(system, number) for number, system in enumerate(systems)),
     )
@@ -133,14 +135,15 @@ def _read_comparison(path: Path) -> dict[str, Any]:
     try:
         # A page without it shows at once whether all that a page reads is there.
         system = Evaluated(path.parent.name, {}, None, comparison, [])
-        for part in (_facts([system]), _table_row(system, 0), _plot([system]), _section(system, 0)):
+        for part in (_facts([system]), _table_rows(system, 0), _plot([system])):
             "".join(part)
+        _section(system, 0)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a comparison: {error!r}") from error
     return comparison
 
 
-def _read_examples(folder: Path) -> list[dict[str, Any]]:
+def _read_examples(folder: Path) -> list[list[tuple[Path, str]]]:
     """The images whose pictures are all there; a comparison without pictures is one, too."""
     path = folder / "examples.json"
     if not path.is_file():
@@ -148,9 +151,12 @@ def _read_examples(folder: Path) -> list[dict[str, Any]]:
     found = []
     try:
         for entry in _read_json(path):
-            panels = {panel: folder / Path(entry["panels"][panel]).name for panel in PANELS}
-            if all(_is_picture(panel) for panel in panels.values()):
-                found.append({"panels": panels, "differs": float(entry["differs"])})
+            panels = [
+                (folder / Path(panel["file"]).name, str(panel["caption"]))
+                for panel in entry["panels"]
+            ]
+            if all(_is_picture(picture) for picture, _ in panels):
+                found.append(panels)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not list examples: {error!r}") from error
     return found
@@ -178,43 +184,48 @@ def _facts(systems: Sequence[Evaluated]) -> Iterator[str]:
             yield f"<div><dt>{label}</dt><dd>{escape(words)}</dd></div>"
 
 
-def _table_row(system: Evaluated, number: int) -> str:
+def _table_rows(system: Evaluated, number: int) -> Iterator[str]:
+    """A row for each setting of the system."""
     title = f'<a href="#system{number}">{escape(system.title)}</a>'
     if system.error is not None:
-        return (
+        yield (
             f'<tr class="failed"><th scope="row">{title}</th>'
             f'<td colspan="5">not evaluated: {escape(system.error)}</td></tr>'
         )
-    baseline, expedited, ratio = (
-        system.comparison[key] for key in ("baseline", "expedited", "ratio")
-    )
-    cells = []
+        return
+    for setting in settings_of(system.comparison):
+        summary = summarize_settings(setting.expedited["settings"])
+        notes = (system.backbone, f"{setting.name}: {summary}")
+        heading = " ".join([title, *(f"<small>{escape(note)}</small>" for note in notes)])
+        cells = "".join(
+            f'<td data-label="{label}">{cell}</td>'
+            for label, cell in _costs(system.comparison["baseline"], setting)
+        )
+        accuracies = f'<td data-label="accuracy">{_accuracies(system.comparison, setting)}</td>'
+        yield f'<tr><th scope="row">{heading}</th>{accuracies}{cells}</tr>'
+
+
+def _costs(baseline: Mapping[str, Any], setting: Setting) -> Iterator[tuple[str, str]]:
     for part in _COSTS:
-        change = _change(baseline["gflops"][part], expedited["gflops"][part])
-        share = ratio[f"gflops_{part}"]
+        change = _change(*(side["gflops"][part] for side in (baseline, setting.expedited)))
+        share = setting.ratio[f"gflops_{part}"]
         saved = "–" if share is None else f"{100 * (share - 1):+.1f} %".replace("-", "−")
-        cells.append((f"{part} GFLOPs", f"{change} <small>{saved}</small>"))
+        yield f"{part} GFLOPs", f"{change} <small>{saved}</small>"
     for part in _COSTS:
-        change = _change(*(side["latency_ms"][part]["median"] for side in (baseline, expedited)))
-        speedup = ratio[f"speedup_{part}"]
+        sides = (side["latency_ms"][part]["median"] for side in (baseline, setting.expedited))
+        speedup = setting.ratio[f"speedup_{part}"]
         speed = "–" if speedup is None else f"{speedup:.2f}× as fast"
-        cells.append((f"{part} latency, ms", f"{change} <small>{speed}</small>"))
-    shown = "".join(f'<td data-label="{label}">{cell}</td>' for label, cell in cells)
-    backbone = f"<small>{escape(system.backbone)}</small>"
-    return (
-        f'<tr><th scope="row">{title} {backbone}</th>'
-        f'<td data-label="accuracy">{_accuracies(system.comparison)}</td>{shown}</tr>'
-    )
+        yield f"{part} latency, ms", f"{_change(*sides)} <small>{speed}</small>"
 
 
-def _accuracies(comparison: Mapping[str, Any]) -> str:
+def _accuracies(comparison: Mapping[str, Any], setting: Setting) -> str:
     items = []
     for task, name in headline_metrics(comparison):
         values = [
-            comparison[side]["metrics"].get(task, {}).get(name)
-            for side in ("baseline", "expedited")
+            side["metrics"].get(task, {}).get(name)
+            for side in (comparison["baseline"], setting.expedited)
         ]
-        kept = share_kept(comparison, task, name)
+        kept = setting.kept(task, name)
         verdict = "" if kept is None else "enough" if kept >= KEPT else "less"
         items.append(
             f"<li><span>{escape(metric_title(task))}</span> <span>{_change(*values)}</span> "
@@ -225,31 +236,41 @@ def _accuracies(comparison: Mapping[str, Any]) -> str:
 
 def _plot(systems: Sequence[Evaluated]) -> Iterator[str]:
     """The plot, once for each width, and what its marks mean."""
-    points = []
-    names = []
+    points: list[Point] = []
+    names: dict[int, str] = {}
+    outlines: list[str] = []
     for number, system in enumerate(systems):
-        speedup = None if system.error else system.comparison["ratio"]["speedup_model"]
-        if not speedup:
-            continue
-        shares = [
-            (_LABELS.get(task, name), share_kept(system.comparison, task, name))
-            for task, name in headline_metrics(system.comparison)
-        ]
-        kept = [(name, share) for name, share in shares if share is not None]
-        points.append(System(number, 1 / speedup, kept))
-        names.append(system.title)
+        settings = [] if system.error else settings_of(system.comparison)
+        for setting in settings:
+            further = setting is not settings[0]
+            speedup = setting.ratio["speedup_model"]
+            if not speedup:
+                continue
+            shares = [
+                (_LABELS.get(task, name), setting.kept(task, name))
+                for task, name in headline_metrics(system.comparison)
+            ]
+            suffix = f", {setting.name}" if further else ""
+            kept = [(f"{label}{suffix}", share) for label, share in shares if share is not None]
+            points.append(Point(number, 1 / speedup, kept, further))
+            names[number] = system.title
+            outlines += [setting.name] if further else []
     if not points:
         yield "<p>No system was evaluated.</p>"
         return
     for kind, (width, height) in _PLOTS.items():
         drawn = draw_scatter(points, width, height, "accuracy kept against model latency")
         yield f'<div class="plot {kind}">{drawn}</div>'
-    keys = (
-        f'<li><svg viewBox="-10 -10 20 20" aria-hidden="true">{draw_marker(point.style, 0, 0)}'
-        f"</svg> {escape(name)}</li>"
-        for point, name in zip(points, names, strict=True)
+    keys = [(draw_marker(number, 0, 0), name) for number, name in names.items()]
+    if outlines:
+        keys.append(
+            (draw_marker(0, 0, 0, outline=True), f"outlined: {', '.join(dict.fromkeys(outlines))}")
+        )
+    listed = (
+        f'<li><svg viewBox="-10 -10 20 20" aria-hidden="true">{mark}</svg> {escape(name)}</li>'
+        for mark, name in keys
     )
-    yield f'<ul class="legend">{"".join(keys)}</ul>'
+    yield f'<ul class="legend">{"".join(listed)}</ul>'
 
 
 def _section(system: Evaluated, number: int) -> str:
@@ -258,6 +279,10 @@ def _section(system: Evaluated, number: int) -> str:
     if system.error is not None:
         return f'{heading}<p class="failed">Not evaluated: {escape(system.error)}</p></section>'
     comparison = system.comparison
+    reached = "".join(
+        f'<p class="claims">{escape(headline(comparison, setting))}</p>'
+        for setting in settings_of(comparison)
+    )
     pictures = "".join(
         _example(example, f"{anchor}-{index}", system.title)
         for index, example in enumerate(system.examples, start=1)
@@ -271,7 +296,7 @@ def _section(system: Evaluated, number: int) -> str:
         else ""
     )
     return f"""{heading}
-<p class="claims">{escape(", ".join(claims(comparison)))}</p>
+{reached}
 {warning}
 <div class="columns">
 <dl class="settings">{"".join(_settings(system))}</dl>
@@ -284,32 +309,37 @@ def _section(system: Evaluated, number: int) -> str:
 
 
 def _settings(system: Evaluated) -> Iterator[str]:
-    words = dict(describe_settings(system.comparison))
-    words["clusters"] = words["clusters"].replace(" ", " × ")
-    if float(words["temperature"]) == 0.0:
-        words["temperature"] = "automatic"
-    rows = [("backbone", system.backbone), *words.items()]
+    rows = [("backbone", system.backbone)]
+    for setting in settings_of(system.comparison):
+        described = describe_settings(setting.expedited["settings"])
+        rows.append((setting.name, ", ".join(" ".join(pair) for pair in described)))
     rows += [(key, system.run[key]) for key in ("config", "weights") if system.run.get(key)]
     for label, value in rows:
         yield f"<div><dt>{escape(label)}</dt><dd>{escape(str(value))}</dd></div>"
 
 
 def _bars(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """What remains of the baseline's multiply-adds and latency."""
-    baseline, expedited = comparison["baseline"], comparison["expedited"]
+    """What remains of the baseline's multiply-adds and latency, a bar for each setting."""
+    baseline, settings = comparison["baseline"], settings_of(comparison)
     for word, read in (
         ("GFLOPs", lambda side, part: side["gflops"][part]),
         ("latency, ms", lambda side, part: side["latency_ms"][part]["median"]),
     ):
         for part in _COSTS:
-            before, after = (read(side, part) for side in (baseline, expedited))
-            if not before or after is None:
+            before = read(baseline, part)
+            after = [read(setting.expedited, part) for setting in settings]
+            if not before or None in after:
                 continue
-            share = 100 * after / before
+            bars = ""
+            for setting, value in zip(settings, after, strict=True):
+                share = 100 * value / before
+                label = f"{setting.name} {share:.0f} %" if len(settings) > 1 else f"{share:.0f} %"
+                bars += (
+                    f'<div><div style="width: {min(share, 100):.1f}%">{escape(label)}</div></div>'
+                )
             yield (
                 f'<div class="bar"><p><span>{part} {word}</span> '
-                f"<span>{_change(before, after)}</span></p>"
-                f'<div><div style="width: {min(share, 100):.1f}%">{share:.0f} %</div></div></div>'
+                f"<span>{_change(before, *after)}</span></p>{bars}</div>"
             )
 
 
@@ -338,16 +368,13 @@ def _command(system: Evaluated) -> str:
     )
 
 
-def _example(example: Mapping[str, Any], anchor: str, title: str) -> str:
+def _example(panels: Sequence[tuple[Path, str]], anchor: str, title: str) -> str:
     """The pictures of one image; each can fill the window, by its anchor alone."""
     figures = []
-    for panel, path in example["panels"].items():
-        caption = PANELS[panel]
-        if panel == "difference":
-            caption += f": {100 * example['differs']:.1f} % of the pixels"
+    for number, (path, caption) in enumerate(panels, start=1):
         height, width = image_size(path)
         data = base64.b64encode(path.read_bytes()).decode("ascii")
-        own = f"{anchor}-{panel}"
+        own = f"{anchor}-{number}"
         figures.append(
             f'<figure id="{own}"><a href="#{own}"><img src="data:image/jpeg;base64,{data}" '
             f'alt="{escape(title)}: {escape(caption)}" width="{width}" height="{height}" '
@@ -357,8 +384,9 @@ def _example(example: Mapping[str, Any], anchor: str, title: str) -> str:
     return f'<div class="example" id="{anchor}">{"".join(figures)}</div>'
 
 
-def _change(before: float | None, after: float | None) -> str:
-    return f'<span class="change">{format_number(before, 4)} → {format_number(after, 4)}</span>'
+def _change(before: float | None, *after: float | None) -> str:
+    values = ", ".join(format_number(value, 4) for value in after)
+    return f'<span class="change">{format_number(before, 4)} → {values}</span>'
 
 
 def _percentage(share: float | None) -> str:

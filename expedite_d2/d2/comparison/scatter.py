@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["SHAPES", "System", "draw_marker", "draw_scatter"]
+from expedite_d2.d2.comparison.labels import Box, place_labels
+
+__all__ = ["SHAPES", "Point", "draw_marker", "draw_scatter"]
 
 # Shares of one; the paper's claim is that this much of the accuracy is kept.
 KEPT = 0.98
@@ -33,31 +35,31 @@ SHAPES: tuple[tuple[tuple[float, float], ...] | None, ...] = (
     ),
 )
 
-Box = tuple[float, float, float, float]
-
 
 @dataclass(frozen=True)
-class System:
-    """What is drawn of one system.
+class Point:
+    """What is drawn of one setting of a system.
 
     Attributes:
-        style: Its number; chooses shape and colour.
+        style: The system's number; chooses shape and colour.
         latency: Model latency, expedited / baseline.
-        kept: (metric, share of the accuracy kept), one for each task.
+        kept: (label, share of the accuracy kept), one for each task.
+        further: Whether the setting is not the system's first: its marks are outlines.
     """
 
     style: int
     latency: float
     kept: Sequence[tuple[str, float]]
+    further: bool = False
 
 
-def draw_scatter(systems: Sequence[System], width: int, height: int, name: str) -> str:
-    """Draw one point for each metric of each system, and the one point of all baselines.
+def draw_scatter(points: Sequence[Point], width: int, height: int, name: str) -> str:
+    """Draw one mark for each metric of each setting, and the one of all baselines.
 
     Colours are the custom properties and classes of the page's style sheet.
 
     Args:
-        systems: In the order of the table.
+        points: In the order of the table.
         width: Of the view box; text is 13 units high, so this is best the width on the screen.
         height: Of the view box.
         name: What the picture is called for those who do not see it.
@@ -65,8 +67,8 @@ def draw_scatter(systems: Sequence[System], width: int, height: int, name: str) 
     Returns:
         An ``<svg>`` element.
     """
-    xs = [1.0, *(system.latency for system in systems)]
-    ys = [KEPT, 1.0, *(share for system in systems for _, share in system.kept)]
+    xs = [1.0, *(point.latency for point in points)]
+    ys = [KEPT, 1.0, *(share for point in points for _, share in point.kept)]
     across = _Axis.around(xs, _LEFT, width - _RIGHT, wanted=max(4, width // 120))
     up = _Axis.around(ys, height - _BOTTOM, _TOP, wanted=max(4, height // 70))
     parts = [
@@ -75,30 +77,31 @@ def draw_scatter(systems: Sequence[System], width: int, height: int, name: str) 
     ]
     markers = []
     labels: list[tuple[str, str, float, float]] = [("faint", "baselines", across(1), up(1))]
-    for system in systems:
-        x = across(system.latency)
-        heights = [up(share) for _, share in system.kept]
-        style = f"s{system.style % len(SHAPES)}"
+    for point in points:
+        x = across(point.latency)
+        heights = [up(share) for _, share in point.kept]
+        style = f"s{point.style % len(SHAPES)}"
         if len(heights) > 1:
             ends = f'y1="{min(heights):.1f}" y2="{max(heights):.1f}"'
             parts.append(f'<line class="stem {style}" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
-        for (metric, _), y in zip(system.kept, heights, strict=True):
-            markers.append(draw_marker(system.style, x, y))
-            labels.append((style, metric, x, y))
+        for (label, _), y in zip(point.kept, heights, strict=True):
+            markers.append(draw_marker(point.style, x, y, point.further))
+            labels.append((style, label, x, y))
     parts.append(f'<circle class="origin" cx="{across(1):.1f}" cy="{up(1):.1f}" r="{_RADIUS}"/>')
     parts += markers
     parts += _draw_labels(labels, (_LEFT, _TOP - 12, width, height - _BOTTOM))
     return "\n".join([*parts, "</svg>"])
 
 
-def draw_marker(style: int, x: float, y: float) -> str:
+def draw_marker(style: int, x: float, y: float, outline: bool = False) -> str:
     """The SVG element that stands for a system at a point."""
     index = style % len(SHAPES)
     corners = SHAPES[index]
+    kind = f"mark outline s{index}" if outline else f"mark s{index}"
     if corners is None:
-        return f'<circle class="mark s{index}" cx="{x:.1f}" cy="{y:.1f}" r="{_RADIUS}"/>'
-    points = " ".join(f"{x + _RADIUS * dx:.1f},{y + _RADIUS * dy:.1f}" for dx, dy in corners)
-    return f'<polygon class="mark s{index}" points="{points}"/>'
+        return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{_RADIUS}"/>'
+    ends = " ".join(f"{x + _RADIUS * dx:.1f},{y + _RADIUS * dy:.1f}" for dx, dy in corners)
+    return f'<polygon class="{kind}" points="{ends}"/>'
 
 
 @dataclass(frozen=True)
@@ -155,40 +158,11 @@ def _draw_frame(across: _Axis, up: _Axis, width: int, height: int) -> Iterator[s
 
 
 def _draw_labels(labels: Sequence[tuple[str, str, float, float]], bounds: Box) -> Iterator[str]:
-    """Write labels beside their points where they cover neither a point nor another label."""
-    taken = [_box(x, y, 2 * _RADIUS, 2 * _RADIUS) for _, _, x, y in labels]
-    for style, text, x, y in labels:
-        width = _CHARACTER * _FONT * len(text)
-        side, above = _RADIUS + 3 + width / 2, _RADIUS + 3 + _FONT / 2
-        places = [
-            _box(x + dx, y + dy, width, _FONT)
-            for dx, dy in (
-                (side, 0), (-side, 0), (0, -above), (0, above),
-                (side, -above), (side, above), (-side, -above), (-side, above),
-            )
-        ]  # fmt: skip
-        # The first of the places that are free, or of those that cover least.
-        place = min(places, key=lambda box: _covered(box, taken) + _outside(box, bounds))
-        taken.append(place)
+    points = [(x, y) for _, _, x, y in labels]
+    sizes = [(_CHARACTER * _FONT * len(text), _FONT) for _, text, _, _ in labels]
+    places = place_labels(points, sizes, _RADIUS, bounds)
+    for (style, text, _, _), place in zip(labels, places, strict=True):
         yield (
             f'<text class="label {style}" x="{(place[0] + place[2]) / 2:.1f}" '
             f'y="{place[3] - 2:.1f}" text-anchor="middle">{escape(text)}</text>'
         )
-
-
-def _box(x: float, y: float, width: float, height: float) -> Box:
-    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
-
-
-def _covered(box: Box, others: Iterable[Box]) -> float:
-    """Area that a box shares with others."""
-    return sum(
-        max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
-        * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
-        for other in others
-    )
-
-
-def _outside(box: Box, bounds: Box) -> float:
-    """Area of a box beyond the bounds."""
-    return (box[2] - box[0]) * (box[3] - box[1]) - _covered(box, [bounds])

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog
-from expedite_d2.d2.comparison.compare import build_pair, choose_examples, compare
+from expedite_d2.d2.comparison import compare as comparing
+from expedite_d2.d2.comparison.compare import build_models, compare
 from expedite_d2.d2.comparison.cost import count_gflops
 from expedite_d2.d2.config import load_config
 
@@ -86,25 +87,44 @@ def cfg(tmp_path: Path, new_dataset: Callable[..., str]) -> CfgNode:
     return tiny_config(tmp_path, new_dataset(tiny_images(tmp_path), **METADATA))
 
 
-def test_pair_shares_its_parameters(cfg: CfgNode) -> None:
-    baseline, expedited = build_pair(cfg)
-    assert baseline.backbone.reduction is None and expedited.backbone.reduction is not None
-    first, second = (dict(model.named_parameters()) for model in (baseline, expedited))
-    assert first.keys() == second.keys()
-    assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
-    assert not baseline.training and not expedited.training
+def further(cfg: CfgNode, **settings: Any) -> CfgNode:
+    """The config with other settings."""
+    changed = cfg.clone()
+    for key, value in settings.items():
+        changed.MODEL.EXPEDITE[key] = value
+    return changed
 
 
-def test_examples_are_spread_and_rich_but_not_the_extreme() -> None:
-    records: list[dict] = [{"segments_info": [{}] * (n % 10)} for n in range(60)]
-    records[5]["segments_info"] = [{}] * 500
-    assert choose_examples(records) == [9, 39, 59]
-    assert choose_examples(records) == choose_examples(records)
+def test_models_share_their_parameters(cfg: CfgNode) -> None:
+    half = further(cfg, CLUSTERS=[1, 1])
+    baseline, *expedited = models = build_models(cfg, half)
+    assert baseline.backbone.reduction is None
+    assert [model.backbone.reduction.cluster.grid for model in expedited] == [(2, 2), (1, 1)]
+    first, *others = (dict(model.named_parameters()) for model in models)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(first[name].data_ptr() == other[name].data_ptr() for name in first)
+    assert not any(model.training for model in models)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_examples_of_a_small_data_set_are_all_of_it(count: int) -> None:
-    assert choose_examples([{} for _ in range(count)]) == list(range(count))
+def test_every_model_is_first_as_often_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Run:
+        model = None
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def prepare(self, *args: Any) -> None:
+            pass
+
+        def measure(self, *args: Any) -> None:
+            order.append(self.name)
+
+    runs: Any = [Run(name) for name in "abc"]
+    comparing._alternate(runs, [[{"image": torch.zeros(3, 4, 4)}]] * 4)
+    assert "".join(order) == "abcbcacababc"
 
 
 class Ran(NamedTuple):
@@ -115,7 +135,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    """One comparison that several tests look at; its config has the switch off."""
+    """One comparison of two settings that several tests look at; the config's switch is off."""
     folder = tmp_path_factory.mktemp("compare")
     name = "compare_test"
     DatasetCatalog.register(name, lambda: tiny_images(folder))
@@ -123,7 +143,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     cfg = tiny_config(folder, name)
     cfg.MODEL.EXPEDITE.ENABLED = False
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        comparison = compare(cfg)
+        comparison = compare(cfg, {"half": further(cfg, ALPHA=2)})
     yield Ran(cfg, comparison, printed.getvalue())
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
@@ -143,34 +163,44 @@ def test_compare_writes_the_pictures_one_by_one(ran: Ran) -> None:
     folder = Path(ran.cfg.OUTPUT_DIR) / "examples"
     listed = json.loads((folder / "examples.json").read_text())
     assert len(listed) == len(SIZES)
-    names = [name for example in listed for name in example["panels"].values()]
+    names = [panel["file"] for example in listed for panel in example["panels"]]
     assert sorted([*names, "examples.json"]) == sorted(os.listdir(folder))
     for example in listed:
-        assert 0 <= example["differs"] <= 1
-        sizes = {Image.open(folder / name).size for name in example["panels"].values()}
+        captions = [panel["caption"] for panel in example["panels"]]
+        for found, expected in zip(
+            captions,
+            ["expedited: clusters", "baseline", "expedited", "expedited: ", "half: clusters"]
+            + ["input", "half", "half: "],
+            strict=True,
+        ):
+            assert found.startswith(expected)
+        sizes = {Image.open(folder / panel["file"]).size for panel in example["panels"]}
         assert len(sizes) == 1
 
 
-def test_compare_measures_both_models_on_all_images(ran: Ran) -> None:
+def test_compare_measures_all_models_on_all_images(ran: Ran) -> None:
     found = ran.comparison
     assert found["images"] == len(SIZES) and found["dtype"] == "float32"
     assert found["expedited"]["settings"]["alpha"] == 3
-    for side in ("baseline", "expedited"):
-        latency = found[side]["latency_ms"]
+    (half,) = found["further"]
+    assert half["name"] == "half" and half["expedited"]["settings"]["alpha"] == 2
+    for side in (found["baseline"], found["expedited"], half["expedited"]):
+        latency = side["latency_ms"]
         for part in ("backbone", "model"):
             assert 0 < latency[part]["min"] <= latency[part]["median"] <= latency[part]["max"]
         assert latency["backbone"]["median"] < latency["model"]["median"]
-        assert set(found[side]["metrics"]["sem_seg"]) >= {"mIoU", "pACC"}
+        assert set(side["metrics"]["sem_seg"]) >= {"mIoU", "pACC"}
     # Two of 64x64; 50x40 is resized to 80x64 and padded to 96x64.
     costs = [count_gflops(ran.cfg, *size)["model"] for size in ((64, 64), (96, 64))]
     assert found["baseline"]["gflops"]["model"] == pytest.approx((2 * costs[0] + costs[1]) / 3)
-    assert found["ratio"]["gflops_backbone"] < 1
+    assert half["ratio"]["gflops_backbone"] < found["ratio"]["gflops_backbone"] < 1
 
 
 def test_compare_in_16_bits(cfg: CfgNode) -> None:
     cfg.TEST.DTYPE = "bfloat16"
     found = compare(cfg)
     assert found["dtype"] == "bfloat16" and found["ratio"]["gflops_backbone"] < 1
+    assert "further" not in found
 
 
 def test_compare_leaves_no_file_and_keeps_old_ones_when_it_fails(
@@ -232,7 +262,8 @@ def compare_on_a_rank(folder: Path, records: list[dict[str, Any]]) -> None:
             "expedite_d2.d2.comparison.compare.count_gflops",
             lambda model, height, width: {"backbone": height, "model": width},
         )
-        compare(tiny_config(folder, "tiny_ranks"))
+        cfg = tiny_config(folder, "tiny_ranks")
+        compare(cfg, {"half": further(cfg, ALPHA=2)})
 
 
 @pytest.mark.slow
@@ -243,7 +274,10 @@ def test_compare_on_two_ranks_counts_every_image_once(
     launch_two(compare_on_a_rank, tmp_path, tiny_images(tmp_path))
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["images"] == len(SIZES)
-    for side in ("baseline", "expedited"):
-        metrics = ran.comparison[side]["metrics"]["sem_seg"]
-        assert found[side]["metrics"]["sem_seg"] == pytest.approx(metrics)
-        assert found[side]["gflops"] == pytest.approx({"backbone": 224 / 3, "model": 64.0})
+    sides = [
+        [one["baseline"], one["expedited"], one["further"][0]["expedited"]]
+        for one in (found, ran.comparison)
+    ]
+    for side, alone in zip(*sides, strict=True):
+        assert side["metrics"]["sem_seg"] == pytest.approx(alone["metrics"]["sem_seg"])
+        assert side["gflops"] == pytest.approx({"backbone": 224 / 3, "model": 64.0})

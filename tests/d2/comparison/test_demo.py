@@ -15,16 +15,17 @@ from PIL import Image
 
 from expedite_d2.__main__ import main
 from expedite_d2.d2.comparison import demo
-from expedite_d2.d2.comparison.figure import PANELS, Example, write_examples
+from expedite_d2.d2.comparison.examples import Example, Seen, TokenGroups, write_examples
 from expedite_d2.d2.comparison.report import Measurement, Subject, build_comparison, to_json
 from expedite_d2.d2.comparison.report_page import RUN_FILE, read_system, write_page
-from expedite_d2.d2.comparison.scatter import System, draw_scatter
+from expedite_d2.d2.comparison.scatter import Point, draw_scatter
 from expedite_d2.d2.visualize import DepthMap
 
 NASTY = "<script>alert('1')</script> & \"quoted\""
 VOID = {"meta", "img", "br", "line", "circle", "polygon"}
 CONFIGS = [config for config in demo.CONFIGS if "mask2former" in config or "dpt" in config]
 NAMES = ["mask2former_swin_mini", "dpt_vit_mini"]
+KINDS = ("tokens", "prediction", "difference")
 
 Metrics = dict[str, dict[str, Any]]
 PANOPTIC: Metrics = {"panoptic_seg": {"PQ": 50.0, "SQ": 60.0}, "sem_seg": {"mIoU": 70.0}}
@@ -38,27 +39,43 @@ def fabricate(
     device: str = "a processor",
     milliseconds: float = 80.0,
     examples: int = 2,
+    further: Sequence[str] = (),
 ) -> None:
     """What a comparison leaves in its folder."""
     build = {"cuda": None, "archs": [], "compiler": "g++ 13", "torch": "2.8.0"}
     subject = Subject(model, "tiny_val", 3, device, "float32", "2.8.0", build)
-    sides = []
-    for metrics, cost, time in ((baseline, 20.0, 100.0), (expedited, 10.0, milliseconds)):
-        gflops = {"backbone": [cost], "model": [30.0]}
-        latency = {"backbone": [time], "model": [time]}
-        sides.append(Measurement(metrics, gflops, latency, None))
-    settings = {"alpha": 6, "clusters": [6, 6], "temperature": 0.0}
-    comparison = build_comparison(subject, sides[0], sides[1], settings)
+    cluster = {"at": 6, "grid": [6, 6], "temperature": 0.0}
+    settings = {"steps": [{"cluster": cluster}], "reconstruction": "residual"}
+    runs = {}
+    for name in ("baseline", "expedited", *further):
+        plain = name == "baseline"
+        cost, time = (20.0, 100.0) if plain else (10.0, milliseconds)
+        runs[name] = Measurement(
+            baseline if plain else expedited,
+            {"backbone": [cost], "model": [30.0]},
+            {"backbone": [time], "model": [time]},
+            None,
+            None if plain else settings,
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.json").write_text(to_json(comparison))
-    write_examples([example() for _ in range(examples)], None, folder / "examples")
+    (folder / "comparison.json").write_text(to_json(build_comparison(subject, runs)))
+    seen = example("expedited", *further)
+    write_examples([seen] * examples, None, folder / "examples")
 
 
-def example() -> Example:
+def example(*settings: str) -> Example:
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
     depths = [DepthMap(np.full((24, 32), metres, np.float32)) for metres in (2.0, 3.0)]
-    return Example(image, np.arange(12).reshape(3, 4) // 2, (3, 4), None, *depths)
+    groups = TokenGroups(np.arange(12).reshape(3, 4) // 2, (3, 4))
+    seen = [Seen(name, "cluster", groups, depths[1]) for name in settings or ("expedited",)]
+    return Example(image, depths[0], seen)
+
+
+def panels(number: int, *further: str) -> set[str]:
+    """The files of an example's pictures."""
+    own = [f"{name}_{kind}" for name in ("expedited", *further) for kind in KINDS]
+    return {f"{number}_{name}.jpg" for name in ("baseline", *own, *["input"] * bool(further))}
 
 
 class Page(HTMLParser):
@@ -125,6 +142,22 @@ def test_page_shows_every_system(tmp_path: Path) -> None:
     assert "Panoptic FPN" in page.text and "a processor; another" in page.text
     verdicts = page.attributes("b", "class")
     assert verdicts == ["enough", "less", "enough", "enough"]
+
+
+def test_page_shows_every_setting(tmp_path: Path) -> None:
+    fabricate(tmp_path / "a", further=["half"])
+    fabricate(tmp_path / "b")
+    page = page_of(tmp_path, ["a", "b"])
+    rows = [kind for kind, found in page.elements if kind == "th" and found.get("scope") == "row"]
+    # Three of the table of systems, and two tables of four costs and three metrics.
+    assert len(rows) == 3 + 2 * (4 + 3) and "half: alpha 6, clusters 6x6" in page.text
+    assert len(page.attributes("img", "src")) == 2 * 8 + 2 * 4
+    marks = [found["class"] for _, found in page.elements if "mark" in (found.get("class") or "")]
+    # Two metrics of each setting in both plots, then the legend.
+    assert [m for m in marks if "outline" in (m or "")] == ["mark outline s0"] * 5
+    assert len(marks) == 2 * 2 * 3 + 3
+    assert "PQ, half" in page.text and "outlined: half" in page.text
+    assert "half: 50 % fewer backbone GFLOPs" in page.text
 
 
 def test_page_of_an_error_metric_keeps_less_where_it_grows(tmp_path: Path) -> None:
@@ -201,11 +234,11 @@ def test_page_without_any_comparison(tmp_path: Path) -> None:
 
 
 def test_examples_of_an_earlier_run_go_and_other_files_stay(tmp_path: Path) -> None:
-    write_examples([example(), example()], None, tmp_path)
+    write_examples([example("expedited", "half"), example()], None, tmp_path)
+    assert set(os.listdir(tmp_path)) == panels(1, "half") | panels(2) | {"examples.json"}
     (tmp_path / "mine.jpg").touch()
     write_examples([example()], None, tmp_path)
-    panels = {f"1_{panel}.jpg" for panel in ("clusters", "baseline", "expedited", "difference")}
-    assert set(os.listdir(tmp_path)) == panels | {"mine.jpg", "examples.json"}
+    assert set(os.listdir(tmp_path)) == panels(1) | {"mine.jpg", "examples.json"}
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EACCES, errno.ENAMETOOLONG])
@@ -215,17 +248,16 @@ def test_an_example_that_cannot_be_written_costs_only_itself(
     save = Image.Image.save
 
     def failing(image: Image.Image, path: Path, **options: Any) -> None:
-        if path.name == "1_expedited.jpg":
+        if path.name == "1_expedited_prediction.jpg":
             raise OSError(reason, os.strerror(reason))
         save(image, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", failing)
     write_examples([example(), example()], None, tmp_path)
-    assert f"1_expedited.jpg cannot be written: {os.strerror(reason)}" in caplog.text
-    panels = {f"2_{panel}.jpg" for panel in PANELS}
-    assert set(os.listdir(tmp_path)) == panels | {"examples.json"}
+    assert f"1_expedited_prediction.jpg cannot be written: {os.strerror(reason)}" in caplog.text
+    assert set(os.listdir(tmp_path)) == panels(2) | {"examples.json"}
     (listed,) = json.loads((tmp_path / "examples.json").read_text())
-    assert set(listed["panels"].values()) == panels
+    assert {panel["file"] for panel in listed["panels"]} == panels(2)
 
 
 def test_examples_that_have_no_place_are_told(
@@ -239,14 +271,14 @@ def test_examples_that_have_no_place_are_told(
 @pytest.mark.parametrize("latency", [0.01, 0.8, 1.0, 1.04, 7.0])
 @pytest.mark.parametrize("share", [-0.5, 0.3, 0.99, 1.0, 3.0])
 def test_scatter_stays_within_its_frame(latency: float, share: float) -> None:
-    drawn = draw_scatter([System(9, latency, [("PQ", share), ("AP", 1.0)])], 400, 300, "a name")
+    drawn = draw_scatter([Point(9, latency, [("PQ", share), ("AP", 1.0)])], 400, 300, "a name")
     for axis, limit in (("x", 400), ("y", 300)):
         places = [float(v) for v in re.findall(rf' c?{axis}[12]?="([-0-9.]+)"', drawn)]
         assert places and 0 <= min(places) and max(places) <= limit
 
 
 def test_scatter_labels_do_not_cover_each_other() -> None:
-    close = [System(n, 0.9 + n / 1000, [("mIoU", 0.99)]) for n in range(4)]
+    close = [Point(n, 0.9 + n / 1000, [("mIoU", 0.99)]) for n in range(4)]
     drawn = draw_scatter(close, 860, 430, "a name")
     found = re.findall(r'class="label s\d" x="([0-9.]+)" y="([0-9.]+)"', drawn)
     places = [(float(x), float(y)) for x, y in found]
@@ -281,6 +313,27 @@ def test_demo_runs_every_system_and_reports_the_one_that_fails(
     assert run["command"].startswith("python train_net.py --eval-only --compare --config-file")
     assert run["command"].endswith(f"MODEL.WEIGHTS '' OUTPUT_DIR {tmp_path / NAMES[0]}")
     assert Page(tmp_path / "report.html").text.count("no memory left") == 2
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_demo_compares_also_with_the_half_that_lies_beside(
+    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [tmp_path / f"net{end}.yaml" for end in ("_expedited", *["_half"] * half)]
+    for path in configs:
+        path.write_text("MODEL: {EXPEDITE: {ENABLED: True}}")
+    compared = []
+
+    def pretend(cfg: Any, further: dict[str, Any], command: str) -> None:
+        compared.append((list(further), command))
+        fabricate(Path(cfg.OUTPUT_DIR), further=list(further))
+
+    monkeypatch.setattr(demo, "compare", pretend)
+    monkeypatch.setattr(demo, "_run_apart", demo._compare)
+    main(["demo", str(configs[0]), "--output", str(tmp_path / "out")])
+    ((names, command),) = compared
+    assert names == ["half"] * half
+    assert (f"--compare-with {tmp_path / 'net_half.yaml'} " in command) is half
 
 
 def test_demo_does_not_show_an_earlier_comparison_for_one_that_died(

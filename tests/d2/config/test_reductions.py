@@ -12,7 +12,6 @@ import torch
 from expedite_d2.__main__ import main
 from expedite_d2.d2 import build_model
 from expedite_d2.d2.checkpoint import load_weights
-from expedite_d2.d2.comparison.cost import expedite_settings
 from expedite_d2.d2.config import load_config
 from expedite_d2.reducers import Cluster, Correction, Merge, Reduction
 from expedite_d2.reducers.correction import fingerprint
@@ -32,16 +31,6 @@ def test_merging_by_config() -> None:
     with torch.inference_mode():
         (out,) = model([{"image": torch.rand(3, 64, 80) * 255, "height": 64, "width": 80}])
     assert out["sem_seg"].shape[1:] == (64, 80) and out["sem_seg"].isfinite().all()
-
-
-def test_reports_tell_the_settings_that_run(tmp_path: Path) -> None:
-    config = MODELS / "segmenter_tiny.yaml"
-    merges = expedite_settings(load_config(config, MERGE))["merges"]
-    assert merges == [str(Merge(1, 0.8)), str(Merge(2, 0.8))]
-    Reduction((Cluster(2, (3, 3), topk=2),)).save(tmp_path / "settings.yaml")
-    opts = ["MODEL.EXPEDITE.SETTINGS", str(tmp_path / "settings.yaml")]
-    shown = expedite_settings(load_config(config, opts))
-    assert (shown["alpha"], shown["clusters"], shown["topk"]) == (2, [3, 3], 2)
 
 
 @pytest.mark.parametrize(

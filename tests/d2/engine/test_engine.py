@@ -257,7 +257,11 @@ def test_command_line_errors_are_one_sentence(
 
 @pytest.mark.parametrize(
     ("arguments", "needed"),
-    [(["--compare"], "--eval-only"), (["--num-machines", "2"], "--dist-url tcp://HOST:PORT")],
+    [
+        (["--compare"], "--eval-only"),
+        (["--compare-with", CONFIG], "--eval-only"),
+        (["--num-machines", "2"], "--dist-url tcp://HOST:PORT"),
+    ],
 )
 def test_command_line_names_the_option_that_is_needed(
     arguments: list[str],
