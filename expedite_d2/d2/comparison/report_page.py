@@ -69,7 +69,7 @@ class Evaluated:
         """The architecture in words; where it is not known, the folder's name."""
         if self.error is not None:
             return self.name
-        architecture = str(self.comparison["model"]).split(",")[0].removeprefix("Expedite")
+        architecture = str(self.comparison["model"]).split(",")[0].removeprefix("Expedited")
         return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", architecture) or self.name
 
     @property
@@ -238,23 +238,22 @@ def _plot(systems: Sequence[Evaluated]) -> Iterator[str]:
     """The plot, once for each width, and what its marks mean."""
     points: list[Point] = []
     names: dict[int, str] = {}
-    outlines: list[str] = []
-    for number, system in enumerate(systems):
-        settings = [] if system.error else settings_of(system.comparison)
-        for setting in settings:
-            further = setting is not settings[0]
+    compared = [[] if s.error else settings_of(s.comparison) for s in systems]
+    outlined = dict.fromkeys(setting.name for found in compared for setting in found[1:])
+    for number, settings in enumerate(compared):
+        for place, setting in enumerate(settings):
             speedup = setting.ratio["speedup_model"]
             if not speedup:
                 continue
-            shares = [
-                (_LABELS.get(task, name), setting.kept(task, name))
-                for task, name in headline_metrics(system.comparison)
+            # The key tells what outlines are, unless they are several things.
+            suffix = f", {setting.name}" if place and len(outlined) > 1 else ""
+            kept = [
+                (f"{_LABELS.get(task, name)}{suffix}", share)
+                for task, name in headline_metrics(systems[number].comparison)
+                if (share := setting.kept(task, name)) is not None
             ]
-            suffix = f", {setting.name}" if further else ""
-            kept = [(f"{label}{suffix}", share) for label, share in shares if share is not None]
-            points.append(Point(number, 1 / speedup, kept, further))
-            names[number] = system.title
-            outlines += [setting.name] if further else []
+            points.append(Point(number, 1 / speedup, kept, further=place > 0))
+            names[number] = systems[number].title
     if not points:
         yield "<p>No system was evaluated.</p>"
         return
@@ -262,10 +261,8 @@ def _plot(systems: Sequence[Evaluated]) -> Iterator[str]:
         drawn = draw_scatter(points, width, height, "accuracy kept against model latency")
         yield f'<div class="plot {kind}">{drawn}</div>'
     keys = [(draw_marker(number, 0, 0), name) for number, name in names.items()]
-    if outlines:
-        keys.append(
-            (draw_marker(0, 0, 0, outline=True), f"outlined: {', '.join(dict.fromkeys(outlines))}")
-        )
+    if outlined:
+        keys.append((draw_marker(0, 0, 0, outline=True), f"outlined: {', '.join(outlined)}"))
     listed = (
         f'<li><svg viewBox="-10 -10 20 20" aria-hidden="true">{mark}</svg> {escape(name)}</li>'
         for mark, name in keys

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from expedite_d2.d2.comparison.labels import Box, place_labels
+from expedite_d2.d2.comparison.labels import Box, box, place_labels
 
 __all__ = ["SHAPES", "Point", "draw_marker", "draw_scatter"]
 
@@ -89,7 +89,8 @@ def draw_scatter(points: Sequence[Point], width: int, height: int, name: str) ->
             labels.append((style, label, x, y))
     parts.append(f'<circle class="origin" cx="{across(1):.1f}" cy="{up(1):.1f}" r="{_RADIUS}"/>')
     parts += markers
-    parts += _draw_labels(labels, (_LEFT, _TOP - 12, width, height - _BOTTOM))
+    goal = box(width - _RIGHT - 40, up(KEPT) + 11, 80, _FONT)
+    parts += _draw_labels(labels, (_LEFT, _TOP - 12, width, height - _BOTTOM), goal)
     return "\n".join([*parts, "</svg>"])
 
 
@@ -157,10 +158,12 @@ def _draw_frame(across: _Axis, up: _Axis, width: int, height: int) -> Iterator[s
     yield f'<text class="axis" x="{left}" y="{height - 10}">← faster</text>'
 
 
-def _draw_labels(labels: Sequence[tuple[str, str, float, float]], bounds: Box) -> Iterator[str]:
+def _draw_labels(
+    labels: Sequence[tuple[str, str, float, float]], bounds: Box, goal: Box
+) -> Iterator[str]:
     points = [(x, y) for _, _, x, y in labels]
     sizes = [(_CHARACTER * _FONT * len(text), _FONT) for _, text, _, _ in labels]
-    places = place_labels(points, sizes, _RADIUS, bounds)
+    places = place_labels(points, sizes, _RADIUS, bounds, [goal])
     for (style, text, _, _), place in zip(labels, places, strict=True):
         yield (
             f'<text class="label {style}" x="{(place[0] + place[2]) / 2:.1f}" '

@@ -139,7 +139,11 @@ def test_page_shows_every_system(tmp_path: Path) -> None:
     assert "panoptic PQ 50.00 → 49.50 99.0 %" in page.text
     assert "semantic mIoU 70.00 → 63.00 90.0 %" in page.text
     assert "20.00 → 10.00 −50.0 %" in page.text and "1.25× as fast" in page.text
-    assert "Panoptic FPN" in page.text and "a processor; another" in page.text
+    assert (
+        "Panoptic FPN Swin 48" in page.text
+        and "Expedited" not in page.text
+        and "a processor; another" in page.text
+    )
     verdicts = page.attributes("b", "class")
     assert verdicts == ["enough", "less", "enough", "enough"]
 
@@ -156,8 +160,11 @@ def test_page_shows_every_setting(tmp_path: Path) -> None:
     # Two metrics of each setting in both plots, then the legend.
     assert [m for m in marks if "outline" in (m or "")] == ["mark outline s0"] * 5
     assert len(marks) == 2 * 2 * 3 + 3
-    assert "PQ, half" in page.text and "outlined: half" in page.text
+    assert "PQ, half" not in page.text and "outlined: half" in page.text
     assert "half: 50 % fewer backbone GFLOPs" in page.text
+    fabricate(tmp_path / "b", further=["quarter"])
+    page = page_of(tmp_path, ["a", "b"])
+    assert "PQ, half" in page.text and "outlined: half, quarter" in page.text
 
 
 def test_page_of_an_error_metric_keeps_less_where_it_grows(tmp_path: Path) -> None:
