@@ -27,18 +27,21 @@ def place_labels(
         obstacles: What else they should not cover.
 
     Yields:
-        The label's box: the first of eight places that is free, or the one that covers least.
+        The label's box: of eight places close by and eight farther off the first that is free, or
+        the one that covers least.
     """
     taken = [*(box(x, y, 2 * radius, 2 * radius) for x, y in points), *obstacles]
     for (x, y), (width, height) in zip(points, sizes, strict=True):
-        side, above = radius + 3 + width / 2, radius + 3 + height / 2
-        places = [
-            box(x + dx, y + dy, width, height)
-            for dx, dy in (
-                (side, 0), (-side, 0), (0, -above), (0, above),
-                (side, -above), (side, above), (-side, -above), (-side, above),
-            )
-        ]  # fmt: skip
+        places = []
+        for distance in (radius + 3, radius + 3 + height):
+            side, above = distance + width / 2, distance + height / 2
+            places += [
+                box(x + dx, y + dy, width, height)
+                for dx, dy in (
+                    (side, 0), (-side, 0), (0, -above), (0, above),
+                    (side, -above), (side, above), (-side, -above), (-side, above),
+                )
+            ]  # fmt: skip
         place = min(places, key=lambda one: _covered(one, taken) + _outside(one, bounds))
         taken.append(place)
         yield place

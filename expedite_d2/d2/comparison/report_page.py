@@ -138,7 +138,7 @@ def _read_comparison(path: Path) -> dict[str, Any]:
         for part in (_facts([system]), _table_rows(system, 0), _plot([system])):
             "".join(part)
         _section(system, 0)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a comparison: {error!r}") from error
     return comparison
 

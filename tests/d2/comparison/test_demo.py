@@ -284,12 +284,13 @@ def test_scatter_stays_within_its_frame(latency: float, share: float) -> None:
         assert places and 0 <= min(places) and max(places) <= limit
 
 
-def test_scatter_labels_do_not_cover_each_other() -> None:
-    close = [Point(n, 0.9 + n / 1000, [("mIoU", 0.99)]) for n in range(4)]
+@pytest.mark.parametrize("count", [4, 8])
+def test_scatter_labels_do_not_cover_each_other(count: int) -> None:
+    close = [Point(n, 0.9 + n / 1000, [("mIoU", 0.99)]) for n in range(count)]
     drawn = draw_scatter(close, 860, 430, "a name")
     found = re.findall(r'class="label s\d" x="([0-9.]+)" y="([0-9.]+)"', drawn)
     places = [(float(x), float(y)) for x, y in found]
-    assert len(places) == 4
+    assert len(places) == count
     for n, (x, y) in enumerate(places):
         assert all(abs(x - a) > 30 or abs(y - b) > 12 for a, b in places[:n])
 
