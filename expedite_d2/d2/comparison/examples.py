@@ -161,8 +161,7 @@ def run_example(
         image=np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(plain.size[::-1])),
         baseline=plain,
         settings=[
-            _see(name, model, settings["steps"], item, size)
-            for name, (model, settings) in expedited.items()
+            _see(name, model, settings, item, size) for name, (model, settings) in expedited.items()
         ],
     )
 
@@ -170,7 +169,7 @@ def run_example(
 def _see(
     name: str,
     model: nn.Module,
-    steps: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
     item: dict[str, Any],
     size: Sequence[int],
 ) -> Seen:
@@ -180,16 +179,21 @@ def _see(
     windows = ObservedOperator(
         torch.ops.expedite_d2.token_reduce.default, lambda call, _: call["window"]
     )
-    undone = ObservedOperator(
-        torch.ops.expedite_d2.token_reconstruct.default, lambda call, _: _nearest(call)
+    # Without tokens, what is spread over them is no undone step, unless the step replaces them.
+    replaces = settings["reconstruction"] == "replace"
+    reconstructed = ObservedOperator(
+        torch.ops.expedite_d2.token_reconstruct.default,
+        lambda call, _: _nearest(call) if replaces or call["tokens"] is not None else None,
     )
-    with hook, windows, undone:
+    with hook, windows, reconstructed:
         prediction = prediction_of(model([item])[0])
+    steps = settings["steps"]
     (step,) = steps[0]
+    undone = [found for found in reconstructed.kept if found is not None]
     groups = None
-    if len(sizes) == 1 and undone.kept:  # crops are not put together
+    if len(sizes) == 1 and undone:  # crops are not put together
         window = windows.kept[0] if windows.kept else None
-        groups = _groups(undone.kept[-len(steps) :], sizes[0], size, window)
+        groups = _groups(undone[-len(steps) :], sizes[0], size, window)
     return Seen(name, step, groups, prediction)
 
 

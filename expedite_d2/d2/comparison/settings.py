@@ -161,4 +161,6 @@ def summarize_settings(settings: Mapping[str, Any]) -> str:
 def _words(field: str, value: Any) -> str:
     if field == "grid":
         return "x".join(map(str, value))
-    return "automatic" if field == "temperature" and value == 0 else str(value)
+    if field == "temperature" and value == 0:
+        return "automatic"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

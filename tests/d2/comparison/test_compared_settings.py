@@ -121,6 +121,8 @@ def test_settings_in_words() -> None:
         ("reconstruction", "replace"),
     ]  # fmt: skip
     assert summarize_settings(clusters) == "alpha 6, clusters 8x8"
+    cluster["temperature"] = 0.123456
+    assert ("temperature", "0.1235") in describe_settings(clusters)
     steps = [{"merge": {"at": at, "keep": keep, "rounds": 2}} for at, keep in ((1, 0.8), (4, 0.9))]
     merges = {"steps": steps, "reconstruction": "residual"}
     assert summarize_settings(merges) == "merge at 1, 4, keep 0.8, 0.9, rounds 2"

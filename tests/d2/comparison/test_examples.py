@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from expedite_d2.d2.comparison.examples import Example, choose_examples, draw_pa
 from expedite_d2.d2.comparison.settings import expedite_settings
 from expedite_d2.d2.config import load_config
 from expedite_d2.ops.observe import ObservedOperator
-from expedite_d2.reducers import Merge, Merging
+from expedite_d2.reducers import Correction, Merge, Merging
+from expedite_d2.reducers.correction import fingerprint
 
 MODELS = Path(__file__).parents[1] / "modeling"
 TASKS = "MODEL.MASK_FORMER.TEST"
@@ -64,6 +66,23 @@ def test_merged_tokens_are_followed_through_all_merges(
     rows, columns = seen.groups.groups.shape
     assert rows * 80 == columns * 64 and seen.groups.tokens == (rows, columns)
     assert seen.groups.window is None
+
+
+def test_detail_maps_do_not_change_which_tokens_are_merged(tmp_path: Path) -> None:
+    (plain,) = look("segmenter", MERGE).settings
+    cfg = load_config(MODELS / "segmenter_tiny.yaml", [*MERGE, "MODEL.EXPEDITE.ENABLED", True])
+    torch.manual_seed(0)
+    _, model = build_models(cfg)
+    (number,) = model.backbone.read_outs()
+    width = model.backbone.vit.embed_dim
+    maps = {number: (torch.randn(2, width, width), torch.zeros(width))}
+    correction = Correction(maps, fingerprint(model.backbone.vit))
+    replace(model.backbone.reduction, correction=correction).save(tmp_path / "maps.yaml")
+    opts = ["MODEL.EXPEDITE.SETTINGS", str(tmp_path / "maps.yaml")]
+    (seen,) = look("segmenter", opts).settings
+    assert plain.groups is not None and seen.groups is not None
+    assert np.array_equal(seen.groups.groups, plain.groups.groups)
+    assert not np.array_equal(seen.prediction.ids, plain.prediction.ids)  # type: ignore[union-attr]
 
 
 def test_clusters_are_the_nearest_centres_and_reach_over_the_edge() -> None:
