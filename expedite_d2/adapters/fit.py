@@ -48,7 +48,7 @@ def fit(
             "positions are read between the cells of a grid"
         )
     _check_clusters(family, encoder, reduction, len(span) / len(blocks))
-    _check_merges(family, encoder, reduction)
+    _check_merges(family, encoder, reduction, len(blocks))
     family.positions.check(encoder, reduction)
     full = _full(family, encoder, span, outputs, len(blocks))
     if reduction.correction is not None:
@@ -87,27 +87,39 @@ def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, sh
         )
         return
     spared = share * (1 - rows * columns / (size[0] * size[1]))
+    _warn_of_little_gain(name, spared, "begin at an earlier block (alpha), or with fewer clusters")
+
+
+def _check_merges(family: Family, encoder: nn.Module, reduction: Reduction, blocks: int) -> None:
+    """Refuses merges of no token at all, and warns if they hardly save any work.
+
+    Args:
+        blocks: how many the encoder has.
+    """
+    size, name = family.grid.configured(encoder), type(encoder).__name__
+    merges = [step for step in reduction.steps if isinstance(step, Merge)]
+    if size is None or not merges:
+        return
+    count, spared = size[0] * size[1], 0.0
+    for step in merges:
+        merged = step.merged(count)
+        if merged == 0:
+            raise ValueError(
+                f"keep must leave fewer than the {count} tokens that reach block {step.at} of "
+                f"{name}, got {step.keep}"
+            )
+        count -= merged
+        spared += (1 - step.at / blocks) * merged / (size[0] * size[1])
+    if not any(step.rounds for step in merges):  # attention alone sees far fewer
+        _warn_of_little_gain(name, spared, "merge before earlier blocks, or keep fewer tokens")
+
+
+def _warn_of_little_gain(name: str, spared: float, advice: str) -> None:
     if spared < LEAST_GAIN:
         warnings.warn(
-            f"these settings spare {name} {100 * spared:.1f} % of what its blocks do: begin at an "
-            "earlier block (alpha), or with fewer clusters",
-            stacklevel=5,
+            f"these settings spare {name} {100 * spared:.1f} % of what its blocks do: {advice}",
+            stacklevel=6,
         )
-
-
-def _check_merges(family: Family, encoder: nn.Module, reduction: Reduction) -> None:
-    """Refuses merges of no token at all, where it is known how many there are."""
-    size = family.grid.configured(encoder)
-    count = None if size is None else size[0] * size[1]
-    for step in reduction.steps:
-        if isinstance(step, Merge) and count is not None:
-            merged = step.merged(count)
-            if merged == 0:
-                raise ValueError(
-                    f"keep must leave fewer than the {count} tokens that reach block {step.at} of "
-                    f"{type(encoder).__name__}, got {step.keep}"
-                )
-            count -= merged
 
 
 def _full(

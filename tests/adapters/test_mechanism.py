@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.parallel import replicate as torch_replicate
 
 from expedite_d2.adapters import expedite, is_expedited, restore
 from expedite_d2.adapters.override import Override
+from expedite_d2.reducers import Merge, Reduction
 
 families = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -229,6 +231,12 @@ def test_clusters_that_do_not_fit_the_tokens_are_refused(clusters: tuple[int, in
 def test_settings_that_spare_nearly_nothing_are_told() -> None:
     with pytest.warns(UserWarning, match="spare VisionTransformer 4.2 % of what its blocks do"):
         expedite(timm_vit(), alpha=3, clusters=(6, 5))
+    with pytest.warns(UserWarning, match="spare VisionTransformer 0.7 % .*: merge before earlier"):
+        expedite(timm_vit(), Reduction(Merge(3, 0.95)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expedite(timm_vit(), Reduction(Merge(3, 0.95, rounds=1)))
+        expedite(timm_vit(), Reduction(Merge(1, 0.8)))
 
 
 @pytest.mark.parametrize(
