@@ -93,7 +93,7 @@ CHOSEN: dict[str, dict[str, dict[float, Recipe]]] = {
         "merging": dict.fromkeys((0.7, 0.5, 0.4), Merges(_blocks(0, 3, 6, 9))),
         "grouped attention": dict.fromkeys((0.5, 0.4), Merges(_blocks(0, 3, 6, 9), 2)),
     },
-    "windows": {"clustering": dict.fromkeys((0.7, 0.5), Clusters(0.5))},
+    "windows": {"clustering": {0.7: Clusters(0.6667), 0.5: Clusters(0.5), 0.4: Clusters(0.5)}},
 }
 
 

@@ -79,7 +79,7 @@ RECIPES: dict[str, tuple[tuple[float, Recipe], ...]] = {
         (0.0, Merges((0.0, 0.25, 0.5, 0.75), rounds=2)),
     ),
     # Blocks attend in windows.
-    "windows": ((0.0, Clusters(0.5)),),
+    "windows": ((0.65, Clusters(0.6667)), (0.0, Clusters(0.5))),
 }
 
 
