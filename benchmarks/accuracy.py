@@ -244,6 +244,8 @@ def swept(runner: Runner, budget: float) -> Rows:
 def reported(runner: Runner, budget: float) -> Rows:
     """Each method's chosen recipe, and the rivals."""
     for method, recipes in CHOSEN[runner.kind].items():
+        if budget not in recipes:  # groups leave less
+            continue
         for maps in (False, True) if method != "grouped attention" else (False,):
             yield method, partial(runner.recipe, recipes[budget], budget, maps)
     clusters = CHOSEN[runner.kind]["clustering"][budget]
