@@ -9,6 +9,7 @@ from __future__ import annotations
 from expedite_d2.adapters import (
     Family,
     expedite,
+    expedited,
     families,
     is_expedited,
     register_family,
@@ -38,6 +39,7 @@ __all__ = [
     "clustering_of",
     "describe",
     "expedite",
+    "expedited",
     "families",
     "is_expedited",
     "reconstruct",

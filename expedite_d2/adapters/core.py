@@ -1,14 +1,15 @@
-"""`expedite`, `restore` and `is_expedited`."""
+"""`expedite`, `restore`, `expedited` and `is_expedited`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
 from expedite_d2.adapters.fit import fit
-from expedite_d2.adapters.hourglass import ATTRIBUTE
+from expedite_d2.adapters.hourglass import ATTRIBUTE, Hourglass
 from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.reducers import Cluster, Expeditable, Merge, Reconstruction, Reduction
 
@@ -110,6 +111,40 @@ def restore(model: Model) -> Model:
         elif ATTRIBUTE in vars(module):
             vars(module)[ATTRIBUTE].remove()
     return model
+
+
+@contextmanager
+def expedited(model: Model, reduction: Reduction | None = None, **settings: Any) -> Iterator[Model]:
+    """A context in which a model is expedited.
+
+    After it, also after an exception, the model has the settings that it had before, or none.
+    Contexts may be nested.
+
+    Args:
+        model: see `expedite`.
+        reduction: see `expedite`.
+        settings: the other arguments of `expedite`.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: see `expedite`.
+    """
+    _expect_module(model)
+    family, encoder = find_encoder(model)
+    before: Hourglass | None = vars(encoder).get(ATTRIBUTE)
+    former: Reduction | None = getattr(encoder, "reduction", None)
+    expedite(model, reduction, **settings)
+    try:
+        yield model
+    finally:
+        if family is None:
+            encoder.reduction = former
+        else:
+            restore(encoder)
+            if before is not None and former is not None:
+                before.install(former)
 
 
 def is_expedited(model: nn.Module) -> bool:
