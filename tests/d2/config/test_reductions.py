@@ -15,8 +15,24 @@ from expedite_d2.d2.checkpoint import load_weights
 from expedite_d2.d2.config import load_config
 from expedite_d2.reducers import Cluster, Correction, Merge, Reduction
 from expedite_d2.reducers.correction import fingerprint
+from expedite_d2.tools import describe
 
 MODELS = Path(__file__).parents[1] / "modeling"
+CONFIGS = Path(__file__).parents[3] / "configs"
+# Sizes at which the half configs were made.
+HALF = {
+    "ade20k/semantic/segmenter_vit_large": (640, 640),
+    "cityscapes/semantic/segmenter_vit_large": (768, 768),
+    "coco/panoptic/mask2former_swin_large": (1024, 1024),
+    "kitti/depth/dpt_vit_hybrid": (352, 1216),
+    "nyuv2/depth/dpt_vit_hybrid": (480, 640),
+    "pascal_context/semantic/segmenter_vit_large": (480, 480),
+    "scenes/depth/dpt_vit_mini": (384, 384),
+    "scenes/instance/htc_swin_mini": (384, 384),
+    "scenes/panoptic/mask2former_swin_mini": (384, 384),
+    "scenes/panoptic/panoptic_fpn_swin_mini": (384, 384),
+    "scenes/semantic/segmenter_vit_mini": (384, 384),
+}
 MERGE = ["MODEL.EXPEDITE.ENABLED", True, "MODEL.EXPEDITE.METHOD", "merge"]
 MERGE += ["MODEL.EXPEDITE.MERGE_AT", [1, 2], "MODEL.EXPEDITE.KEEP", 0.8]
 
@@ -105,3 +121,18 @@ def test_detail_maps_come_with_the_settings_and_are_checked_with_the_weights(
     torch.save({"model": tiny(name, opts).state_dict()}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="fitted to other weights .*: calibrate again"):
         load_weights(again, str(tmp_path / "other.pth"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALF)
+def test_half_configs_leave_half_of_the_blocks_multiply_adds(name: str) -> None:
+    cfg = load_config(CONFIGS / f"{name}_half.yaml", ["MODEL.DEVICE", "meta"])
+    assert 0.49 < describe(build_model(cfg), HALF[name]).share < 0.515
+    plain = load_config(CONFIGS / f"{name}.yaml", ["MODEL.DEVICE", "meta"])
+    plain.MODEL.EXPEDITE = cfg.MODEL.EXPEDITE
+    assert plain == cfg
+
+
+def test_every_half_config_is_counted() -> None:
+    found = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*_half.yaml")}
+    assert found == {f"{name}_half.yaml" for name in HALF}
