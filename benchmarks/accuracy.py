@@ -194,7 +194,7 @@ class Runner:
     def settings(self, recipe: Recipe, budget: float) -> Reduction:
         """The settings of a recipe at a budget; clusters, whose alpha is whole, near to it."""
         near = budget + TOLERANCE if isinstance(recipe, Clusters) else budget
-        return meet_budget(self.plain, recipe, near, self.size)
+        return meet_budget(self.plain, recipe, budget_of(self.plain, near, self.size), self.size)
 
     def reduced(self, settings: Reduction) -> dict[str, Any]:
         """A row of settings; the model is plain again then."""
@@ -228,6 +228,13 @@ class Runner:
         share = block_multiplyadds(backbone.vit, tokens, schedule) / whole
         with merging(backbone.vit, schedule):
             return {"share": share, **self.measure()}
+
+
+def budget_of(plain: Any, share: float, size: tuple[int, int]) -> float:
+    """The share of a plain encoder's multiply-adds that goes with one of its blocks' alone."""
+    found = describe(plain, size)
+    blocks = sum(block.multiply_adds for block in found.blocks)
+    return 1 - (1 - share) * blocks / found.multiply_adds
 
 
 Rows = Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]

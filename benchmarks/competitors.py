@@ -75,7 +75,7 @@ def methods(models: Mapping[str, Any], size: Size) -> dict[str, Method]:
     if isinstance(ours.backbone.reduction.steps[0], Merge):
         grouped = ours.backbone.reduction.steps[0].rounds > 0
         found["merging, grouped attention" if grouped else "merging"] = clustered
-        clustered = one_shot(baseline, size, describe(ours.backbone, size).share)
+        clustered = one_shot(baseline, size, budget / whole)
     found["clustering"] = clustered
     with average_pooled():
         pooled = gflops(clustered.model, size)
@@ -93,7 +93,7 @@ def gflops(model: Any, size: Size) -> float:
 
 
 def one_shot(baseline: Any, size: Size, share: float) -> Method:
-    """Clustering that leaves at most a share of the blocks' multiply-adds.
+    """Clustering that leaves at most a share of the multiply-adds.
 
     Raises:
         ValueError: no grid of `SIDES` is small enough.
@@ -102,14 +102,14 @@ def one_shot(baseline: Any, size: Size, share: float) -> Method:
     for side in SIDES:
         with contextlib.suppress(ValueError):  # a grid that is too large for the share
             settings = meet_budget(baseline.backbone, Clusters(side), share, size)
-            model = twin(baseline, settings)
+            model = with_settings(baseline, settings)
             found.append(Method(model, size, gflops(model, size)))
     if not found:
-        raise ValueError(f"no clusters leave {share:.3f} of the blocks' multiply-adds")
+        raise ValueError(f"no clusters leave {share:.3f} of the multiply-adds")
     return max(found, key=lambda method: method.gflops)
 
 
-def twin(model: Any, reduction: Reduction) -> Any:
+def with_settings(model: Any, reduction: Reduction) -> Any:
     """A copy with the same parameter tensors and other settings."""
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
     copied.backbone.reduction = reduction

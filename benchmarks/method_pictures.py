@@ -18,9 +18,9 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from benchmarks.accuracy import CALIBRATED, CHOSEN
+from benchmarks.accuracy import CALIBRATED, CHOSEN, budget_of
 from benchmarks.common import ROOT
-from expedite_d2 import calibrate, expedite, restore
+from expedite_d2 import calibrate, expedite
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.data import build_test_loader
 from expedite_d2.d2.engine import build_trained_model
@@ -80,10 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     image = batch[0]["image"].permute(1, 2, 0).numpy().astype(np.uint8)
     size = image.shape[:2]
     exact, _ = last_block(model, batch)
+    budget = budget_of(model, BUDGET, size)
     recipes = {method: CHOSEN["sequence"][method][BUDGET] for method in CHOSEN["sequence"]}
 
     def reduced(method: str, maps: bool = False) -> tuple[Tensor, State]:
-        expedite(model, meet_budget(restore(model), recipes[method], BUDGET, size))
+        expedite(model, meet_budget(model, recipes[method], budget, size))
         if maps:
             calibrate(model, list(build_test_loader(cfg, "scenes_tune"))[:CALIBRATED])
         out, state = last_block(model, batch)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from expedite_d2.adapters import (
     Family,
-    expedite,
-    expedited,
     families,
     is_expedited,
     register_family,
@@ -26,6 +24,7 @@ from expedite_d2.reducers import (
 )
 from expedite_d2.tools.calibrate import calibrate
 from expedite_d2.tools.describe import describe
+from expedite_d2.tools.expedite import expedite, expedited
 
 __version__ = "0.1.0"
 

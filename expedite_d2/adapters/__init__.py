@@ -6,7 +6,7 @@ Their classes are recognised by name, so importing this package imports no other
 from __future__ import annotations
 
 from expedite_d2.adapters import detectron2, swin, timm, transformers  # noqa: F401 (registration)
-from expedite_d2.adapters.core import expedite, expedited, is_expedited, restore
+from expedite_d2.adapters.core import expect_module, expedite, is_expedited, remember, restore
 from expedite_d2.adapters.family import Family
 from expedite_d2.adapters.registry import families, register_family
 from expedite_d2.reducers import clustering_of
@@ -14,10 +14,11 @@ from expedite_d2.reducers import clustering_of
 __all__ = [
     "Family",
     "clustering_of",
+    "expect_module",
     "expedite",
-    "expedited",
     "families",
     "is_expedited",
     "register_family",
+    "remember",
     "restore",
 ]

@@ -1,9 +1,8 @@
-"""`expedite`, `restore`, `expedited` and `is_expedited`."""
+"""`expedite` with given settings, `restore` and `is_expedited`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from torch import nn
@@ -57,7 +56,7 @@ def expedite(
     Raises:
         ValueError: no encoder of a known family, several, or settings that do not fit it.
     """
-    _expect_module(model)
+    expect_module(model)
     keywords = {
         "iterations": iterations,
         "neighbourhood": neighbourhood,
@@ -104,7 +103,7 @@ def restore(model: Model) -> Model:
     Returns:
         The model.
     """
-    _expect_module(model)
+    expect_module(model)
     for module in model.modules():
         if isinstance(module, Expeditable):
             module.reduction = None
@@ -113,38 +112,29 @@ def restore(model: Model) -> Model:
     return model
 
 
-@contextmanager
-def expedited(model: Model, reduction: Reduction | None = None, **settings: Any) -> Iterator[Model]:
-    """A context in which a model is expedited.
-
-    After it, also after an exception, the model has the settings that it had before, or none.
-    Contexts may be nested.
+def remember(model: nn.Module) -> Callable[[], None]:
+    """Returns a function that gives a model's encoder the settings back that it has now, or none.
 
     Args:
-        model: see `expedite`.
-        reduction: see `expedite`.
-        settings: the other arguments of `expedite`.
-
-    Yields:
-        The model.
+        model: the encoder, or a model that holds it.
 
     Raises:
-        ValueError: see `expedite`.
+        ValueError: no encoder of a known family, or several.
     """
-    _expect_module(model)
+    expect_module(model)
     family, encoder = find_encoder(model)
     before: Hourglass | None = vars(encoder).get(ATTRIBUTE)
     former: Reduction | None = getattr(encoder, "reduction", None)
-    expedite(model, reduction, **settings)
-    try:
-        yield model
-    finally:
+
+    def undo() -> None:
         if family is None:
             encoder.reduction = former
-        else:
-            restore(encoder)
-            if before is not None and former is not None:
-                before.install(former)
+            return
+        restore(encoder)
+        if before is not None and former is not None:
+            before.install(former)
+
+    return undo
 
 
 def is_expedited(model: nn.Module) -> bool:
@@ -154,7 +144,7 @@ def is_expedited(model: nn.Module) -> bool:
 
 def expedited_encoders(model: nn.Module) -> dict[str, Any]:
     """Returns the encoders in a model that run on fewer tokens, by name; each has a `reduction`."""
-    _expect_module(model)
+    expect_module(model)
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if any(not outer or name.startswith(f"{outer}.") for outer in found):
@@ -165,7 +155,8 @@ def expedited_encoders(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _expect_module(model: Any) -> None:
+def expect_module(model: Any) -> None:
+    """Raises a ValueError for what is no module."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 

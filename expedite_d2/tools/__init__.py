@@ -3,6 +3,7 @@
 from expedite_d2.tools.calibrate import calibrate
 from expedite_d2.tools.cost import MultiplyAdds, count_multiply_adds, on_meta
 from expedite_d2.tools.describe import Description, describe
+from expedite_d2.tools.expedite import expedite, expedited
 
 __all__ = [
     "Description",
@@ -10,5 +11,7 @@ __all__ = [
     "calibrate",
     "count_multiply_adds",
     "describe",
+    "expedite",
+    "expedited",
     "on_meta",
 ]

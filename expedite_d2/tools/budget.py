@@ -1,4 +1,4 @@
-"""Settings that meet a budget: the share that is left of the multiply-adds of an encoder's blocks.
+"""Settings that meet a budget: the share that is left of an encoder's multiply-adds.
 
 A recipe says how tokens are reduced, and leaves one quantity open that the budget decides. Which
 recipe suits which encoder and budget was measured (docs/accuracy.md) and stands in `RECIPES`.
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,6 +20,8 @@ from expedite_d2.reducers import Cluster, Merge, Reduction
 from expedite_d2.tools.cost import on_meta
 from expedite_d2.tools.describe import Block, describe
 
+#: Share of the multiply-adds that is aimed at where nobody says another.
+BUDGET = 0.7
 # Shares of the tokens that merges may keep.
 _KEEPS = [round(0.5 + 0.0025 * step, 4) for step in range(200)]
 
@@ -62,30 +64,44 @@ class Merges:
 
     def settings(self, blocks: Sequence[Block]) -> list[Reduction]:
         """Returns the possible settings of an encoder of these blocks, the cheapest first."""
-        at = tuple(round(share * len(blocks)) for share in self.after)
+        at = tuple(sorted({round(share * len(blocks)) for share in self.after}))
         return [Reduction((Merge(at, keep, self.rounds),)) for keep in _KEEPS]
 
 
 Recipe = Clusters | Merges
 
 
-# What did best on the images that choose (docs/accuracy.md), for each kind of encoder: recipes with
-# the least budget that each one is for, the largest first. Detail maps add to all but grouped
-# attention.
-RECIPES: dict[str, tuple[tuple[float, Recipe], ...]] = {
-    # Blocks take a sequence of tokens, without relative positions.
-    "sequence": (
-        (0.6, Merges((0.0, 0.25, 0.5, 0.75))),
-        (0.0, Merges((0.0, 0.25, 0.5, 0.75), rounds=2)),
-    ),
-    # Blocks attend in windows.
-    "windows": ((0.65, Clusters(0.6667)), (0.0, Clusters(0.5))),
-}
+class Advice(NamedTuple):
+    """A recipe, and the least budget that it is for."""
+
+    least: float
+    recipe: Recipe
 
 
-def recipe_for(kind: str, budget: float) -> Recipe:
-    """Returns the recipe of a kind of encoder, a key of `RECIPES`, at a budget."""
-    return next(recipe for least, recipe in RECIPES[kind] if budget >= least)
+_QUARTERS = (0.0, 0.25, 0.5, 0.75)
+# What did best on the images that choose: the first recipe counts that is for a budget, that the
+# encoder takes, and that reaches the budget. Only where blocks take a sequence without relative
+# positions can tokens merge. Detail maps add to all but grouped attention.
+RECIPES = (
+    Advice(0.6, Merges(_QUARTERS)),
+    Advice(0.0, Merges(_QUARTERS, rounds=2)),
+    Advice(0.0, Merges(_QUARTERS)),
+    Advice(0.65, Clusters(0.6667)),
+    Advice(0.0, Clusters(0.5)),
+)
+
+
+class OutOfReach(ValueError):
+    """A budget that no settings meet.
+
+    Attributes:
+        least: the settings that cost the least.
+        share: what they leave.
+    """
+
+    def __init__(self, message: str, least: Reduction, share: float) -> None:
+        super().__init__(message)
+        self.least, self.share = least, share
 
 
 def meet_budget(
@@ -96,7 +112,7 @@ def meet_budget(
     Args:
         model: the encoder, or a model that holds it, expedited or not; it is not changed.
         recipe: how its tokens are reduced.
-        budget: share of the blocks' multiply-adds that may be left, between 0 and 1.
+        budget: share of the encoder's multiply-adds that may be left, between 0 and 1.
         size: height and width in pixels of the image for which they are counted; by default as
             for `describe`.
 
@@ -104,8 +120,8 @@ def meet_budget(
         The settings.
 
     Raises:
-        ValueError: no known encoder, a recipe that it does not take, or a budget that the recipe
-            does not reach.
+        ValueError: no known encoder, or a recipe that it does not take.
+        OutOfReach: a budget that the recipe does not reach.
     """
     copied: Any = on_meta(find_encoder(model)[1])
     possible = recipe.settings(describe(copied, size).blocks)
@@ -114,13 +130,16 @@ def meet_budget(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings on the way that save next to nothing
             prepare(copied, reduction)
-            return describe(copied, size).share
+            found = describe(copied, size)
+        return found.reduced_multiply_adds / found.multiply_adds
 
     least = share(possible[0])
     if not least <= budget < 1:
-        raise ValueError(
+        raise OutOfReach(
             f"budget must be at least {least:.3f} and less than 1 for {type(copied).__name__} and "
-            f"{recipe}, got {budget}"
+            f"{recipe}, got {budget}",
+            possible[0],
+            least,
         )
     low, high = 0, len(possible)  # possible[low] meets the budget, possible[high] does not
     while high - low > 1:
@@ -130,3 +149,48 @@ def meet_budget(
         else:
             high = middle
     return possible[low]
+
+
+def choose(
+    model: nn.Module, budget: float | None = None, size: tuple[int, int] | None = None
+) -> Reduction:
+    """Finds settings for a budget, by the recipe that did best for such encoders.
+
+    Args:
+        model: the encoder, or a model that holds it; it is not changed.
+        budget: share of the encoder's multiply-adds that may be left; by default 0.7 or, with a
+            warning, the nearest above it that can be reached.
+        size: see `meet_budget`.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: no known encoder.
+        OutOfReach: a budget that cannot be reached; the message has the least that can.
+    """
+    find_encoder(model)
+    wanted = BUDGET if budget is None else budget
+    nearest: OutOfReach | None = None
+    refused: ValueError | None = None
+    for least, recipe in RECIPES:
+        if wanted < least:
+            continue
+        try:
+            return meet_budget(model, recipe, wanted, size)
+        except OutOfReach as error:
+            if nearest is None or error.share < nearest.share:
+                nearest = error
+        except ValueError as error:  # the encoder does not take such steps
+            refused = error
+    if nearest is None:
+        assert refused is not None
+        raise refused
+    if budget is not None:
+        raise nearest
+    warnings.warn(
+        f"{type(model).__name__} runs at {nearest.share:.3f} of its encoder's multiply-adds, the "
+        f"least that can be reached: {BUDGET} was aimed at",
+        stacklevel=3,
+    )
+    return nearest.least

@@ -13,8 +13,7 @@ from family_cases import CASES, SEQUENCES, Case, timm_vit, transformers_vit
 from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, expedited, is_expedited, restore
-from expedite_d2.d2.modeling.backbone.vit import ExpeditedViT
+from expedite_d2.adapters import expedite, restore
 from expedite_d2.reducers import Reduction, clustering_of, reconstruct
 from expedite_d2.tools.calibrate import calibrate
 
@@ -267,34 +266,3 @@ def test_expedited_says_when_the_grid_is_lost() -> None:
     dropped = expedite(timm_vit(patch_drop_rate=0.5), alpha=1, clusters=(4, 3)).train()
     with pytest.raises(RuntimeError, match="dropped patches"):
         dropped(torch.randn(1, 3, 24, 24))
-
-
-@pytest.mark.parametrize("own", [False, True], ids=["timm", "this project's"])
-def test_the_context_gives_back_what_was_there(own: bool) -> None:
-    vit: Any = timm_vit().eval()
-    model = ExpeditedViT(vit=vit).eval() if own else vit
-    x = torch.randn(1, 3, 96, 96)
-
-    def outputs() -> Any:
-        with torch.no_grad():
-            out = model(x)
-        return out["last"] if own else out
-
-    plain = outputs()
-    with expedited(model, alpha=2, clusters=(3, 3)) as same:
-        assert same is model and is_expedited(model)
-        reduced = outputs()
-    assert not is_expedited(model) and torch.equal(outputs(), plain)
-    expedite(model, clustered(2, (3, 3)), **({} if own else {"outputs": (3,)}))
-    before = outputs()
-    with pytest.raises(KeyError), expedited(model, clustered(1, (2, 2))):
-        assert not torch.equal(outputs(), before)
-        with expedited(model, clustered(3, (2, 2))):
-            restore(model)
-        assert outputs().shape == before.shape and is_expedited(model)
-        raise KeyError
-    assert model.reduction == clustered(2, (3, 3)) and torch.equal(outputs(), before)
-    assert torch.equal(reduced, before) and torch.equal(restore(model) and outputs(), plain)
-    with pytest.raises(ValueError, match="needs a reduction, or alpha"), expedited(model):
-        pass
-    assert not is_expedited(model)
