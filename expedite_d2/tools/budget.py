@@ -18,7 +18,7 @@ from expedite_d2.adapters.core import prepare
 from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.reducers import Cluster, Merge, Reduction
 from expedite_d2.tools.cost import on_meta
-from expedite_d2.tools.describe import Block, describe
+from expedite_d2.tools.describe import Block, count_blocks, describe
 
 #: Share of the multiply-adds that is aimed at where nobody says another.
 BUDGET = 0.7
@@ -123,15 +123,16 @@ def meet_budget(
         ValueError: no known encoder, or a recipe that it does not take.
         OutOfReach: a budget that the recipe does not reach.
     """
-    copied: Any = on_meta(find_encoder(model)[1])
-    possible = recipe.settings(describe(copied, size).blocks)
+    family, encoder = find_encoder(model)
+    copied: Any = on_meta(encoder)
+    plain = describe(copied, size)
+    possible = recipe.settings(plain.blocks)
 
     def share(reduction: Reduction) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings on the way that save next to nothing
             prepare(copied, reduction)
-            found = describe(copied, size)
-        return found.reduced_multiply_adds / found.multiply_adds
+        return count_blocks(copied, family, plain.size)[1] / plain.multiply_adds
 
     least = share(possible[0])
     if not least <= budget < 1:

@@ -118,8 +118,8 @@ def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Descripti
         raise ValueError(f"size must be two numbers of pixels, got {size!r}")
     height, width = size
     reduction: Reduction | None = encoder.reduction if expedited else None
-    plain, total = _count(encoder, family, size, plain=True)
-    fewer, reduced_total = _count(encoder, family, size, plain=False)
+    plain, total = count_blocks(encoder, family, size, plain=True)
+    fewer, reduced_total = count_blocks(encoder, family, size)
     blocks = tuple(
         Block(name, tokens, fewer[name][0], cost, fewer[name][1])
         for name, (tokens, cost) in plain.items()
@@ -135,10 +135,20 @@ def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Descripti
     )
 
 
-def _count(
-    encoder: nn.Module, family: Family | None, size: Sequence[int], plain: bool
+def count_blocks(
+    encoder: nn.Module, family: Family | None, size: Sequence[int], plain: bool = False
 ) -> tuple[dict[str, tuple[int, int]], int]:
-    """Counts tokens and multiply-adds of each block by name, and those of the whole encoder."""
+    """Counts tokens and multiply-adds of an encoder, on a copy without memory.
+
+    Args:
+        encoder: the encoder.
+        family: its family; None for one of this project's own.
+        size: height and width of the image in pixels.
+        plain: whether to count it without its settings.
+
+    Returns:
+        (tokens, multiply-adds) of each block by name, and the multiply-adds of the whole encoder.
+    """
     copied: Any = on_meta(encoder).eval()
     if plain:
         restore(copied)
