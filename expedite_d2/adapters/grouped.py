@@ -56,9 +56,10 @@ class _OfMeans(Override):
 class _AtGroups(Override):
     """The attention: returns to each token what its group received."""
 
-    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = self.original(x, *args, **kwargs)
-        groups = _groups(x)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.original(*args, **kwargs)
+        # Some of transformers' blocks pass their tokens by name.
+        groups = _groups(args[0] if args else kwargs["hidden_states"])
         if groups is None:
             return out
         if isinstance(out, Tensor):

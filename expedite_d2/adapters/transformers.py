@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -41,9 +42,13 @@ class _CallersMask(Gate):
     which are unknown in a trace and take a synchronisation on a GPU.
     """
 
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__(encoder)
+        names = list(inspect.signature(type(encoder).forward).parameters)[1:]  # without self
+        self.place = names.index("attention_mask") if "attention_mask" in names else len(names)
+
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The argument after pixels, masked positions and interpolation, by position or by name.
-        for mask in (*args[3:], kwargs.get("attention_mask")):
+        for mask in (*args[self.place :], kwargs.get("attention_mask")):
             # A padding mask, (B, N), is zero or non-zero in any type.
             padding = isinstance(mask, Tensor) and mask.dim() == 2
             refuse_masks(mask.bool() if padding else mask)

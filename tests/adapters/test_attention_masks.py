@@ -56,6 +56,17 @@ def test_attention_mask_is_refused_where_it_has_an_effect(number: int) -> None:
         called(model, x, **{keyword: effective})
 
 
+@pytest.mark.parametrize("name", ["transformers vit", "transformers beit, no bias"])
+def test_attention_mask_is_found_by_its_place(name: str) -> None:
+    model, x = expedite(CASES[name].make(), alpha=1, clusters=(4, 3)), images(24, 24, batch=1)
+    names = list(inspect.signature(model.forward).parameters)
+    if "attention_mask" not in names:
+        pytest.skip("no such argument in this version of transformers")
+    before = [None] * (names.index("attention_mask") - 1)
+    with pytest.raises(ValueError, match="takes no attention mask with an effect, got one of shap"):
+        model(x, *before, bools(1, 37, seen=False))
+
+
 class Called(nn.Module):
     """A model as a family's users call it."""
 
