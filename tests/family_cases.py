@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from official_shaped import Detectron2ViT, SwinTransformer
+import torchvision
+import transformers
+from official_shaped import Detectron2ViT, DinoVisionTransformer, SwinTransformer
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import BeitConfig, BeitModel, DPTConfig, DPTModel, ViTConfig, ViTModel
 
 from expedite_d2.reducers import Reduction, reconstruct, reduce
 
@@ -77,12 +79,16 @@ class Case:
     Attributes:
         size: of its images.
         others: further sizes that it takes: square, and with an odd number of patches per side.
+        patch: side of its patches.
         alpha, clusters: settings that fit it.
         prefixes: its class, distillation and register tokens.
+        pickles: whether the plain model can be pickled once it has run.
     """
 
     size = (32, 40)
+    patch = 4
     prefixes = 1
+    pickles = True
     alpha, clusters = 1, (4, 3)
 
     others: list[tuple[int, int]] = [(32, 32), (36, 52)]
@@ -96,7 +102,7 @@ class Case:
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.size[0] // 4, self.size[1] // 4
+        return self.size[0] // self.patch, self.size[1] // self.patch
 
     def blocks(self, model: Any) -> list[nn.Module]:
         return list(model.blocks)
@@ -212,6 +218,84 @@ class TransformersBeitCase(TransformersCase):
         return model(x).last_hidden_state
 
 
+class SiglipCase(TransformersCase):
+    prefixes = 0
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return list(model.encoder.layers)
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        return model.encoder.layers[number](x, None)
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return model.post_layernorm(x)
+
+
+class ClipCase(SiglipCase):
+    prefixes = 1
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.pre_layrnorm(model.embeddings(x, interpolate_pos_encoding=True))
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return x
+
+
+class Dinov2Case(DPTCase):
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(x)
+
+
+class VitPoseCase(Dinov2Case):
+    size, others, patch = (64, 80), [], 8
+    prefixes = 0
+    pickles = False  # because of the hooks by which transformers records its outputs
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        return model(x).feature_maps[-1]
+
+
+class TorchvisionCase(Case):
+    size, others = (32, 32), []
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return list(model.encoder.layers)
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        x = torch.cat([model.class_token.expand(len(x), -1, -1), model._process_input(x)], 1)
+        return x + model.encoder.pos_embedding
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        return model.encoder.layers[number](x)
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return model.heads(model.encoder.ln(x)[:, 0])
+
+
+class NaFlexCase(Case):
+    prefixes = 2
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model._forward_embeds(x, None, None, None)["patches"]
+
+
+class DinoCase(Case):
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return [m for m in model.modules() if type(m).__name__ == "DinoBlock"]
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.prepare_tokens_with_masks(x)
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        return self.blocks(model)[number](x)
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        return model(x, is_training=True)["x_prenorm"]
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return x
+
+
 def timm_vit(cls: Any = VisionTransformer, **changes: Any) -> Any:
     settings = {"img_size": 24, "patch_size": 4, "dynamic_img_size": True, **SIZE, **changes}
     return randomised(cls, **settings)
@@ -222,17 +306,45 @@ def timm_beit(**changes: Any) -> Any:
     return randomised(Beit, **settings)
 
 
+def timm_naflex(**changes: Any) -> Any:
+    config = NaFlexVitCfg(
+        patch_size=4, embed_dim=16, depth=4, num_heads=2, pos_embed_grid_size=(6, 6),
+        class_token=True, reg_tokens=1, global_pool="", **changes,
+    )  # fmt: skip
+    return randomised(NaFlexVit, config, num_classes=0)
+
+
+def torchvision_vit() -> Any:
+    return randomised(torchvision.models.VisionTransformer, 32, 4, 4, 2, 16, 32, num_classes=16)
+
+
+def from_transformers(name: str, pooling: bool | None = False, **changes: Any) -> Any:
+    """A model of transformers; `pooling` is None for those that have no such argument."""
+    model = getattr(transformers, name)
+    arguments = {} if pooling is None else {"add_pooling_layer": pooling}
+    return randomised(model, model.config_class(**{**CONFIG, **changes}), **arguments)
+
+
 def transformers_vit(**changes: Any) -> Any:
-    return randomised(ViTModel, ViTConfig(**{**CONFIG, **changes}), add_pooling_layer=False)
+    return from_transformers("ViTModel", **changes)
 
 
 def transformers_beit(**changes: Any) -> Any:
-    settings = {**CONFIG, "use_mean_pooling": False, "drop_path_rate": 0.0, **changes}
-    return randomised(BeitModel, BeitConfig(**settings), add_pooling_layer=False)
+    settings = {"use_mean_pooling": False, "drop_path_rate": 0.0, **changes}
+    return from_transformers("BeitModel", **settings)
 
 
 def transformers_dpt(**changes: Any) -> Any:
-    return randomised(DPTModel, DPTConfig(**{**CONFIG, **changes}), add_pooling_layer=False)
+    return from_transformers("DPTModel", **changes)
+
+
+def transformers_dinov2(name: str = "Dinov2Model", **changes: Any) -> Any:
+    return from_transformers(name, None, **{"mlp_ratio": 2, **changes})
+
+
+def vitpose(**changes: Any) -> Any:
+    settings = {"image_size": [64, 80], "patch_size": [8, 8], "mlp_ratio": 2, **changes}
+    return from_transformers("VitPoseBackbone", None, **settings)
 
 
 class SwinCase(Case):
@@ -275,7 +387,24 @@ CASES: dict[str, Case] = {
         size=(24, 32),
         others=[],
     ),
+    "timm naflexvit": NaFlexCase(timm_naflex),
+    "torchvision vit": TorchvisionCase(torchvision_vit),
+    "dinov2": DinoCase(lambda: randomised(DinoVisionTransformer)),
+    "dinov2, registers and chunks": DinoCase(
+        lambda: randomised(DinoVisionTransformer, num_register_tokens=2, block_chunks=2),
+        prefixes=3,
+    ),
     "transformers vit": TransformersCase(transformers_vit),
+    "transformers msn": TransformersCase(lambda: from_transformers("ViTMSNModel", None)),
+    "transformers deit": TransformersCase(lambda: from_transformers("DeiTModel"), prefixes=2),
+    "transformers ijepa": TransformersCase(lambda: from_transformers("IJepaModel"), prefixes=0),
+    "transformers siglip": SiglipCase(lambda: from_transformers("SiglipVisionModel", None)),
+    "transformers clip": ClipCase(lambda: from_transformers("CLIPVisionModel", None)),
+    "transformers dinov2": Dinov2Case(transformers_dinov2),
+    "transformers dinov2, registers": Dinov2Case(
+        lambda: transformers_dinov2("Dinov2WithRegistersModel", num_register_tokens=2), prefixes=3
+    ),
+    "transformers vitpose": VitPoseCase(vitpose),
     "transformers dpt": DPTCase(transformers_dpt),
     "transformers beit, no bias": TransformersBeitCase(
         lambda: transformers_beit(use_absolute_position_embeddings=True)

@@ -1,7 +1,8 @@
 """Small encoders in the shape of official ones, whose libraries are in no package registry.
 
-Swin as Mask2Former and Detectron2 have it, and Detectron2's ViT: the same classes, attributes,
-parameter names and calls between the parts, as far as an adapter can see them, in lines of our own.
+Swin as Mask2Former and Detectron2 have it, Detectron2's ViT and DINOv2's: the same classes,
+attributes, parameter names and calls between the parts, as far as an adapter can see them, in lines
+of our own.
 """
 
 from __future__ import annotations
@@ -277,3 +278,144 @@ class Detectron2ViT(ViT):
 
 # Families tell a library by the first part of its modules' names.
 ViT.__module__ = "detectron2.modeling.backbone.vit"
+
+
+# ---- DINOv2's ViT ----------------------------------------------------------------------------
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class MemEffAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class DinoBlock(nn.Module):
+    """NestedTensorBlock, without lists of tensors and stochastic depth."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn, self.mlp = MemEffAttention(dim, num_heads), Mlp(dim)
+        self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class BlockChunk(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
+class DinoPatchEmbed(nn.Module):
+    def __init__(self, img_size: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
+        self.patches_resolution = (img_size // patch_size, img_size // patch_size)
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class DinoVisionTransformer(nn.Module):
+    """Blocks in a list, or in chunks that begin with an Identity for each block before."""
+
+    def __init__(
+        self,
+        img_size: int = 24,
+        patch_size: int = 4,
+        embed_dim: int = 16,
+        depth: int = 4,
+        num_heads: int = 2,
+        block_chunks: int = 0,
+        num_register_tokens: int = 0,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.first = patch_size, 1 + num_register_tokens
+        if num_register_tokens:  # without, as it was before there were registers
+            self.num_register_tokens = num_register_tokens
+        self.patch_embed = DinoPatchEmbed(img_size, patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        places = 1 + (img_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, places, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
+            if num_register_tokens
+            else None
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        blocks: list[nn.Module] = [DinoBlock(embed_dim, num_heads) for _ in range(depth)]
+        self.chunked_blocks = block_chunks > 0
+        if self.chunked_blocks:
+            size = depth // block_chunks
+            self.blocks = nn.ModuleList(
+                BlockChunk([nn.Identity()] * i + blocks[i : i + size])
+                for i in range(0, depth, size)
+            )
+        else:
+            self.blocks = nn.ModuleList(blocks)
+        self.norm, self.head = nn.LayerNorm(embed_dim), nn.Identity()
+
+    def interpolate_pos_encoding(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        side = self.patch_embed.patches_resolution
+        maps = self.pos_embed[:, 1:].unflatten(1, side).permute(0, 3, 1, 2).float()
+        maps = F.interpolate(maps, (rows, columns), mode="bicubic")
+        places = maps.flatten(2).transpose(1, 2).to(x.dtype)
+        return torch.cat([self.pos_embed[:, :1].to(x.dtype), places], 1)
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        rows, columns = (side // self.patch_size for side in x.shape[2:])
+        x = self.patch_embed(x)
+        if masks is not None:
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = x + self.interpolate_pos_encoding(x, rows, columns)
+        if self.register_tokens is not None:
+            registers = self.register_tokens.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)
+        return x
+
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
+        x = self.prepare_tokens_with_masks(x, masks)
+        for block in self.blocks:
+            x = block(x)
+        normed = self.norm(x)
+        return {
+            "x_norm_clstoken": normed[:, 0],
+            "x_norm_regtokens": normed[:, 1 : self.first],
+            "x_norm_patchtokens": normed[:, self.first :],
+            "x_prenorm": x,
+            "masks": masks,
+        }
+
+    def get_intermediate_layers(self, x: Tensor, n: Sequence[int]) -> list[Tensor]:
+        """Normalised outputs of the blocks of these numbers, without prefix tokens."""
+        x, seen = self.prepare_tokens_with_masks(x), []
+        for chunk in self.blocks if self.chunked_blocks else [self.blocks]:
+            for block in list(chunk)[len(seen) :]:
+                x = block(x)
+                seen.append(x)
+        return [self.norm(seen[i])[:, self.first :] for i in n]
+
+    def forward(self, x: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Any:
+        features = self.forward_features(x, masks)
+        return features if is_training else self.head(features["x_norm_clstoken"])

@@ -5,7 +5,14 @@ Their classes are recognised by name, so importing this package imports no other
 
 from __future__ import annotations
 
-from expedite_d2.adapters import detectron2, swin, timm, transformers  # noqa: F401 (registration)
+from expedite_d2.adapters import (  # noqa: F401 (registration)
+    detectron2,
+    dinov2,
+    swin,
+    timm,
+    torchvision,
+    transformers,
+)
 from expedite_d2.adapters.core import expect_module, expedite, is_expedited, remember, restore
 from expedite_d2.adapters.family import Family
 from expedite_d2.adapters.registry import families, register_family

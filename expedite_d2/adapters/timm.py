@@ -1,7 +1,8 @@
-"""timm's VisionTransformer (plain, distilled, hybrid, with registers) and Beit."""
+"""timm's VisionTransformer (plain, distilled, hybrid, with registers), NaFlexVit and Beit."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,30 @@ VISION_TRANSFORMER = Family(
     ),
     image_size=_image_size,
     attention=_attention,
+)
+
+
+def _grid_of_images(encoder: Any, images: Tensor, patch_coord: Any = None, **kwargs: Any) -> Size:
+    if patch_coord is not None:
+        raise ValueError(
+            "an expedited NaFlexVit takes images (B, 3, H, W), got patches, which lie on a grid of "
+            "their own for each image"
+        )
+    rows, columns = encoder.embeds.dynamic_feat_size(images.shape[-2:])
+    return rows, columns
+
+
+NAFLEX = replace(
+    VISION_TRANSFORMER,
+    name="timm NaFlexVit",
+    classes=("NaFlexVit",),
+    grid=GridFromCall(
+        place=lambda encoder, span: (encoder, "_forward_embeds"),
+        read=_grid_of_images,
+        onto=lambda out: out["patches"],
+    ),
+    image_size=lambda encoder: None,
+    matches=lambda encoder: encoder.rope is None,
 )
 
 
@@ -112,5 +137,5 @@ BEIT = Family(
     image_size=_image_size,
 )
 
-for _family in (VISION_TRANSFORMER, BEIT):
+for _family in (VISION_TRANSFORMER, NAFLEX, BEIT):
     register_family(_family)

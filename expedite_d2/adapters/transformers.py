@@ -1,4 +1,4 @@
-"""transformers' ViT, BEiT and DPT's ViT, each on its own or inside a model for a task."""
+"""transformers' plain ViTs and BEiT, each on its own or inside a model for a task."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from expedite_d2.adapters.family import BlockCall, Family, NoPositions, Size, refuse_masks
@@ -23,7 +24,7 @@ def _sides(size: Any) -> Size:
 
 
 def _grid(encoder: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Size:
-    # The embeddings of DPT's hybrid have no separate module for patches.
+    # The embeddings of DPT's hybrid, SigLIP and CLIP have no separate module for patches.
     patches = getattr(encoder.embeddings, "patch_embeddings", encoder.embeddings)
     rows, columns = _sides(patches.patch_size)
     return pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns
@@ -65,23 +66,72 @@ class _NoPositionsBesideMasks(NoPositions):
         return call.block.original(call.x, *call.args, **call.kwargs)
 
 
+class _NoMasks(NoPositions):
+    """Blocks without positions that take no mask: further tensors are about whole images."""
+
+    def run(self, call: BlockCall) -> Tensor:
+        return call.block.original(call.x, *call.args, **call.kwargs)
+
+
+_GRID = GridFromCall(
+    # Where the image becomes a sequence.
+    place=lambda encoder, span: (encoder.embeddings, "forward"),
+    read=_grid,
+    onto=lambda out: out if isinstance(out, Tensor) else out.last_hidden_states,
+    configured=_configured,
+)
 VIT = Family(
     name="transformers ViTModel",
     library="transformers",
     classes=("ViTModel",),
     blocks=lambda encoder: list(encoder.layers),
     tokens=TokenSequence(),
-    grid=GridFromCall(
-        # Where the image becomes a sequence.
-        place=lambda encoder, span: (encoder.embeddings, "forward"),
-        read=_grid,
-        onto=lambda out: out if isinstance(out, Tensor) else out.last_hidden_states,
-        configured=_configured,
-    ),
+    grid=_GRID,
     positions=_NoPositionsBesideMasks(),
     image_size=lambda encoder: _sides(encoder.config.image_size),
     run=lambda encoder, images: encoder(images, interpolate_pos_encoding=True),
     attention=lambda layer: (layer.layernorm_before, layer.attention),
+)
+MSN = replace(VIT, name="transformers ViTMSNModel", classes=("ViTMSNModel",))
+DEIT = replace(
+    VIT,
+    name="transformers DeiTModel",
+    classes=("DeiTModel",),
+    tokens=TokenSequence(lambda encoder: 2),
+)
+IJEPA = replace(
+    VIT,
+    name="transformers IJepaModel",
+    classes=("IJepaModel",),
+    tokens=TokenSequence(lambda encoder: 0),
+)
+SIGLIP = replace(
+    IJEPA,
+    name="transformers SiglipVisionModel",
+    classes=("SiglipVisionModel",),
+    blocks=lambda encoder: list(encoder.encoder.layers),
+    attention=lambda layer: (layer.layer_norm1, layer.self_attn),
+)
+CLIP = replace(
+    SIGLIP,
+    name="transformers CLIPVisionModel",
+    classes=("CLIPVisionModel",),
+    tokens=TokenSequence(),
+    grid=replace(_GRID, then=lambda encoder: [encoder.pre_layrnorm]),
+)
+DINOV2 = replace(
+    VIT,
+    name="transformers Dinov2Model",
+    classes=("Dinov2Model", "Dinov2Backbone"),
+    blocks=lambda encoder: list(encoder.encoder.layer),
+    run=lambda encoder, images: encoder(images),
+    attention=lambda layer: (layer.norm1, layer.attention),
+)
+DINOV2_WITH_REGISTERS = replace(
+    DINOV2,
+    name="transformers Dinov2WithRegistersModel",
+    classes=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+    tokens=TokenSequence(lambda encoder: 1 + encoder.config.num_register_tokens),
 )
 DPT = replace(
     VIT,
@@ -90,6 +140,22 @@ DPT = replace(
     blocks=lambda encoder: list(encoder.encoder.layer),
     positions=NoPositions(),  # its blocks take no mask at all
     run=lambda encoder, images: encoder(images),
+)
+VITPOSE = replace(
+    DPT,
+    name="transformers VitPoseBackbone",
+    classes=("VitPoseBackbone",),
+    tokens=TokenSequence(lambda encoder: 0),
+    grid=replace(
+        _GRID,
+        # The patches of padded images are as many as those of the images.
+        read=lambda encoder, pixel_values: _configured(encoder),
+        varies=lambda encoder: False,
+    ),
+    positions=_NoMasks(),
+    run=lambda encoder, images: encoder(
+        images, dataset_index=images.new_zeros(len(images), dtype=torch.long)
+    ),
 )
 
 
@@ -128,5 +194,6 @@ BEIT = replace(
     run=lambda encoder, images: encoder(images),
 )
 
-for _family in (VIT, DPT, BEIT):
+_PLAIN = (VIT, MSN, DEIT, IJEPA, SIGLIP, CLIP, DINOV2, DINOV2_WITH_REGISTERS, DPT, VITPOSE)
+for _family in (*_PLAIN, BEIT):
     register_family(_family)

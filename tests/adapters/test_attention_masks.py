@@ -29,7 +29,11 @@ MASKS: list[tuple[str, str, Tensor, Tensor]] = [
     ("timm vit", "attn_mask", bools(37, 37), bools(37, 37, seen=False)),
     *(
         (name, "attention_mask", *masks)
-        for name in ("transformers vit", "transformers beit, both biases")
+        for name in (
+            "transformers vit",
+            "transformers dinov2",
+            "transformers beit, both biases",
+        )
         for masks in (
             (bools(1, 37), bools(1, 37, seen=False)),
             (bools(1, 37).long(), bools(1, 37, seen=False).long()),
@@ -56,7 +60,7 @@ def test_attention_mask_is_refused_where_it_has_an_effect(number: int) -> None:
         called(model, x, **{keyword: effective})
 
 
-@pytest.mark.parametrize("name", ["transformers vit", "transformers beit, no bias"])
+@pytest.mark.parametrize("name", ["transformers vit", "transformers dinov2"])
 def test_attention_mask_is_found_by_its_place(name: str) -> None:
     model, x = expedite(CASES[name].make(), alpha=1, clusters=(4, 3)), images(24, 24, batch=1)
     names = list(inspect.signature(model.forward).parameters)

@@ -7,44 +7,40 @@ from typing import Any
 import pytest
 import torch
 from family_cases import CASES, Case, timm_beit, timm_vit
-from torch import Tensor
+from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, restore
 from expedite_d2.reducers import Merge, Points, Reduction, State
 
 KINDS = ["timm vit", "timm vit, registers and pre-norm", "timm vit, distilled"]
-KINDS += ["transformers vit", "transformers dpt"]
+KINDS += ["transformers vit", "transformers dpt", "transformers dinov2, registers"]
+KINDS += ["transformers clip", "torchvision vit"]
 kinds = pytest.mark.parametrize("case", [CASES[name] for name in KINDS], ids=KINDS)
 
 
-def parts(case: Case, model: Any, number: int) -> tuple[Any, Any, Any]:
-    """A block's norm and attention, its attention's scale, and what follows the attention."""
-    block = case.blocks(model)[number]
-    if hasattr(block, "norm1"):
-        return (
-            block.norm1,
-            lambda x: block.ls1(block.attn(x)),
-            lambda x: x + block.ls2(block.mlp(block.norm2(x))),
-        )
+def parts(block: Any) -> tuple[Any, Any, Any]:
+    """A block's norm, its attention, and what follows the attention."""
 
-    def rest(x: Tensor) -> Tensor:
-        return x + mlp(block.layernorm_after(x))
+    def part(*names: str) -> Any:
+        return next((getattr(block, name) for name in names if hasattr(block, name)), None)
 
-    def mlp(x: Tensor) -> Tensor:
-        if hasattr(block, "mlp"):
-            return block.mlp(x)
-        return block.output.dense(block.intermediate(x))
+    attend = part("attn", "attention", "self_attn", "self_attention")
+    norm = part("norm1", "layernorm_before", "layer_norm1", "ln_1")
+    second = part("norm2", "layernorm_after", "layer_norm2", "ln_2")
+    scale = part("ls1", "layer_scale1") or nn.Identity()
+    last = part("ls2", "layer_scale2") or nn.Identity()
+    mlp = part("mlp") or nn.Sequential(block.intermediate, block.output.dense)
 
     def attention(x: Tensor) -> Tensor:
-        out = block.attention(x)
-        return out if isinstance(out, Tensor) else out[0]
+        out = attend(x, x, x) if isinstance(attend, nn.MultiheadAttention) else attend(x)
+        return scale(out if isinstance(out, Tensor) else out[0])
 
-    return block.layernorm_before, attention, rest
+    return norm, attention, lambda x: x + last(mlp(second(x)))
 
 
 def grouped_block(case: Case, model: Any, number: int, x: Tensor, state: State) -> Tensor:
     """One block whose attention sees the means of the groups, one image after another."""
-    norm, attention, rest = parts(case, model, number)
+    norm, attention, rest = parts(case.blocks(model)[number])
     assert isinstance(state.layout, Points) and state.layout.groups
     places, count = state.layout.groups
     p, images = case.prefixes, []
