@@ -97,6 +97,7 @@ def swept(rows: Sequence[Row], system: str) -> str:
     lines = [
         {
             "budget, %": f"{100 * row['budget']:.0f}",
+            "images": row["images"],
             "steps": "; ".join(_short(step) for step in row["steps"]),
             "detail map": "yes" if row["maps"] else "",
             "multiply-adds of the blocks, %": f"{100 * row['share']:.1f}",
@@ -172,7 +173,7 @@ def page(parts: Mapping[str, Sequence[Row]], runs: Sequence[Row], text: str, fol
             filled[system] = f"### {TITLES[system]}\n\nNot measured yet."
         rows = [row for row in parts["sweep"] if row["system"] == system]
         filled[f"{system}_sweep"] = (
-            f"{TITLES[system]}, {rows[0]['images']} images of `{rows[0]['dataset']}`:\n\n"
+            f"{TITLES[system]}, `{rows[0]['dataset']}`:\n\n"
             f"{swept(parts['sweep'], system)}"
             if rows
             else ""

@@ -296,7 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default=str(ROOT / "docs" / "performance.md"), metavar="FILE")
     args = parser.parse_args(argv)
     output = Path(args.output)
-    results = load(Path(args.results).glob("*.json"))
+    files = Path(args.results).glob("*.json")
+    results = load(file for file in files if "-accuracy" not in file.name)  # a page of their own
     text = page(results, output.parent / output.stem, output.parent)
     with replacing(output) as partial:
         partial.write_text(text, encoding="utf-8")
