@@ -12,6 +12,7 @@ from expedite_d2.adapters import (  # noqa: F401 (registration)
     timm,
     torchvision,
     transformers,
+    transformers_swin,
 )
 from expedite_d2.adapters.core import expect_module, expedite, is_expedited, remember, restore
 from expedite_d2.adapters.family import Family

@@ -115,7 +115,7 @@ VIT = register_family(
         tokens=TokenMap(),
         grid=GridFromShape(),
         positions=DecomposedPositions(),
-        window=_window,
+        window=lambda encoder, first: _window(encoder),
         inside=False,
         attention=lambda block: (block.norm1, block.attn),
     )

@@ -79,8 +79,8 @@ class Positions(Protocol):
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Returns the changes to the encoder that are needed beside those of the span's blocks."""
 
-    def run(self, call: BlockCall) -> Tensor:
-        """Runs one block on reduced tokens."""
+    def run(self, call: BlockCall) -> Any:
+        """Runs one block on reduced tokens, and returns what it returns."""
 
 
 class NoPositions:
@@ -95,7 +95,7 @@ class NoPositions:
         """Returns no changes."""
         return []
 
-    def run(self, call: BlockCall) -> Tensor:
+    def run(self, call: BlockCall) -> Any:
         """Runs the block unchanged."""
         if call.reduced:
             refuse_masks(*call.args, call.kwargs.get("attn_mask"))
@@ -120,14 +120,15 @@ class Family:
         library: top-level package of the class; "" for a class whose file is copied from project
             to project.
         classes: names of the encoder's class, or of one that it inherits from.
-        blocks: all blocks, from the first of the encoder on; tokens are their first argument.
+        blocks: all blocks, from the first of the encoder on; tokens are their first argument, and
+            what they return, or the first of it.
         tokens: the form in which blocks take their tokens.
         grid: where the rows and columns of tokens become known.
         positions: how the blocks know where a token is.
         span: the number of the block after the span, which runs at full resolution again; from the
             encoder, its blocks and the number of the first block that runs on fewer tokens.
         window: rows and columns of the windows, each of which is clustered separately; None for
-            one grid per image.
+            one grid per image; from the encoder and the number of the block where that happens.
         inside: whether the output of any block may be read; if not, only that of a span's last
             block.
         image_size: height and width of the images that an encoder is configured for, or None.
@@ -145,7 +146,7 @@ class Family:
     grid: GridFromCall | GridFromShape
     positions: Positions = NoPositions()
     span: Callable[[Any, Sequence[nn.Module], int], int] = to_encoder_end
-    window: Callable[[Any], Size | None] = lambda encoder: None
+    window: Callable[[Any, int], Size | None] = lambda encoder, first: None
     inside: bool = True
     image_size: Callable[[Any], Size | None] = lambda encoder: None
     run: Callable[[Any, Tensor], Any] = lambda encoder, images: encoder(images)

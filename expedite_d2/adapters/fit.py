@@ -47,7 +47,7 @@ def fit(
             f"{name} takes a Cluster alone, got {type(reduction.steps[0]).__name__}: its relative "
             "positions are read between the cells of a grid"
         )
-    _check_clusters(family, encoder, reduction, len(span) / len(blocks))
+    _check_clusters(family, encoder, reduction, span)
     _check_merges(family, encoder, reduction, len(blocks))
     family.positions.check(encoder, reduction)
     full = _full(family, encoder, span, outputs, len(blocks))
@@ -56,16 +56,12 @@ def fit(
     return Hourglass(encoder, family, reduction, span, full)
 
 
-def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, share: float) -> None:
-    """Refuses clusters that are no fewer than the tokens, and warns if they hardly save any work.
-
-    Args:
-        share: share of the blocks that run on clusters.
-    """
+def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, span: range) -> None:
+    """Refuses clusters that are no fewer than the tokens; warns if they hardly save any work."""
     (step, *others) = reduction.steps
     if others or not isinstance(step, Cluster):
         return
-    name, window = type(encoder).__name__, family.window(encoder)
+    name, window = type(encoder).__name__, family.window(encoder, span.start)
     size = family.grid.configured(encoder) if window is None else window
     if size is None:
         return
@@ -86,6 +82,7 @@ def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, sh
             stacklevel=5,
         )
         return
+    share = len(span) / len(family.blocks(encoder))
     spared = share * (1 - rows * columns / (size[0] * size[1]))
     _warn_of_little_gain(name, spared, "begin at an earlier block (alpha), or with fewer clusters")
 

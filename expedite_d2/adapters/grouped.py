@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from expedite_d2.adapters.family import Family
-from expedite_d2.adapters.override import Override
+from expedite_d2.adapters.override import Override, first_of, with_first
 from expedite_d2.ops.token_pool import token_pool
 from expedite_d2.reducers import Groups, Points
 from expedite_d2.reducers.merge import spread
@@ -62,6 +62,4 @@ class _AtGroups(Override):
         groups = _groups(args[0] if args else kwargs["hidden_states"])
         if groups is None:
             return out
-        if isinstance(out, Tensor):
-            return spread(out, groups.places)
-        return type(out)((spread(out[0], groups.places), *out[1:]))  # with attention weights
+        return with_first(out, spread(first_of(out), groups.places))

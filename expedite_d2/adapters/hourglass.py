@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from expedite_d2.adapters.family import BlockCall, Family
 from expedite_d2.adapters.grouped import group_attention
-from expedite_d2.adapters.override import REPLICATE, Override, Propagate, Replicate, refuse_tracing
+from expedite_d2.adapters.override import (
+    REPLICATE,
+    Override,
+    Propagate,
+    Replicate,
+    first_of,
+    refuse_tracing,
+    with_first,
+)
 from expedite_d2.reducers import Merge, Points, Reduction, State, attach
 from expedite_d2.reducers.correction import attach_correction, maps_at
 
@@ -86,19 +94,21 @@ class _SpanBlock(Override):
         self.hourglass = hourglass
         self.number = number
 
-    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         hourglass = self.hourglass
         family, encoder = hourglass.family, hourglass.encoder_of(self.owner)
         x, state = self._enter(refuse_tracing(x), encoder)
         if isinstance(state.layout, Points) and state.layout.groups:
             # For the norm and the attention of the block: the layout alone, as the rest may hold x.
             attach(x, State(state.grid, state.layout))
-        low = family.positions.run(BlockCall(hourglass, encoder, self, x, state, args, kwargs))
+        out = family.positions.run(BlockCall(hourglass, encoder, self, x, state, args, kwargs))
+        low = first_of(out)
         if self.number not in hourglass.full:
-            return attach(low, state._replace(low=None))
+            attach(low, state._replace(low=None))
+            return out
         prefix, tokens = family.tokens.split(encoder, low, state.layout)
-        out = family.tokens.join(prefix, state.reconstruct(tokens, maps_at(encoder, self.number)))
-        return attach(out, state._replace(low=low))
+        full = family.tokens.join(prefix, state.reconstruct(tokens, maps_at(encoder, self.number)))
+        return with_first(out, attach(full, state._replace(low=low)))
 
     def _enter(self, x: Tensor, encoder: Any) -> tuple[Tensor, State]:
         """Returns the tokens that the block runs on, and their state."""
@@ -112,7 +122,8 @@ class _SpanBlock(Override):
         reduction: Reduction = encoder.reduction
         if self.number in (step.at for step in reduction.steps):
             prefix, tokens = family.tokens.split(encoder, x, state.layout)
-            tokens, state = reduction.enter(tokens, state, self.number, family.window(encoder))
+            window = family.window(encoder, self.hourglass.span.start)
+            tokens, state = reduction.enter(tokens, state, self.number, window)
             x = family.tokens.join(prefix, tokens)
             layout = state.layout
             if isinstance(layout, Points) and layout.groups and prefix is not None:

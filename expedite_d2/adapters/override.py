@@ -121,7 +121,9 @@ class Propagate(Override):
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         state = state_of(refuse_tracing(x))
         out = self.original(x, *args, **kwargs)
-        return out if state is None else attach(out, state)
+        if state is not None:
+            attach(first_of(out), state)
+        return out
 
 
 class Gate(Override):
@@ -151,6 +153,16 @@ class Gate(Override):
         """Raises if an expedited encoder does not support the arguments."""
 
 
+def first_of(out: Any) -> Tensor:
+    """Returns the tokens that a module returns, alone or followed by others."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def with_first(out: Any, tokens: Tensor) -> Any:
+    """Returns what a module returned, with other tokens."""
+    return tokens if isinstance(out, Tensor) else type(out)((tokens, *out[1:]))
+
+
 def refuse_tracing(x: Tensor) -> Tensor:
     """Returns the tensor itself, and raises if it is a proxy, by which torch.fx traces a model."""
     if isinstance(x, torch.fx.Proxy):
@@ -164,6 +176,9 @@ def refuse_tracing(x: Tensor) -> Tensor:
 
 class _AttributeView:
     """A module with other values of some attributes, which its methods see as well."""
+
+    # transformers' layers look whether it is theirs, and checkpoint their activations only then.
+    forward = None
 
     def __init__(self, module: nn.Module, changes: dict[str, Any]) -> None:
         self._module = module

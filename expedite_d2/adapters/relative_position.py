@@ -56,6 +56,23 @@ def read_table(table: Tensor, tokens: tuple[int, int], cells: tuple[int, int]) -
     return read_offsets(table.transpose(0, 1), tokens[1], cells[1]).transpose(0, 1)
 
 
+def log_spaced(tokens: int, cells: int, reach: int, device: torch.device) -> Tensor:
+    """Returns SwinV2's coordinates of the offsets between cells laid over a window of tokens.
+
+    Args:
+        tokens: rows, and columns, of tokens in a window.
+        cells: those of cells laid over them.
+        reach: the largest offset in the windows of pre-training.
+        device: device of the coordinates.
+
+    Returns:
+        ((2 * cells - 1)^2, 2) float32: an offset of d tokens is log8(1 + 8 |d| / reach), signed.
+    """
+    offset = torch.arange(1 - cells, cells, device=device) * (tokens / cells)
+    coordinate = offset.sign() * (1 + 8 * offset.abs() / reach).log2() / 3
+    return torch.cartesian_prod(coordinate, coordinate)
+
+
 def relative_bias(
     table: Tensor, extra: Tensor, grid: tuple[int, int], cells: tuple[int, int]
 ) -> Tensor:

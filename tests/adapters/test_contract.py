@@ -28,13 +28,14 @@ kinds = pytest.mark.parametrize(("case", "reduction"), SETTINGS.values(), ids=SE
 # Of each mechanism one, for what takes seconds: none, table (two libraries), windows, decomposed.
 MECHANISMS = ["timm vit", "timm beit, own bias", "transformers beit, both biases"]
 MECHANISMS += ["transformers dpt", "official swin", "detectron2 vit"]
+MECHANISMS += ["transformers swin", "transformers swin v2"]
 MECHANISMS += ["timm vit, grouped", "transformers vit, merging"]
 mechanisms = pytest.mark.parametrize(
     ("case", "reduction"), [SETTINGS[name] for name in MECHANISMS], ids=MECHANISMS
 )
 # And of each kind of positions one, for what takes a minute.
 KINDS_OF_POSITIONS = ["timm vit", "timm beit, own bias", "official swin", "detectron2 vit"]
-KINDS_OF_POSITIONS += ["timm vit, grouped"]
+KINDS_OF_POSITIONS += ["timm vit, grouped", "transformers swin v2"]
 # Grouped attention merges, too.
 COMPILED = [name for name in SETTINGS if not name.endswith(", merging")]
 
@@ -168,8 +169,12 @@ def test_a_training_step_reaches_every_parameter(case: Case, reduction: Reductio
 def test_nothing_of_a_pass_is_left_behind(case: Case, reduction: Reduction) -> None:
     model, x = expedited(case, reduction), case.images()
     seen: list[weakref.ref] = []
+
+    def look(block: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+        seen.append(weakref.ref(out if isinstance(out, Tensor) else out[0]))
+
     for block in case.blocks(model):
-        block.register_forward_hook(lambda _, args, out: seen.append(weakref.ref(out)))
+        block.register_forward_hook(look)
     gc.disable()  # it would hide a cycle
     try:
         case.run(model, x).sum().backward()

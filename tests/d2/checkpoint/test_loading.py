@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import expedite_d2.d2.modeling  # noqa: F401 (registers the architectures)
+from expedite_d2.adapters import expedite, restore
 from expedite_d2.d2 import MetadataCatalog, build_model
 from expedite_d2.d2.checkpoint import load_weights
 from expedite_d2.d2.checkpoint.convert import convert
@@ -149,6 +150,25 @@ def test_transformers_directory_gives_the_same_logits(tmp_path, caplog):
             classes, masks = model.logits(images)
         torch.testing.assert_close(classes, expected.class_queries_logits, rtol=0, atol=1e-4)
         torch.testing.assert_close(masks, expected.masks_queries_logits, rtol=0, atol=1e-4)
+
+
+def test_expedited_transformers_model_gives_the_same_logits(tmp_path):
+    theirs = transformers_tiny()
+    theirs.save_pretrained(tmp_path)
+    model = build()
+    load_weights(model, tmp_path)
+    for each in (model, theirs):
+        expedite(each, alpha=3, clusters=(2, 2))
+    for size in [(64, 96), (100, 70)]:
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            expected = theirs(pixel_values=images)
+            classes, masks = model.logits(images)
+            plain = restore(theirs)(pixel_values=images).class_queries_logits
+        expedite(theirs, alpha=3, clusters=(2, 2))
+        torch.testing.assert_close(classes, expected.class_queries_logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(masks, expected.masks_queries_logits, rtol=0, atol=1e-4)
+        assert (classes - plain).abs().max() > 0.01
 
 
 def test_transformers_shards_and_bin(tmp_path):

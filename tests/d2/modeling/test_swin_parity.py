@@ -9,49 +9,12 @@ import torch
 import torch.nn.functional as F
 from settings_cases import clustered
 from swin_cases import images, tiny
-from torch import Tensor, nn
+from swin_names import official_names
+from torch import nn
 
 from expedite_d2.d2 import BACKBONE_REGISTRY, build_backbone, get_cfg
 from expedite_d2.d2.config import add_expedite_config
 from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
-
-
-def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' Swin(v2)Backbone weights under official names (transformers 5.10 to 5.x)."""
-    renamed = {}
-    for name, value in state.items():
-        name = name.removeprefix("swin.").removeprefix("encoder.")
-        if name.startswith("hidden_states_norms.stage"):
-            stage = int(name.split(".")[1].removeprefix("stage"))
-            name = f"norm{stage - 1}.{name.split('.')[-1]}"
-        for theirs, ours in (
-            ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-            ("embeddings.norm", "patch_embed.norm"),
-            ("layernorm_before", "norm1"),
-            ("layernorm_after", "norm2"),
-            ("attention.output.dense", "attention.proj"),
-            ("attention.o_proj", "attention.proj"),
-            ("intermediate.dense", "mlp.fc1"),
-            ("output.dense", "mlp.fc2"),
-            ("attention.self.", "attention."),
-            ("attention.relative_position_bias.", "attention."),
-            ("continuous_position_bias_mlp", "cpb_mlp"),
-            ("attention.query.", "attention.q_proj."),
-            ("attention.key.", "attention.k_proj."),
-            ("attention.value.", "attention.v_proj."),
-            ("attention.", "attn."),
-        ):
-            name = name.replace(theirs, ours)
-        if "relative_position_index" not in name and not name.startswith("layernorm."):
-            renamed[name] = value
-    for name in [n for n in renamed if ".q_proj." in n]:
-        parts = {x: renamed.pop(name.replace("q_proj", f"{x}_proj"), None) for x in "qkv"}
-        if parts["k"] is None:  # the second version's keys have no bias
-            for x in "qv":
-                renamed[name.replace("q_proj.bias", f"{x}_bias")] = parts[x]
-        else:
-            renamed[name.replace("q_proj", "qkv")] = torch.cat(list(parts.values()))
-    return renamed
 
 
 @pytest.mark.parametrize("window", [12, 7])
