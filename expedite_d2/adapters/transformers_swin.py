@@ -85,6 +85,10 @@ SWIN = register_family(
         ),
         name="transformers SwinModel",
         classes=("SwinModel",),
+        # As a backbone, which takes maps that are smaller than a window.
+        run=lambda encoder, images: encoder(
+            images, interpolate_pos_encoding=True, always_partition=True
+        ),
     )
 )
 COPIES = register_family(

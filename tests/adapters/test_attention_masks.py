@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, Case, images
+from family_cases import CASES, SEQUENCES, Case, images
 from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, restore
@@ -85,7 +85,7 @@ class Called(nn.Module):
 @pytest.mark.parametrize(
     ("name", "attention"),
     [
-        *((name, "sdpa") for name in CASES if name.startswith("transformers")),
+        *((name, "sdpa") for name in SEQUENCES if name.startswith("transformers")),
         ("transformers vit", "eager"),
         ("transformers beit, no bias", "eager"),
     ],
