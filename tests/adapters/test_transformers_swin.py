@@ -117,9 +117,8 @@ def test_backbones_equal_ours(make: Callable[[], Any], reduction: Reduction) -> 
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-def classifier(model: Any, config: Any) -> Any:
-    """Images of 144x192: 9x12 tokens in the third stage, whose windows hold 6x6."""
-    settings = {**SIZE, "depths": [1, 1, 4], "num_heads": [1, 2, 2], "drop_path_rate": 0.0}
+def classifier(model: Any, config: Any, depth: int = 4) -> Any:
+    settings = {**SIZE, "depths": [1, 1, depth], "num_heads": [1, 2, 2], "drop_path_rate": 0.0}
     return randomised(model, config(**settings), add_pooling_layer=False)
 
 
@@ -137,7 +136,7 @@ def test_classifiers_shift_nothing_in_a_map_of_one_window(model: Any) -> None:
             )
             encoder(x, **kwargs)
             small = list(seen)
-            encoder(images(144, 192), **kwargs)
+            encoder(images(144, 192), **kwargs)  # 9x12
         return small, seen[len(small) :]
 
     small, large = shifts(2)
@@ -145,6 +144,14 @@ def test_classifiers_shift_nothing_in_a_map_of_one_window(model: Any) -> None:
     assert small == [] and large == [(-2, -2), (2, 2)] * 2
     if model[0] is SwinModel:
         assert shifts(2, always_partition=True) == ([(-2, -2), (2, 2)] * 2,) * 2
+
+
+def test_windows_of_clusters_are_no_smaller_on_a_small_map() -> None:
+    encoder = expedite(classifier(SwinModel, SwinConfig, depth=1), alpha=2, clusters=(4, 4))
+    x = images(64, 108)  # 4x7 tokens and 3x5 clusters in the third stage, which shifts nothing
+    with torch.no_grad():
+        out, backbone = encoder(x), encoder(x, always_partition=True)
+    assert torch.equal(out.last_hidden_state, backbone.last_hidden_state)
 
 
 BACKBONE = SwinConfig(**SIZE, **STAGES)
@@ -262,5 +269,8 @@ def test_windows_are_those_of_the_stage() -> None:
     model = randomised(Swinv2Backbone, config)
     with pytest.raises(ValueError, match="clusters must be smaller than the 3x3 window, got 5x5"):
         expedite(model, alpha=8, clusters=(5, 5))
+    seen = []
+    last = model.encoder.layers[3].blocks[0].output.dense
+    last.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     out = run(expedite(model, alpha=8, clusters=(2, 2)), images(192, 192))
-    assert out[3].shape[2:] == (6, 6) and out[3].isfinite().all()
+    assert out[3].shape[2:] == (6, 6) and seen == [16]
