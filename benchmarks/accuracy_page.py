@@ -173,8 +173,7 @@ def page(parts: Mapping[str, Sequence[Row]], runs: Sequence[Row], text: str, fol
             filled[system] = f"### {TITLES[system]}\n\nNot measured yet."
         rows = [row for row in parts["sweep"] if row["system"] == system]
         filled[f"{system}_sweep"] = (
-            f"{TITLES[system]}, `{rows[0]['dataset']}`:\n\n"
-            f"{swept(parts['sweep'], system)}"
+            f"{TITLES[system]}, `{rows[0]['dataset']}`:\n\n{swept(parts['sweep'], system)}"
             if rows
             else ""
         )
