@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def swept(rows: Sequence[Row], system: str) -> str:
         {
             "budget, %": f"{100 * row['budget']:.0f}",
             "images": row["images"],
-            "steps": "; ".join(_short(step) for step in row["steps"]),
+            "settings": _words(row["steps"]),
             "detail map": "yes" if row["maps"] else "",
             "multiply-adds of the blocks, %": f"{100 * row['share']:.1f}",
             f"{metric} kept, %": f"{share(row):.1f}",
@@ -113,9 +114,17 @@ def swept(rows: Sequence[Row], system: str) -> str:
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _short(step: str) -> str:
-    """A step without the settings that are the same in all."""
-    return step.split(", iterations")[0].rstrip(")") + ")"
+def _words(steps: Sequence[str]) -> str:
+    """Steps in a few words, from their texts."""
+    numbers = [re.findall(r"[\d.]+", step) for step in steps]
+    if steps[0].startswith("Cluster"):
+        ((at, side, *_),) = numbers
+        return f"clusters before block {at}, {float(side):.2f} of the sides"
+    at = ", ".join(found[0] for found in numbers)
+    _, keep, rounds = numbers[0]
+    return f"merges before blocks {at}, keep {keep}" + (
+        f", rounds {rounds}" if rounds > "0" else ""
+    )
 
 
 def plot(rows: Sequence[Row], latencies: Mapping[str, Row], system: str, path: Path) -> None:
