@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with few_scenes(tmp_path_factory.mktemp("scenes")), pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy, "CALIBRATED", 2)
         yield
+
+
+@pytest.fixture(autouse=True)
+def unchanged_logger() -> Iterator[None]:
+    """The benchmark silences the package's messages in its process: here, in ours."""
+    logger = logging.getLogger("expedite_d2")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def run(folder: Path, part: str, *words: str) -> list[dict[str, Any]]:

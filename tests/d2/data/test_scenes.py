@@ -195,7 +195,7 @@ def test_ensure_split_clears_what_a_killed_process_left(
 
 
 def test_ensure_split_refuses_an_unknown_split() -> None:
-    with pytest.raises(ValueError, match="train, val, got 'test'"):
+    with pytest.raises(ValueError, match="train, val, tune, got 'test'"):
         ensure_split("test")
 
 
