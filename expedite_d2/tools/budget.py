@@ -145,10 +145,11 @@ def meet_budget(
     low, high = 0, len(possible)  # possible[low] meets the budget, possible[high] does not
     while high - low > 1:
         middle = (low + high) // 2
-        if share(possible[middle]) <= budget:
-            low = middle
-        else:
-            high = middle
+        try:
+            fits = share(possible[middle]) <= budget
+        except ValueError:  # so many tokens are kept that none of a small image's would merge
+            fits = False
+        low, high = (middle, high) if fits else (low, middle)
     return possible[low]
 
 

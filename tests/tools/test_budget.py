@@ -32,6 +32,11 @@ def test_merges_keep_as_much_as_the_budget_allows() -> None:
     assert share(expedite(model, type(found)((more,)))) > 0.8
 
 
+def test_on_small_images_merges_keep_less_than_all() -> None:
+    found = meet_budget(CASES["timm vit"].make(), Merges((0.0,)), 0.995, (24, 24))
+    assert found.steps[0].merged(36) == 1  # keeping more would merge none
+
+
 def test_clusters_start_as_late_as_the_budget_demands_in_the_dearest_stage() -> None:
     model = ExpeditedSwinTransformer(
         embed_dim=16, depths=(1, 1, 4, 1), num_heads=(1, 2, 4, 8), window_size=6
