@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes, and the rivals that they time beside us."""
+"""The benchmarks at tiny sizes."""
 
 from __future__ import annotations
 
@@ -6,31 +6,27 @@ import contextlib
 import functools
 import io
 import json
-import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from benchmarks import common, competitors, models, operators, report, tome
+from benchmarks import common, competitors, models, operators, report
 from benchmarks.operator_table import CASES, TOKENS, make_inputs
 from benchmarks.overhead import overhead
-from benchmarks.pooling import average_pool, average_pooled
 from benchmarks.systems import SYSTEMS, TINY_SIZE, WITH_DETAIL, add_detail_maps, config, pair
 from expedite_d2._ext import ext_error, has_ext
 from expedite_d2.d2.comparison.cost import count_gflops
 from expedite_d2.profiling import profiler_range
-from expedite_d2.reducers import Cluster, Grid, reconstruct
-from expedite_d2.tools import count_multiply_adds
+from expedite_d2.reducers import Cluster
 
 timm = pytest.importorskip("timm")
+pytestmark = pytest.mark.usefixtures("unchanged_logger")
 needs_kernels = pytest.mark.skipif(not has_ext(), reason=f"no kernels to time: {ext_error()}")
 QUICK = ["--quick", "--device", "cpu", "--rounds", "2"]
 # Runs that several tests look at: a benchmark and its arguments.
@@ -74,15 +70,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ran]:
 def cheap_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are captured as for inductor, which would take minutes to compile them."""
     monkeypatch.setattr(common, "BACKEND", "eager")
-
-
-@pytest.fixture(autouse=True)
-def unchanged_logger() -> Iterator[None]:
-    """The benchmarks' commands silence the package's messages in their process: here, in ours."""
-    logger = logging.getLogger("expedite_d2")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def run(benchmark: Any, results: Path, name: str, *arguments: str) -> dict[str, Any]:
@@ -373,122 +360,6 @@ def test_script_tells_its_sections(script: str):
     command = ["bash", str(common.ROOT / "benchmarks" / script), "nothing"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "operators" in done.stderr
-
-
-# Average pooling
-
-
-def test_average_pooling_interpolates_between_the_cells():
-    tokens = torch.randn(2, 12, 8, 5)
-    low, _, clustering = average_pool(Cluster(0, (4, 4)), tokens, Grid(12, 8), None, True)
-    pooled = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), (4, 4))
-    torch.testing.assert_close(low, pooled.permute(0, 2, 3, 1))
-    change = torch.randn_like(low)
-    raised = F.interpolate(change.permute(0, 3, 1, 2), (12, 8), mode="bilinear")
-    expected = tokens + raised.permute(0, 2, 3, 1)
-    torch.testing.assert_close(reconstruct(low + change, clustering), expected)
-
-
-def test_average_pooling_in_windows_has_one_map():
-    tokens = torch.randn(1, 7, 9, 3)  # ragged windows of 4
-    low, _, clustering = average_pool(Cluster(0, (2, 2)), tokens, Grid(7, 9), (4, 4), True)
-    assert low.shape == (1, 4, 5, 3)
-    torch.testing.assert_close(low[:, 0, 0], tokens[:, :2, :2].mean((1, 2)))
-    torch.testing.assert_close(reconstruct(low, clustering), tokens)
-    torch.testing.assert_close(clustering.weights.sum(-1), torch.ones(1, 7, 9))
-
-
-def test_average_pooling_is_undone():
-    before = Cluster.reduce
-    with average_pooled():
-        assert Cluster.reduce is average_pool
-    assert Cluster.reduce is before
-
-
-# Token merging
-
-
-@pytest.fixture(scope="module")
-def vit() -> Any:
-    torch.manual_seed(0)
-    sizes = {"img_size": 64, "embed_dim": 24, "depth": 3, "num_heads": 2}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="", **sizes).eval()
-
-
-@torch.inference_mode()
-def test_merging_nothing_changes_nothing(vit: Any):
-    images = torch.randn(2, 3, 64, 64)
-    expected = vit(images)
-    with tome.merging(vit, [0, 0, 0]):
-        torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(vit(images), expected)
-    assert all("forward" not in vars(block) for block in vit.blocks)
-
-
-@torch.inference_mode()
-def test_merging_gives_every_token_a_value(vit: Any):
-    with tome.merging(vit, [3, 3, 2]):
-        out = vit(torch.randn(2, 3, 64, 64))
-    assert out.shape == (2, 17, 24) and out.isfinite().all()
-    # Eight of sixteen patches have become part of another one.
-    assert [len(one.unique(dim=0)) for one in out] == [9, 9]
-
-
-@torch.inference_mode()
-def test_merging_equal_tokens_is_exact(vit: Any):
-    """Proportional attention: what is equal may be merged without a loss."""
-    patch = torch.randn(1, 3, 16, 16)
-    images = patch.repeat(1, 1, 4, 4)
-    positions = vit.pos_embed.data
-    vit.pos_embed.data = torch.zeros_like(positions)
-    try:
-        expected = vit(images)
-        with tome.merging(vit, [5, 3, 0]):
-            torch.testing.assert_close(vit(images), expected, rtol=1e-3, atol=1e-4)
-    finally:
-        vit.pos_embed.data = positions
-
-
-def test_matching_leaves_prefixes_and_finds_the_nearest():
-    metric = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]]])
-    src, kept, dst = tome.matching(metric, 1, prefixes=1)
-    # Even tokens 0 (a prefix), 2, 4; odd tokens 1, 3: token 4 and token 3 have the cosine 0.96.
-    assert (src.tolist(), kept.tolist(), dst.tolist()) == ([[2]], [[0, 1]], [[1]])
-    x = torch.arange(5.0).view(1, 5, 1)
-    state = tome.Merged(torch.tensor([1.0, 1, 1, 3, 1]).view(1, 5, 1), torch.arange(5)[None])
-    merged, after = tome.merge(x, state, (src, kept, dst))
-    assert merged.flatten().tolist() == [0, 2, 1, pytest.approx((3 * 3 + 4) / 4)]
-    assert after.size.flatten().tolist() == [1, 1, 1, 4]
-    assert after.source.tolist() == [[0, 2, 1, 3, 3]]
-
-
-def test_multiplyadds_of_blocks_are_those_that_are_counted(vit: Any):
-    class Blocks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = vit.blocks
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            x = images.flatten(1).view(1, 17, 24)
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    images = torch.empty(1, 3, 8, 17, device="meta")
-    counted = count_multiply_adds(Blocks().to("meta"), images).by_operator()
-    products = sum(counted[name] for name in counted if name != "aten.native_layer_norm")
-    assert tome.block_multiplyadds(vit, 17, [0, 0, 0]) == products
-
-
-def test_schedule_keeps_to_its_budget(vit: Any):
-    whole = tome.block_multiplyadds(vit, 17, [0, 0, 0])
-    schedule = tome.equal_schedule(vit, 17, 0.7 * whole)
-    assert tome.block_multiplyadds(vit, 17, schedule) <= 0.7 * whole
-    fewer = list(schedule)
-    fewer[schedule.index(max(schedule))] -= 1
-    assert tome.block_multiplyadds(vit, 17, fewer) > 0.65 * whole
-    with pytest.raises(ValueError, match="cannot go down to"):
-        tome.equal_schedule(vit, 17, 0.1 * whole)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

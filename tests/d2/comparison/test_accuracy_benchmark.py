@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from engine_cases import few_scenes
 
 from benchmarks import accuracy, accuracy_page
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchanged_logger")]
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +20,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with few_scenes(tmp_path_factory.mktemp("scenes")), pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy, "CALIBRATED", 2)
         yield
-
-
-@pytest.fixture(autouse=True)
-def unchanged_logger() -> Iterator[None]:
-    """The benchmark silences the package's messages in its process: here, in ours."""
-    logger = logging.getLogger("expedite_d2")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def run(folder: Path, part: str, *words: str) -> list[dict[str, Any]]:
