@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, SEQUENCES, Case, images
+from family_cases import CASES, SEQUENCES
+from family_cases.case import Case, images
 from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, restore

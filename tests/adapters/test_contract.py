@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, Case, images
+from family_cases import CASES
+from family_cases.case import Case, images
 from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, families, is_expedited, restore

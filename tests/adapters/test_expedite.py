@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, SEQUENCES, Case, timm_vit, transformers_vit
+from family_cases import CASES, SEQUENCES
+from family_cases.case import Case
+from family_cases.plain import timm_vit, transformers_vit
 from settings_cases import clustered
 from torch import Tensor, nn
 

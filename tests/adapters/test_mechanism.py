@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, Case, Detectron2Case, SwinCase, timm_vit, transformers_vit
+from family_cases import CASES
+from family_cases.case import Case
+from family_cases.decomposed import Detectron2Case
+from family_cases.plain import timm_vit, transformers_vit
+from family_cases.swin import SwinCase
 from settings_cases import clustered
 from torch import Tensor, nn
 from torch.nn.parallel import replicate as torch_replicate

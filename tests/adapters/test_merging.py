@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, Case, timm_beit, timm_vit
+from family_cases import CASES
+from family_cases.case import Case
+from family_cases.plain import timm_beit, timm_vit
 from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, restore

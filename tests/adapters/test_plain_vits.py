@@ -7,15 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_cases import (
-    CASES,
-    CONFIG,
-    images,
-    randomised,
-    timm_naflex,
-    transformers_dinov2,
-    vitpose,
-)
+from family_cases import CASES
+from family_cases.case import images, randomised
+from family_cases.plain import CONFIG, timm_naflex, transformers_dinov2, vitpose
 from official_shaped import DinoVisionTransformer
 from settings_cases import clustered
 from torch import Tensor, nn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_cases import slow_bias
+from family_cases.plain import slow_bias
 from timm.models.beit import RelativePositionBias
 
 from expedite_d2.adapters.relative_position import read_offsets, relative_bias

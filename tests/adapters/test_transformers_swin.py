@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import images, randomised
+from family_cases.case import images, randomised
 from settings_cases import clustered
 from swin_names import official_names
 from torch import Tensor, nn

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, Case, images, timm_vit
+from family_cases import CASES
+from family_cases.case import Case, images
+from family_cases.plain import timm_vit
 from settings_cases import clustered
 from torch import Tensor, nn
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, Case
+from family_cases import CASES
+from family_cases.case import Case
 from settings_cases import clustered
 from torch import nn
 

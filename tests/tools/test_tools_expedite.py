@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, timm_beit, timm_vit
+from family_cases import CASES
+from family_cases.plain import timm_beit, timm_vit
 from settings_cases import clustered
 
 from expedite_d2 import describe, expedite, expedited, is_expedited, restore

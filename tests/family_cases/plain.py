@@ -1,31 +1,21 @@
-"""Tiny random encoders of every family, and their expedited pass composed by hand."""
+"""Tiny random ViTs: their blocks take a sequence and have no positions, or tables of biases."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torchvision
 import transformers
-from official_shaped import Detectron2ViT, DinoVisionTransformer, SwinTransformer
+from family_cases.case import Case, randomised
+from official_shaped import DinoVisionTransformer
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import (
-    MaskFormerSwinConfig,
-    SwinConfig,
-    SwinModel,
-    Swinv2Config,
-    Swinv2Model,
-)
-from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel
-
-from expedite_d2.reducers import Reduction, reconstruct, reduce
 
 SIZE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 0, "global_pool": ""}
 CONFIG = {
@@ -36,22 +26,6 @@ CONFIG = {
     "image_size": 24,
     "patch_size": 4,
 }
-
-
-def randomised(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """A model with weights large enough that a mistake shows, the same each time."""
-    torch.manual_seed(0)
-    model = build(*args, **kwargs)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            std = 1.0 if "relative_position" in name else 0.25 if parameter.dim() > 1 else 0.1
-            noise = std * torch.randn(parameter.shape)
-            parameter.add_(noise) if parameter.dim() < 2 else parameter.copy_(noise)
-    return model.eval()
-
-
-def images(height: int, width: int, batch: int = 3) -> Tensor:
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def slow_bias(table: Tensor, window: tuple[int, int], cells: tuple[int, int]) -> Tensor:
@@ -79,73 +53,6 @@ def slow_bias(table: Tensor, window: tuple[int, int], cells: tuple[int, int]) ->
             dy, dx = (y - v) * rows / cells[0], (x - u) * columns / cells[1]
             bias[:, 1 + i, 1 + j] = read(dy, dx)
     return bias[None]
-
-
-class Case:
-    """One kind of encoder: how to make, feed and step through it.
-
-    Attributes:
-        size: of its images.
-        others: further sizes that it takes: square, and with an odd number of patches per side.
-        patch: side of its patches.
-        alpha, clusters: settings that fit it.
-        prefixes: its class, distillation and register tokens.
-        pickles: whether the plain model can be pickled once it has run.
-    """
-
-    size = (32, 40)
-    patch = 4
-    prefixes = 1
-    pickles = True
-    alpha, clusters = 1, (4, 3)
-
-    others: list[tuple[int, int]] = [(32, 32), (36, 52)]
-
-    def __init__(self, make: Callable[[], nn.Module], **attributes: Any) -> None:
-        self.make = make
-        self.__dict__.update(attributes)
-
-    def images(self) -> Tensor:
-        return images(*self.size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.size[0] // self.patch, self.size[1] // self.patch
-
-    def blocks(self, model: Any) -> list[nn.Module]:
-        return list(model.blocks)
-
-    def embed(self, model: Any, x: Tensor) -> Tensor:
-        return model.norm_pre(model._pos_embed(model.patch_embed(x)))
-
-    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
-        return model.blocks[number](x)
-
-    def run(self, model: Any, x: Tensor) -> Tensor:
-        """The model as its users call it; the last output, unpooled."""
-        return model(x)
-
-    def normalised(self, model: Any, x: Tensor) -> Tensor:
-        return model.norm(x)
-
-    @torch.no_grad()
-    def by_hand(self, model: Any, x: Tensor, reduction: Reduction) -> list[Tensor]:
-        """Outputs of all blocks, those of the span reconstructed."""
-        outputs, tokens = [], self.embed(model, x)
-        count = len(self.blocks(model))
-        for number in range(reduction.alpha):
-            tokens = self.block(model, number, tokens, None)
-            outputs.append(tokens)
-        p = self.prefixes
-        low, clustering = reduce(tokens[:, p:].unflatten(1, self.grid), reduction)
-        cells = (low.shape[1], low.shape[2])
-        tokens = torch.cat([tokens[:, :p], low.flatten(1, 2)], 1)
-        for number in range(reduction.alpha, count):
-            tokens = self.block(model, number, tokens, cells)
-            low = tokens[:, p:].unflatten(1, cells)
-            full = reconstruct(low, clustering).flatten(1, 2)
-            outputs.append(torch.cat([tokens[:, :p], full], 1))
-        return outputs
 
 
 class TimmBeitCase(Case):
@@ -355,25 +262,6 @@ def vitpose(**changes: Any) -> Any:
     return from_transformers("VitPoseBackbone", None, **settings)
 
 
-class SwinCase(Case):
-    size = (104, 150)  # 7x10 tokens in the third stage: ragged windows
-    alpha, clusters = 4, (4, 4)
-    others = [(96, 96), (70, 134)]
-
-    def blocks(self, model: Any) -> list[nn.Module]:
-        return [block for stage in model.layers for block in stage.blocks]
-
-    def run(self, model: Any, x: Tensor) -> Tensor:
-        return model(x)["res4"]
-
-
-class Detectron2Case(Case):
-    alpha, clusters = 1, (3, 3)
-
-    def run(self, model: Any, x: Tensor) -> Tensor:
-        return model(x)["last_feat"]
-
-
 CASES: dict[str, Case] = {
     "timm vit": Case(timm_vit),
     "timm vit, fixed size": Case(
@@ -425,63 +313,4 @@ CASES: dict[str, Case] = {
         others=[],
     ),
 }
-# Those that `by_hand` can step through.
-SEQUENCES = dict(CASES)
-CASES |= {
-    "official swin": SwinCase(lambda: randomised(SwinTransformer)),
-    "detectron2 vit": Detectron2Case(lambda: randomised(Detectron2ViT)),
-    "detectron2 vit, no positions": Detectron2Case(
-        lambda: randomised(Detectron2ViT, use_rel_pos=False)
-    ),
-    "detectron2 vit, global": Detectron2Case(
-        lambda: randomised(Detectron2ViT, window_block_indexes=())
-    ),
-}
 CASES["timm vit, distilled"].run = lambda model, x: model.forward_features(x)  # type: ignore
-
-
-# ---- transformers' Swin ------------------------------------------------------------------------
-
-SWIN = {"embed_dim": 16, "depths": [1, 1, 6, 1], "num_heads": [1, 2, 2, 4], "window_size": 6}
-
-
-class TransformersSwinCase(SwinCase):
-    def blocks(self, model: Any) -> list[nn.Module]:
-        return [block for stage in model.encoder.layers for block in stage.blocks]
-
-    def run(self, model: Any, x: Tensor) -> Tensor:
-        return model(x).last_hidden_state
-
-
-class SwinModelCase(TransformersSwinCase):
-    def run(self, model: Any, x: Tensor) -> Tensor:
-        # As backbones call it: its windows are then no smaller on a small map.
-        return model(x, always_partition=True).last_hidden_state
-
-
-def transformers_swin(model: Any, config: Any, **changes: Any) -> Any:
-    # Windows of SwinV2 are no larger than a stage's map of the configured image.
-    settings = {**SWIN, "image_size": 768, "drop_path_rate": 0.0, **changes}
-    model = randomised(model, config(**settings), add_pooling_layer=False)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "relative_position" not in name:
-                parameter.mul_(0.6)  # or tokens have other nearest centres in half types
-    return model
-
-
-CASES |= {
-    "transformers swin": SwinModelCase(lambda: transformers_swin(SwinModel, SwinConfig)),
-    "transformers swin, eager": SwinModelCase(
-        lambda: transformers_swin(SwinModel, SwinConfig, attn_implementation="eager")
-    ),
-    "transformers maskformer swin": TransformersSwinCase(
-        lambda: transformers_swin(MaskFormerSwinModel, MaskFormerSwinConfig)
-    ),
-    "transformers swin v2": TransformersSwinCase(
-        lambda: transformers_swin(Swinv2Model, Swinv2Config, pretrained_window_sizes=[0, 0, 4, 0]),
-        # Padding makes NaN of transformers' own SwinV2 in float16.
-        size=(192, 192),
-        others=[(104, 150), (70, 134)],
-    ),
-}

@@ -1,0 +1,10 @@
+"""Tiny random encoders of every family, for the tests of what holds of all."""
+
+from __future__ import annotations
+
+from family_cases import decomposed, plain, swin
+from family_cases.case import Case
+
+#: Those that `Case.by_hand` can step through.
+SEQUENCES: dict[str, Case] = dict(plain.CASES)
+CASES: dict[str, Case] = SEQUENCES | swin.CASES | decomposed.CASES
