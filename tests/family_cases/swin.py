@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel
 
+
 class SwinCase(Case):
     size = (104, 150)  # 7x10 tokens in the third stage: ragged windows
     alpha, clusters = 4, (4, 4)

@@ -21,11 +21,12 @@ from torchvision.ops import StochasticDepth
 
 from expedite_d2.adapters.relative_position import read_offsets
 from expedite_d2.d2.modeling.backbone.swin_windows import (
+    Layout,
     Windows,
     attend,
     bias_of_pairs,
-    partition,
-    unpartition,
+    out_of_windows,
+    project_into_windows,
 )
 
 
@@ -95,23 +96,30 @@ class WindowAttention(nn.Module):
             table = windows.source.to(table.dtype) @ table
         return bias_of_pairs(table, windows.positions)
 
-    def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:
-        """Attends within each window: (windows, N, C) -> the same shape.
+    def forward(self, x: Tensor, windows: Windows, layout: Layout) -> Tensor:
+        """Attends within each window: (B, H * W, C) -> the same shape.
 
         Args:
-            x: windows of tokens.
+            x: tokens of a map.
             windows: their geometry.
-            mask: (windows with a seam, 1, N, N), added to the logits of the last ones, or None.
+            layout: one of their two layouts.
         """
-        query, key, value = split_heads(self.qkv(x), self.num_heads)
+        qkv = project_into_windows(x, windows, layout, self.qkv)
+        query, key, value = split_heads(qkv, self.num_heads)
         dropout = self.attn_drop if self.training else 0.0
         bias = self.position_bias(windows)
-        x = attend(query, key, value, bias, mask, dropout, self.scale)
-        return self.proj_drop(self.proj(x))
+        attended = attend(query, key, value, bias, layout.mask, dropout, self.scale)
+        return self.proj_drop(self.proj(out_of_windows(attended, layout, x.shape)))
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a GELU between them.
+
+    At inference a CPU runs it on a part of the tokens at a time, whose hidden channels stay in its
+    cache.
+    """
+
+    HIDDEN_AT_A_TIME = 2**22
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -120,7 +128,14 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
+        """(B, N, C) -> (B, N, C)."""
+        rows = max(self.HIDDEN_AT_A_TIME // (self.fc1.out_features * len(x)), 1)
+        whole = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole or rows >= x.shape[1]:
+            return self._run(x)
+        return torch.cat([self._run(part) for part in x.split(rows, dim=1)], dim=1)
+
+    def _run(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
@@ -150,9 +165,7 @@ class SwinBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor, windows: Windows) -> Tensor:
-        layout = windows.shifted if self.shifted else windows.layout
-        attended = self.attn(partition(x, windows, layout), windows, layout.mask)
-        return unpartition(attended, layout, x.shape)
+        return self.attn(x, windows, windows.shifted if self.shifted else windows.layout)
 
 
 def concatenate_neighbours(x: Tensor) -> Tensor:

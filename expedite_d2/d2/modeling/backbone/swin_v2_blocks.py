@@ -19,7 +19,14 @@ from expedite_d2.d2.modeling.backbone.swin_blocks import (
     concatenate_neighbours,
     split_heads,
 )
-from expedite_d2.d2.modeling.backbone.swin_windows import Windows, attend, bias_of_pairs
+from expedite_d2.d2.modeling.backbone.swin_windows import (
+    Layout,
+    Windows,
+    attend,
+    bias_of_pairs,
+    out_of_windows,
+    project_into_windows,
+)
 from expedite_d2.d2.modeling.upcast import upcast_product
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -95,30 +102,33 @@ class CosineWindowAttention(nn.Module):
         table = self.cpb_mlp(coordinates.to(self.logit_scale.dtype))
         return bias_of_pairs(MAX_BIAS * table.sigmoid(), windows.positions)
 
-    def forward(self, x: Tensor, windows: Windows, mask: Tensor | None) -> Tensor:
-        """Attends within each window: (windows, N, C) -> the same shape.
+    def forward(self, x: Tensor, windows: Windows, layout: Layout) -> Tensor:
+        """Attends within each window: (B, H * W, C) -> the same shape.
 
         Args:
-            x: windows of tokens.
+            x: tokens of a map.
             windows: their geometry.
-            mask: (windows with a seam, 1, N, N), added to the logits of the last ones, or None.
+            layout: one of their two layouts.
         """
-        bias = None
-        if self.q_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = upcast_product(F.linear, x, self.qkv.weight, bias)
+        qkv = project_into_windows(x, windows, layout, self._project)
         query, key, value = split_heads(qkv, self.num_heads)
         scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        x = attend(
+        attended = attend(
             (_directions(query) * scale).to(value.dtype),
             _directions(key).to(value.dtype),
             value,
             self.position_bias(windows),
-            mask,
+            layout.mask,
             dropout=self.attn_drop if self.training else 0.0,
             scale=1.0,
         )
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(out_of_windows(attended, layout, x.shape)))
+
+    def _project(self, x: Tensor) -> Tensor:
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        return upcast_product(F.linear, x, self.qkv.weight, bias)
 
 
 def _directions(x: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Layout of the tokens of a map in windows, and attention within these.
 
-A window layout is one permutation of the map's tokens: rolling a map and cutting it into windows is
-one gather, and so is the inverse.
+Padding a map to whole windows, rolling it and cutting it into windows is one gather, and so is the
+inverse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expedite_d2.adapters.windows import shift_mask
+
+# Where windows hold more places than this for each token, the rest being padding, tokens are
+# projected before they are laid out; else after that, when there are fewer channels to move.
+MUCH_PADDING = 1.1
 
 
 class Layout(NamedTuple):
@@ -22,9 +27,9 @@ class Layout(NamedTuple):
     are in the windows of its last row and column.
 
     Attributes:
-        order: (B * H' * W',), for each place in the windows the number of its token in the padded
-            maps.
-        inverse: (B * H * W,), the place of each token, without padding.
+        order: (B * H' * W',), for each place in the windows the number of its token in the maps;
+            B * H * W for padding.
+        inverse: (B * H * W,), the place of each token.
         mask: (windows with a seam, 1, N, N), added to the logits of these windows; None if the maps
             are not rolled.
     """
@@ -38,8 +43,13 @@ def window_layout(x: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> L
     """Lays windows of ``size`` over maps (B, H, W, C), padded at the end, rolled by ``shift``."""
     batch, height, width = x.shape[:3]
     down, across = -(-height // size[0]), -(-width // size[1])
-    tokens = torch.arange(batch * down * size[0] * across * size[1], device=x.device)
-    maps = tokens.view(batch, down * size[0], across * size[1])
+    count = batch * height * width
+    tokens = torch.arange(count, device=x.device)
+    maps = tokens.view(batch, height, width)
+    bottom, right = -height % size[0], -width % size[1]
+    if bottom or right:
+        # As in official Swin, padding follows the norm (v1), precedes the roll, and is not masked.
+        maps = F.pad(maps, (0, right, 0, bottom), value=count)
     rolled = maps.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else maps
     windows = rolled.view(batch, down, size[0], across, size[1]).transpose(2, 3)
     mask = None
@@ -54,8 +64,9 @@ def window_layout(x: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> L
         mask = torch.cat([kind.expand(count, 1, -1, -1) for kind, count in seams])
     else:
         order = windows.reshape(-1)
-    inverse = torch.empty_like(order).scatter(0, order, tokens).view_as(maps)
-    return Layout(order, inverse[:, :height, :width].reshape(-1), mask)
+    places = torch.arange(len(order), device=x.device)
+    inverse = order.new_empty(count + 1).scatter(0, order, places)[:count]
+    return Layout(order, inverse, mask)
 
 
 class Windows(NamedTuple):
@@ -63,7 +74,6 @@ class Windows(NamedTuple):
 
     Attributes:
         size: rows and columns of a window, (M_h, M_w), N = M_h * M_w.
-        map_size: rows and columns of the map, (H, W), without padding.
         layout: layout for blocks that do not roll the map.
         shifted: layout for blocks that do.
         positions: (N, N), row of the position bias table for each pair of positions in a window.
@@ -73,7 +83,6 @@ class Windows(NamedTuple):
     """
 
     size: tuple[int, int]
-    map_size: tuple[int, int]
     layout: Layout
     shifted: Layout
     positions: Tensor
@@ -90,23 +99,37 @@ class Windows(NamedTuple):
         """Lays windows over a map (B, H, W, C) of tokens or clusters; other arguments as above."""
         shift = (size[0] // 2, size[1] // 2)
         plain, shifted = (window_layout(x, size, by) for by in ((0, 0), shift))
-        return cls(size, (x.shape[1], x.shape[2]), plain, shifted, positions, source)
+        return cls(size, plain, shifted, positions, source)
 
 
-def partition(x: Tensor, windows: Windows, layout: Layout) -> Tensor:
-    """(B, H * W, C) -> (windows, N, C)."""
-    (height, width), channels = windows.map_size, x.shape[2]
-    bottom, right = -height % windows.size[0], -width % windows.size[1]
-    if bottom or right:
-        # As in official Swin, padding follows the norm (v1), precedes the roll, and is not masked.
-        x = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, right, 0, bottom))
-    tokens = x.reshape(-1, channels).index_select(0, layout.order)
-    return tokens.view(-1, windows.size[0] * windows.size[1], channels)
+def project_into_windows(
+    x: Tensor, windows: Windows, layout: Layout, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Projects the tokens of maps, and lays them out in windows.
+
+    Args:
+        x: (B, H * W, C).
+        windows: their geometry.
+        layout: one of their two layouts.
+        project: (..., C) -> (..., D), of each token by itself; zeros stand for padding.
+
+    Returns:
+        (windows, N, D).
+    """
+    x = x.flatten(0, 1)
+    places, count = len(layout.order), len(x)
+    if places > count:
+        x = F.pad(x, (0, 0, 0, 1))  # the zeros that stand for padding
+    if places > MUCH_PADDING * count:
+        tokens = project(x).index_select(0, layout.order)
+    else:
+        tokens = project(x.index_select(0, layout.order))
+    return tokens.view(-1, windows.size[0] * windows.size[1], tokens.shape[1])
 
 
-def unpartition(x: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
-    """(windows, N, C) -> (B, H * W, C), the given shape: the inverse of `partition`."""
-    return x.reshape(-1, x.shape[-1]).index_select(0, layout.inverse).view(shape)
+def out_of_windows(x: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+    """Returns the tokens of windows (windows, N, C) in the order of the maps, (B, H * W, C)."""
+    return x.flatten(0, 1).index_select(0, layout.inverse).view(shape)
 
 
 def bias_of_pairs(table: Tensor, positions: Tensor) -> Tensor:
