@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from family_cases.case import Case, randomised
 from official_shaped import Detectron2ViT
 from torch import Tensor
+
+from family_cases.case import Case, randomised
 
 
 class Detectron2Case(Case):

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torchvision
 import transformers
-from family_cases.case import Case, randomised
 from official_shaped import DinoVisionTransformer
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from family_cases.case import Case, randomised
 
 SIZE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 0, "global_pool": ""}
 CONFIG = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from family_cases.case import Case, randomised
 from official_shaped import SwinTransformer
 from torch import Tensor, nn
 from transformers import (
@@ -16,6 +15,8 @@ from transformers import (
     Swinv2Model,
 )
 from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel
+
+from family_cases.case import Case, randomised
 
 
 class SwinCase(Case):
