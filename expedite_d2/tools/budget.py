@@ -104,53 +104,81 @@ class OutOfReach(ValueError):
         self.least, self.share = least, share
 
 
-def meet_budget(
-    model: nn.Module, recipe: Recipe, budget: float, size: tuple[int, int] | None = None
-) -> Reduction:
-    """Finds the settings of a recipe that cost the most within a budget.
+class Costs:
+    """What the settings of one recipe leave of an encoder's multiply-adds.
 
     Args:
         model: the encoder, or a model that holds it, expedited or not; it is not changed.
         recipe: how its tokens are reduced.
-        budget: share of the encoder's multiply-adds that may be left, between 0 and 1.
         size: height and width in pixels of the image for which they are counted; by default as
             for `describe`.
 
-    Returns:
-        The settings.
-
     Raises:
-        ValueError: no known encoder, or a recipe that it does not take.
-        OutOfReach: a budget that the recipe does not reach.
+        ValueError: no known encoder.
     """
-    family, encoder = find_encoder(model)
-    copied: Any = on_meta(encoder)
-    plain = describe(copied, size)
-    possible = recipe.settings(plain.blocks)
 
-    def share(reduction: Reduction) -> float:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, size: tuple[int, int] | None = None
+    ) -> None:
+        self._family, encoder = find_encoder(model)
+        self._encoder: Any = on_meta(encoder)
+        self._plain = describe(self._encoder, size)
+        self._shares: dict[int, float] = {}
+        self.recipe = recipe
+        self.possible = recipe.settings(self._plain.blocks)
+
+    def share(self, number: int) -> float:
+        """Returns the share that is left by the possible settings of a number.
+
+        Raises:
+            ValueError: settings that the encoder does not take.
+        """
+        if number not in self._shares:
+            self._shares[number] = self.share_of(self.possible[number])
+        return self._shares[number]
+
+    def share_of(self, reduction: Reduction) -> float:
+        """Returns the share that is left by any settings."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings on the way that save next to nothing
-            prepare(copied, reduction)
-        return count_blocks(copied, family, plain.size)[1] / plain.multiply_adds
+            prepare(self._encoder, reduction)
+        left = count_blocks(self._encoder, self._family, self._plain.size)[1]
+        return left / self._plain.multiply_adds
 
-    least = share(possible[0])
-    if not least <= budget < 1:
-        raise OutOfReach(
-            f"budget must be at least {least:.3f} and less than 1 for {type(copied).__name__} and "
-            f"{recipe}, got {budget}",
-            possible[0],
-            least,
-        )
-    low, high = 0, len(possible)  # possible[low] meets the budget, possible[high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            fits = share(possible[middle]) <= budget
-        except ValueError:  # so many tokens are kept that none of a small image's would merge
-            fits = False
-        low, high = (middle, high) if fits else (low, middle)
-    return possible[low]
+    def meet(self, budget: float) -> Reduction:
+        """Returns the settings that cost the most within a budget.
+
+        Args:
+            budget: share of the encoder's multiply-adds that may be left, between 0 and 1.
+
+        Raises:
+            ValueError: a recipe that the encoder does not take.
+            OutOfReach: a budget that the recipe does not reach.
+        """
+        least = self.share(0)
+        if not least <= budget < 1:
+            raise OutOfReach(
+                f"budget must be at least {least:.3f} and less than 1 for "
+                f"{type(self._encoder).__name__} and {self.recipe}, got {budget}",
+                self.possible[0],
+                least,
+            )
+        low, high = 0, len(self.possible)  # possible[low] meets the budget, possible[high] does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            try:
+                fits = self.share(middle) <= budget
+            except ValueError:  # so many tokens are kept that none of a small image's would merge
+                fits = False
+            low, high = (middle, high) if fits else (low, middle)
+        return self.possible[low]
+
+
+def meet_budget(
+    model: nn.Module, recipe: Recipe, budget: float, size: tuple[int, int] | None = None
+) -> Reduction:
+    """Finds the settings of a recipe that cost the most within a budget: see `Costs`."""
+    return Costs(model, recipe, size).meet(budget)
 
 
 def choose(

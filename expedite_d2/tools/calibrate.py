@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from expedite_d2.adapters.core import expedited_encoders
 from expedite_d2.ops import Reduced
@@ -18,18 +16,26 @@ from expedite_d2.ops.observe import ObservedOperator
 from expedite_d2.reducers import Cluster, Reduction
 from expedite_d2.reducers.cluster import sharpness
 from expedite_d2.tools.detail_maps import DetailMaps, Subject
+from expedite_d2.tools.outputs import (
+    Select,
+    call,
+    checked,
+    distance,
+    evaluating,
+    outputs_of,
+)
 
 # One image of so many is not fitted to, and decides whether a correction is kept.
 HELD_OUT = 4
 
 
-@torch.no_grad()
 def calibrate(
     model: nn.Module,
     images: Iterable[Any],
     *,
     temperature: bool = True,
     correction: bool = True,
+    outputs: Select | None = None,
 ) -> Reduction:
     """Measures settings on a few unlabelled images, and stores them in the encoder.
 
@@ -39,12 +45,15 @@ def calibrate(
     Args:
         model: is or holds one expedited encoder: a backbone of this project, or a model that
             was given to `expedite`.
-        images: inputs of the model, one per call; about 16. They are gone through once.
+        images: inputs of the model without labels, one per call; about 16. A mapping is its
+            keywords.
         temperature: whether to measure the temperature of a Cluster: c / T, T being the mean over
             all images of their spreads.
         correction: whether to fit detail maps. They are kept if they bring the model's outputs
             nearer to those of the plain model on every fourth image, which they are not fitted to.
             The reconstruction "replace" has none, and grouped attention (rounds > 0) gets none.
+        outputs: picks what is compared of what the model returns: tensors, in any nesting. By
+            default all of it but hidden states and attentions.
 
     Returns:
         The new settings of the encoder.
@@ -57,23 +66,22 @@ def calibrate(
     before = subject.reduction
     settings = replace(before, correction=None)
     given: list[Any] = []
-    # torch.compile refuses to run under a function mode.
-    with _evaluating(model), torch.compiler.set_stance("force_eager"):
+    with evaluating(model):
         try:
             if temperature and isinstance(settings.steps[0], Cluster):
                 subject.reduction = settings.with_temperature(0.0)
                 with _observed_spreads() as spreads:
-                    for image in images:
-                        model(image)
+                    for image in checked(images):
+                        call(model, image)
                         given.append(image)
                 settings = settings.with_temperature(_temperature(spreads, len(given)))
             else:
-                given += images
+                given += checked(images)
             if not given:
                 raise ValueError("calibrate needs at least one image, got none")
             subject.reduction = settings
             if correction and _takes_correction(settings):
-                settings = _corrected(model, encoder, subject, given)
+                settings = _corrected(model, encoder, subject, given, outputs)
         except BaseException:
             subject.reduction = before
             raise
@@ -107,7 +115,11 @@ def _takes_correction(settings: Reduction) -> bool:
 
 
 def _corrected(
-    model: nn.Module, encoder: nn.Module, subject: Subject, images: list[Any]
+    model: nn.Module,
+    encoder: nn.Module,
+    subject: Subject,
+    images: list[Any],
+    select: Select | None,
 ) -> Reduction:
     """Returns the encoder's settings with detail maps, if these help on images held out."""
     settings = subject.reduction
@@ -115,56 +127,20 @@ def _corrected(
         return settings
     held_out = images[HELD_OUT - 1 :: HELD_OUT]
     fitted = [image for i, image in enumerate(images) if i % HELD_OUT != HELD_OUT - 1]
-    maps = DetailMaps(subject, subject.read(partial(model, fitted[0])))
+    maps = DetailMaps(subject, subject.read(partial(call, model, fitted[0])))
     for image in fitted:
-        maps.add(partial(model, image))
+        maps.add(partial(call, model, image))
     if not maps.images:
         raise ValueError(f"calibrate needs an image that is reduced, got none among {len(fitted)}")
     corrected = replace(settings, correction=maps.solve())
     distances = [0.0, 0.0]
     for image in held_out:
         with subject.plain():
-            expected = _outputs(model, encoder, image)
+            expected = outputs_of(model, encoder, image, select)
         for number, reduction in enumerate((settings, corrected)):
             subject.reduction = reduction
-            distances[number] += distance(_outputs(model, encoder, image), expected)
+            distances[number] += distance(outputs_of(model, encoder, image, select), expected)
     return corrected if held_out and distances[1] < distances[0] else settings
-
-
-def _outputs(model: nn.Module, encoder: nn.Module, image: Any) -> list[Tensor]:
-    """Returns the model's floating point outputs; those of its encoder if it has none."""
-    features: list[Any] = []
-    hook = encoder.register_forward_hook(lambda module, args, out: features.append(out))
-    try:
-        outputs = model(image)
-    finally:
-        hook.remove()
-    return _floats(outputs) or _floats(features)
-
-
-def _floats(outputs: Any) -> list[Tensor]:
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return [leaf for leaf in leaves if leaf.is_floating_point()]
-
-
-def distance(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """Returns the relative distance (L2) of outputs to others, of shapes alike in pairs."""
-    pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
-    difference = sum((a.double() - b.double()).square().sum().item() for a, b in pairs)
-    scale = sum(b.double().square().sum().item() for _, b in pairs)
-    return (difference / scale) ** 0.5 if scale else 0.0
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is in evaluation mode."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _expedited_encoder(model: nn.Module) -> Any:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from expedite_d2.adapters import expedite, restore
 from expedite_d2.reducers import Merge, Reduction
 from expedite_d2.reducers.correction import maps_at
-from expedite_d2.tools.calibrate import calibrate, distance
+from expedite_d2.tools.calibrate import calibrate
+from expedite_d2.tools.outputs import distance
 from expedite_d2.tools.detail_maps import Regression, Subject
 
 
