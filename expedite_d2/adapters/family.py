@@ -135,6 +135,8 @@ class Family:
         run: calls an encoder on images (B, 3, H, W) of any size that it supports.
         attention: the norm before the attention of a block, and the attention; None if the block
             does not have these as separate modules.
+        eager: whether the encoder's own attention writes out its matrix of pairs of tokens, rather
+            than call a fused kernel.
         matches: further condition on an encoder, for classes whose name is ambiguous.
     """
 
@@ -151,6 +153,7 @@ class Family:
     image_size: Callable[[Any], Size | None] = lambda encoder: None
     run: Callable[[Any, Tensor], Any] = lambda encoder, images: encoder(images)
     attention: Callable[[Any], Attention | None] = lambda block: None
+    eager: Callable[[Any], bool] = lambda encoder: False
     matches: Callable[[Any], bool] = lambda encoder: True
 
     def recognises(self, module: nn.Module) -> bool:
