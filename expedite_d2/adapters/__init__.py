@@ -8,11 +8,14 @@ from __future__ import annotations
 from expedite_d2.adapters import (  # noqa: F401 (registration)
     detectron2,
     dinov2,
+    segment_anything,
     swin,
     timm,
+    timm_sam,
     torchvision,
     transformers,
     transformers_swin,
+    transformers_windows,
 )
 from expedite_d2.adapters.core import expect_module, expedite, is_expedited, remember, restore
 from expedite_d2.adapters.family import Family

@@ -45,17 +45,23 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Blocks take (B, H, W, C)."""
+    """Blocks take (B, H, W, C) or (B, C, H, W).
+
+    Attributes:
+        channels_first: whether it is the latter.
+    """
+
+    channels_first: bool = False
 
     def split(
         self, encoder: nn.Module, x: Tensor, layout: Grid | Points
     ) -> tuple[Tensor | None, Tensor]:
-        """Returns no prefixes, and the map."""
-        return None, x
+        """Returns no prefixes, and the map (B, H, W, C)."""
+        return None, x.permute(0, 2, 3, 1) if self.channels_first else x
 
     def join(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
         """The inverse of `split`."""
-        return tokens
+        return tokens.permute(0, 3, 1, 2) if self.channels_first else tokens
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,20 @@ class GridFromCall:
 
 @dataclass(frozen=True)
 class GridFromShape:
-    """Reads the grid from the shape of the blocks' maps (B, H, W, C)."""
+    """Reads the grid from the shape of the blocks' maps.
+
+    Attributes:
+        rows: the maps' axis of rows, after which comes that of columns.
+        configured: rows and columns of tokens of the images that the encoder is configured for, or
+            None.
+    """
+
+    rows: int = 1
+    configured: Callable[[Any], Size | None] = lambda encoder: None
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Returns no changes."""
         return []
-
-    configured: Callable[[Any], Size | None] = lambda encoder: None
 
     def varies(self, encoder: nn.Module) -> bool:
         """Whether images may be of another size: always."""
@@ -108,7 +121,7 @@ class GridFromShape:
 
     def state(self, x: Tensor) -> State | None:
         """Returns the state of tokens that enter a block."""
-        return state_of(x) or State.of_image(x.shape[1], x.shape[2])
+        return state_of(x) or State.of_image(x.shape[self.rows], x.shape[self.rows + 1])
 
 
 class _ReadGrid(Override):

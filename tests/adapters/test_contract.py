@@ -31,6 +31,7 @@ MECHANISMS = ["timm vit", "timm beit, own bias", "transformers beit, both biases
 MECHANISMS += ["transformers dpt", "official swin", "detectron2 vit"]
 MECHANISMS += ["transformers swin", "transformers swin v2"]
 MECHANISMS += ["timm vit, grouped", "transformers vit, merging"]
+MECHANISMS += ["transformers sam", "transformers sam 3", "transformers vitdet"]
 mechanisms = pytest.mark.parametrize(
     ("case", "reduction"), [SETTINGS[name] for name in MECHANISMS], ids=MECHANISMS
 )
@@ -39,6 +40,10 @@ KINDS_OF_POSITIONS = ["timm vit", "timm beit, own bias", "official swin", "detec
 KINDS_OF_POSITIONS += ["timm vit, grouped", "transformers swin v2"]
 # Grouped attention merges, too.
 COMPILED = [name for name in SETTINGS if not name.endswith(", merging")]
+# Another kind goes the same way through the adapters.
+ALIKE = {"segment_anything", "timm sam", "transformers sam, eager", "transformers sam hq"}
+ALIKE |= {"transformers vitdet backbone"}
+COMPILED = [name for name in COMPILED if name not in ALIKE]
 
 
 def expedited(case: Case, reduction: Reduction) -> Any:
