@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expedite_d2.adapters.decomposed import DecomposedPositions
 from expedite_d2.adapters.family import BlockCall, Size
@@ -22,6 +23,12 @@ def _sides(size: Any) -> Size:
 
 def _image_size(encoder: Any) -> Size:
     return _sides(encoder.config.image_size)
+
+
+def _run(encoder: Any, images: Tensor) -> Any:
+    # That of a model for matting takes a fourth channel, and whatever is in it costs the same.
+    channels = [channel % 3 for channel in range(encoder.config.num_channels)]
+    return encoder(images[:, channels])
 
 
 SAM = DecomposedPositions(blocks=lambda encoder: encoder.layers).family(
@@ -45,6 +52,7 @@ VITDET = DecomposedPositions(
     tokens=TokenMap(channels_first=True),
     grid=GridFromShape(rows=2),
     image_size=_image_size,
+    run=_run,
     attention=lambda layer: (layer.norm1, layer.attention),
     eager=lambda encoder: True,
 )
