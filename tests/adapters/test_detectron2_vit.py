@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import official_shaped
 import pytest
 import torch
-import torch.nn.functional as F
 from settings_cases import clustered
 from torch import Tensor, nn
+from windows_by_hand import in_windows, slow_attention
 
 from expedite_d2.adapters import expedite, restore
 from expedite_d2.reducers import Reduction, clustering_of, reconstruct, reduce
@@ -67,60 +66,18 @@ SIZES = [(48, 48), (32, 40), (36, 20)]
 # ---- by hand ----------------------------------------------------------------------------------
 
 
-def slow_positions(table: Tensor, tokens: int, cells: int, step: float) -> Tensor:
-    """(cells, cells, C): the table between each pair of cells, `step` tokens apart."""
-    if len(table) != 2 * tokens - 1:
-        table = F.interpolate(table.t()[None], size=2 * tokens - 1, mode="linear")[0].t()
-    out = torch.empty(cells, cells, table.shape[1])
-    for i, j in itertools.product(range(cells), repeat=2):
-        place = min(max((i - j) * step + tokens - 1, 0), 2 * tokens - 2)
-        below = math.floor(place)
-        above = min(below + 1, 2 * tokens - 2)
-        out[i, j] = table[below] + (place - below) * (table[above] - table[below])
-    return out
-
-
-def slow_attention(
-    attn: Any, x: Tensor, tokens: tuple[int, int], steps: tuple[float, float]
-) -> Tensor:
-    """Attention among all cells of (B, rows, columns, C)."""
-    batch, rows, columns, channels = x.shape
-    depth = channels // attn.num_heads
-    places = list(itertools.product(range(rows), range(columns)))
-    query, key, value = attn.qkv(x).flatten(1, 2).split(channels, dim=2)
-    by_row = slow_positions(attn.rel_pos_h, tokens[0], rows, steps[0])
-    by_column = slow_positions(attn.rel_pos_w, tokens[1], columns, steps[1])
-    outputs = []
-    for head in range(attn.num_heads):
-        part = slice(head * depth, (head + 1) * depth)
-        q, k, v = query[..., part], key[..., part], value[..., part]
-        logits = torch.empty(batch, len(places), len(places))
-        for p, (y, x_) in enumerate(places):
-            for n, (v_, u) in enumerate(places):
-                position = by_row[y, v_] + by_column[x_, u]
-                logits[:, p, n] = (q[:, p] * (attn.scale * k[:, n] + position)).sum(1)
-        outputs.append(logits.softmax(-1) @ v)
-    return attn.proj(torch.cat(outputs, -1)).view(x.shape)
-
-
 def slow_block(
     block: Any, x: Tensor, grid: tuple[int, int], steps: tuple[float, float], side: int
 ) -> Tensor:
     """One block on clusters; `side` is that of their windows."""
     normed = block.norm1(x)
+    heads = block.attn.num_heads
     if block.window_size:
-        rows, columns = x.shape[1:3]
-        padded = F.pad(normed, (0, 0, 0, -columns % side, 0, -rows % side))
-        attended = torch.empty_like(padded)
         tokens = (block.window_size, block.window_size)
-        for top in range(0, rows, side):
-            for left in range(0, columns, side):
-                window = (slice(None), slice(top, top + side), slice(left, left + side))
-                attended[window] = slow_attention(block.attn, padded[window], tokens, steps)
-        attended = attended[:, :rows, :columns]
+        attend = partial(slow_attention, block.attn, heads, tokens=tokens, steps=steps)
+        x = x + in_windows(attend, normed, side)
     else:
-        attended = slow_attention(block.attn, normed, grid, steps)
-    x = x + attended
+        x = x + slow_attention(block.attn, heads, normed, grid, steps)
     x = x + block.mlp(block.norm2(x))
     if block.use_residual_block:
         x = block.residual(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -100,7 +100,7 @@ def sam_hq() -> Any:
     return with_positions(SamHQVisionEncoder, SamHQVisionConfig(**SAM))
 
 
-def segment_anything() -> Any:
+def segment_anything(**changes: Any) -> Any:
     return with_positions(
         ImageEncoderViT,
         img_size=32,
@@ -113,6 +113,7 @@ def segment_anything() -> Any:
         use_rel_pos=True,
         window_size=6,
         global_attn_indexes=(0, 3),
+        **changes,
     )
 
 
@@ -127,47 +128,47 @@ def timm_sam(**changes: Any) -> Any:
         num_heads=2,
         mlp_ratio=2,
         neck_chans=8,
-        use_rel_pos=True,
         window_size=6,
         global_attn_indexes=(0, 3),
         global_pool="",
-        **changes,
+        **{"use_rel_pos": True, **changes},
     )
 
 
-def sam_3() -> Any:
-    return randomised(
-        Sam3ViTModel,
-        Sam3ViTConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=32,
-            pretrain_image_size=16,
-            patch_size=4,
-            window_size=6,
-            global_attn_indexes=[0, 3],
-        ),
-    )
+SAM_3: dict[str, Any] = {
+    "image_size": 32,
+    "pretrain_image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "window_size": 6,
+    "global_attn_indexes": [0, 3],
+}
+
+
+def sam_3(**changes: Any) -> Any:
+    return randomised(Sam3ViTModel, Sam3ViTConfig(**{**SAM_3, **changes}))
+
+
+VITDET: dict[str, Any] = {
+    "image_size": 32,
+    "pretrain_image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "mlp_ratio": 2,
+    "window_size": 6,
+    "window_block_indices": [1, 2],
+    "residual_block_indices": [2],
+    "use_relative_position_embeddings": True,
+}
 
 
 def vitdet(build: Callable[..., Any] = VitDetModel, **changes: Any) -> Any:
-    config = VitDetConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        mlp_ratio=2,
-        image_size=32,
-        pretrain_image_size=16,
-        patch_size=4,
-        window_size=6,
-        window_block_indices=[1, 2],
-        residual_block_indices=[2],
-        use_relative_position_embeddings=True,
-        **changes,
-    )
-    return with_positions(build, config)
+    return with_positions(build, VitDetConfig(**{**VITDET, **changes}))
 
 
 CASES: dict[str, Case] = {
