@@ -43,20 +43,21 @@ class MapWindows(NoPositions):
 
     needs_grid = True
 
-    def family(self, **values: Any) -> Family:
+    def family(self, channels_first: bool = False, **values: Any) -> Family:
         """Returns the family of the encoders that have these windows.
 
         Args:
-            values: those of the family, beside and instead of those that follow from the windows.
+            channels_first: whether the blocks take (B, C, H, W) rather than (B, H, W, C).
+            values: others of the family.
         """
-        defaults: dict[str, Any] = {
-            "blocks": lambda encoder: list(self.blocks(encoder)),
-            "tokens": TokenMap(),
-            "grid": GridFromShape(),
-            "positions": self,
-            "window": lambda encoder, first: self.window(encoder),
-        }
-        return Family(**{**defaults, **values})
+        return Family(
+            blocks=lambda encoder: list(self.blocks(encoder)),
+            tokens=TokenMap(channels_first),
+            grid=GridFromShape(channels_first),
+            positions=self,
+            window=lambda encoder, first: self.window(encoder),
+            **values,
+        )
 
     def window(self, encoder: Any) -> Size | None:
         """Returns rows and columns of an encoder's windows; None if it has none."""

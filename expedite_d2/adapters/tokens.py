@@ -103,12 +103,12 @@ class GridFromShape:
     """Reads the grid from the shape of the blocks' maps.
 
     Attributes:
-        rows: the maps' axis of rows, after which comes that of columns.
+        channels_first: whether these are (B, C, H, W) rather than (B, H, W, C).
         configured: rows and columns of tokens of the images that the encoder is configured for, or
             None.
     """
 
-    rows: int = 1
+    channels_first: bool = False
     configured: Callable[[Any], Size | None] = lambda encoder: None
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
@@ -121,7 +121,10 @@ class GridFromShape:
 
     def state(self, x: Tensor) -> State | None:
         """Returns the state of tokens that enter a block."""
-        return state_of(x) or State.of_image(x.shape[self.rows], x.shape[self.rows + 1])
+        if (state := state_of(x)) is not None:
+            return state
+        rows, columns = x.shape[2:] if self.channels_first else x.shape[1:3]
+        return State.of_image(rows, columns)._replace(channels_first=self.channels_first)
 
 
 class _ReadGrid(Override):

@@ -12,7 +12,6 @@ from expedite_d2.adapters.decomposed import DecomposedPositions
 from expedite_d2.adapters.family import BlockCall, Size
 from expedite_d2.adapters.map_windows import MapWindows, Spacing
 from expedite_d2.adapters.registry import register_family
-from expedite_d2.adapters.tokens import GridFromShape, TokenMap
 from expedite_d2.reducers import Reduction
 
 
@@ -49,8 +48,7 @@ VITDET = DecomposedPositions(
     name="transformers VitDetModel and VitDetBackbone",
     library="transformers",
     classes=("VitDetModel", "VitDetBackbone"),
-    tokens=TokenMap(channels_first=True),
-    grid=GridFromShape(rows=2),
+    channels_first=True,
     image_size=_image_size,
     run=_run,
     attention=lambda layer: (layer.norm1, layer.attention),

@@ -94,4 +94,6 @@ def clustering_of(x: Tensor) -> tuple[Tensor, Clustering] | None:
     if low.dim() == 3:  # (B, P + h * w, C)
         rows, columns = state.layout
         low = low[:, low.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+    elif state.channels_first:
+        low = low.permute(0, 2, 3, 1)
     return low, state.steps[0]

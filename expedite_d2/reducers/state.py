@@ -81,12 +81,14 @@ class State(NamedTuple):
             first step.
         low: the same block output before it was reconstructed, in the block's own form; None if
             the tensor was not reconstructed.
+        channels_first: whether the blocks take maps (B, C, H, W).
     """
 
     grid: Grid
     layout: Grid | Points
     steps: tuple[Undo, ...] = ()
     low: Tensor | None = None
+    channels_first: bool = False
 
     @classmethod
     def of_image(cls, rows: int, columns: int) -> State:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from family_cases import CASES
 from family_cases.case import Case
-from family_cases.decomposed import Detectron2Case
+from family_cases.decomposed import MapCase
 from family_cases.plain import timm_vit, transformers_vit
 from family_cases.swin import SwinCase
 from settings_cases import clustered
@@ -111,7 +111,7 @@ def test_earlier_wrappers_are_called_or_refused(name: str) -> None:
     hook_as_accelerate_does(block)
     expedite(model, clustered(case.alpha, case.clusters))
     with torch.no_grad():
-        if isinstance(case, (SwinCase, Detectron2Case)):
+        if isinstance(case, (SwinCase, MapCase)):
             # Their blocks must see other attributes than the module has, which a wrapper hides.
             with pytest.raises(ValueError, match="replaced before the model was expedited"):
                 case.run(model, x)

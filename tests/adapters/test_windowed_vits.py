@@ -31,7 +31,7 @@ from windows_by_hand import in_windows, slow_attention
 
 from expedite_d2.adapters import expedite, restore
 from expedite_d2.adapters.decomposed import attend
-from expedite_d2.reducers import Reduction, reconstruct, reduce
+from expedite_d2.reducers import Reduction, clustering_of, reconstruct, reduce
 from expedite_d2.tools import describe
 
 WINDOW = 6
@@ -274,6 +274,16 @@ def test_vitdets_attention_maps_are_those_of_clusters() -> None:
     assert [len(part[0, 0]) for part in out.attentions] == [80, 80, 20, 20]
     assert all(part.sum(-1).allclose(torch.ones(())) for part in out.attentions)
     torch.testing.assert_close(out.last_hidden_state, same, rtol=1e-4, atol=1e-4)
+
+
+def test_vitdet_may_stay_on_its_clusters() -> None:
+    model, x = expedite(vitdet(), alpha=1, clusters=(4, 4), outputs=()), images(32, 40)
+    with torch.no_grad():
+        low = model(x).last_hidden_state
+        found = clustering_of(low)
+        assert found is not None and low.shape == (3, 16, 6, 7)
+        expected = expedite(model, alpha=1, clusters=(4, 4))(x).last_hidden_state
+    assert torch.equal(reconstruct(*found).permute(0, 3, 1, 2), expected)
 
 
 # ---- whole models -------------------------------------------------------------------------------

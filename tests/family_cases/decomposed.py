@@ -29,19 +29,22 @@ def with_positions(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return model
 
 
-class Detectron2Case(Case):
+class MapCase(Case):
+    """8x10 tokens in 6x6 windows: the last ones are ragged."""
+
     alpha, clusters = 1, (3, 3)
 
+
+class Detectron2Case(MapCase):
     def run(self, model: Any, x: Tensor) -> Tensor:
         return model(x)["last_feat"]
 
 
-class SamCase(Case):
-    """8x8 tokens in 6x6 windows: the last ones are ragged. It takes images of one size alone."""
+class SamCase(MapCase):
+    """It takes images of one size alone."""
 
     size = (32, 32)
     others: list[tuple[int, int]] = []
-    alpha, clusters = 1, (3, 3)
 
 
 class TransformersCase(SamCase):
@@ -61,9 +64,7 @@ class SamHQCase(TransformersCase):
         return torch.cat([out.last_hidden_state, *between], 1)
 
 
-class VitDetCase(Case):
-    alpha, clusters = 1, (3, 3)
-
+class VitDetCase(MapCase):
     def blocks(self, model: Any) -> list[nn.Module]:
         return list(model.encoder.layer)
 
@@ -180,7 +181,7 @@ CASES: dict[str, Case] = {
         lambda: randomised(Detectron2ViT, window_block_indexes=())
     ),
     "segment_anything": SamCase(segment_anything),
-    "timm sam": SamCase(timm_sam, size=(32, 40), others=[(32, 32), (36, 52)]),
+    "timm sam": MapCase(timm_sam),
     "transformers sam": TransformersCase(sam, pickles=False),
     "transformers sam, eager": TransformersCase(
         lambda: sam(attn_implementation="eager"), pickles=False
