@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from expedite_d2.adapters.hourglass import ATTRIBUTE
+from expedite_d2.adapters.override import first_of
 from expedite_d2.ops.observe import ObservedOperator
 from expedite_d2.ops.token_reconstruct import token_reconstruct
 from expedite_d2.reducers import Correction, Points, Reduction
@@ -109,8 +110,8 @@ class Subject:
         """A context that keeps the outputs of blocks, by their numbers."""
         kept: dict[int, Tensor] = {}
 
-        def keep(number: int, module: nn.Module, args: Any, out: Tensor) -> None:
-            kept[number] = out
+        def keep(number: int, module: nn.Module, args: Any, out: Any) -> None:
+            kept[number] = first_of(out)
 
         hooks = [self.blocks[n].register_forward_hook(partial(keep, n)) for n in numbers]
         try:

@@ -33,6 +33,7 @@ from expedite_d2.adapters import expedite, restore
 from expedite_d2.adapters.decomposed import attend
 from expedite_d2.reducers import Reduction, clustering_of, reconstruct, reduce
 from expedite_d2.tools import describe
+from expedite_d2.tools.calibrate import calibrate, distance
 
 WINDOW = 6
 
@@ -284,6 +285,16 @@ def test_vitdet_may_stay_on_its_clusters() -> None:
         assert found is not None and low.shape == (3, 16, 6, 7)
         expected = expedite(model, alpha=1, clusters=(4, 4))(x).last_hidden_state
     assert torch.equal(reconstruct(*found).permute(0, 3, 1, 2), expected)
+
+
+def test_vitdets_maps_of_detail_are_fitted() -> None:
+    model, x = vitdet(), images(32, 40, batch=12)
+    plain = output(model, x)
+    expedite(model, alpha=1, clusters=(3, 3))
+    before = distance([output(model, x)], [plain])
+    found = calibrate(model, [image[None] for image in x], temperature=False)
+    assert found.correction is not None
+    assert distance([output(model, x)], [plain]) < 0.95 * before
 
 
 # ---- whole models -------------------------------------------------------------------------------
