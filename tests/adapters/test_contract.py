@@ -42,7 +42,7 @@ KINDS_OF_POSITIONS += ["timm vit, grouped", "transformers swin v2"]
 COMPILED = [name for name in SETTINGS if not name.endswith(", merging")]
 # Another kind goes the same way through the adapters.
 ALIKE = {"segment_anything", "timm sam", "transformers sam, eager", "transformers sam hq"}
-ALIKE |= {"transformers vitdet backbone"}
+ALIKE |= {"transformers vitdet backbone", "timm sam, eager"}
 COMPILED = [name for name in COMPILED if name not in ALIKE]
 
 

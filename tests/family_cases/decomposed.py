@@ -136,6 +136,13 @@ def timm_sam(**changes: Any) -> Any:
     )
 
 
+def timm_sam_eager() -> Any:
+    model = timm_sam()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model
+
+
 SAM_3: dict[str, Any] = {
     "image_size": 32,
     "pretrain_image_size": 16,
@@ -182,6 +189,7 @@ CASES: dict[str, Case] = {
     ),
     "segment_anything": SamCase(segment_anything),
     "timm sam": MapCase(timm_sam),
+    "timm sam, eager": MapCase(timm_sam_eager),
     "transformers sam": TransformersCase(sam, pickles=False),
     "transformers sam, eager": TransformersCase(
         lambda: sam(attn_implementation="eager"), pickles=False
