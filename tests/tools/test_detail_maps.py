@@ -17,8 +17,8 @@ from expedite_d2.adapters import expedite, restore
 from expedite_d2.reducers import Merge, Reduction
 from expedite_d2.reducers.correction import maps_at
 from expedite_d2.tools.calibrate import calibrate
-from expedite_d2.tools.outputs import distance
 from expedite_d2.tools.detail_maps import Regression, Subject
+from expedite_d2.tools.outputs import distance
 
 
 def test_regression_is_ridge_without_a_penalty_on_the_constant() -> None:
