@@ -8,12 +8,17 @@ from __future__ import annotations
 from expedite_d2.adapters import (  # noqa: F401 (registration)
     detectron2,
     dinov2,
+    dinov3,
+    eomt,
+    rf_detr,
     segment_anything,
     swin,
     timm,
+    timm_eva,
     timm_sam,
     torchvision,
     transformers,
+    transformers_rotary,
     transformers_swin,
     transformers_windows,
 )

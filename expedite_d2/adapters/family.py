@@ -79,6 +79,9 @@ class Positions(Protocol):
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Returns the changes to the encoder that are needed beside those of the span's blocks."""
 
+    def prepare(self, call: BlockCall) -> BlockCall:
+        """Returns the call with positions for the layout, and in its state what later ones need."""
+
     def run(self, call: BlockCall) -> Any:
         """Runs one block on reduced tokens, and returns what it returns."""
 
@@ -94,6 +97,10 @@ class NoPositions:
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Returns no changes."""
         return []
+
+    def prepare(self, call: BlockCall) -> BlockCall:
+        """Returns the call."""
+        return call
 
     def run(self, call: BlockCall) -> Any:
         """Runs the block unchanged."""

@@ -101,7 +101,9 @@ class _SpanBlock(Override):
         if isinstance(state.layout, Points) and state.layout.groups:
             # For the norm and the attention of the block: the layout alone, as the rest may hold x.
             attach(x, State(state.grid, state.layout))
-        out = family.positions.run(BlockCall(hourglass, encoder, self, x, state, args, kwargs))
+        call = BlockCall(hourglass, encoder, self, x, state, args, kwargs)
+        call = family.positions.prepare(call)
+        out, state = family.positions.run(call), call.state
         low = first_of(out)
         if self.number not in hourglass.full:
             attach(low, state._replace(low=None))

@@ -11,6 +11,7 @@ from expedite_d2.adapters.family import Attention, Family, Size
 from expedite_d2.adapters.positions import Table
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.relative_position import relative_bias
+from expedite_d2.adapters.rotary import Rotary
 from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
 
 
@@ -19,9 +20,8 @@ def _blocks(encoder: Any) -> list[nn.Module]:
 
 
 def _attention(block: Any) -> Attention | None:
-    # Blocks of VisionTransformer that run attention and MLP in parallel have no separate norm
-    # before the attention.
-    if type(block).__name__ != "Block":
+    # Others run attention and MLP in parallel, or have their norm after the attention.
+    if type(block).__name__ not in ("Block", "EvaBlock"):
         return None
     return block.norm1, block.attn
 
@@ -36,7 +36,8 @@ def _image_size(encoder: Any) -> Size:
     return height, width
 
 
-def _grid(encoder: Any, x: Tensor) -> Size:
+def grid_of_patches(encoder: Any, x: Tensor) -> Size:
+    """Returns rows and columns of patches, from a map of them, or from the encoder's settings."""
     return (x.shape[1], x.shape[2]) if x.dim() == 4 else encoder.patch_embed.grid_size
 
 
@@ -49,7 +50,7 @@ VISION_TRANSFORMER = Family(
     grid=GridFromCall(
         # Where the map of patches becomes a sequence.
         place=lambda encoder, span: (encoder, "_pos_embed"),
-        read=_grid,
+        read=grid_of_patches,
         then=lambda encoder: [encoder.norm_pre],
         configured=_configured,
         varies=lambda encoder: encoder.dynamic_img_size,
@@ -78,8 +79,8 @@ NAFLEX = replace(
         read=_grid_of_images,
         onto=lambda out: out["patches"],
     ),
+    positions=Rotary("rope"),
     image_size=lambda encoder: None,
-    matches=lambda encoder: encoder.rope is None,
 )
 
 

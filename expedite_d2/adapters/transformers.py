@@ -18,7 +18,8 @@ from expedite_d2.adapters.relative_position import relative_bias
 from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
 
 
-def _sides(size: Any) -> Size:
+def sides(size: Any) -> Size:
+    """Returns rows and columns of a size in a configuration, which may be one number."""
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows, columns
 
@@ -26,13 +27,14 @@ def _sides(size: Any) -> Size:
 def _grid(encoder: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Size:
     # The embeddings of DPT's hybrid, SigLIP and CLIP have no separate module for patches.
     patches = getattr(encoder.embeddings, "patch_embeddings", encoder.embeddings)
-    rows, columns = _sides(patches.patch_size)
+    rows, columns = sides(patches.patch_size)
     return pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns
 
 
-def _configured(encoder: Any) -> Size:
-    height, width = _sides(encoder.config.image_size)
-    rows, columns = _sides(encoder.config.patch_size)
+def configured_grid(encoder: Any) -> Size:
+    """Returns rows and columns of the patches of the images that an encoder is configured for."""
+    height, width = sides(encoder.config.image_size)
+    rows, columns = sides(encoder.config.patch_size)
     return height // rows, width // columns
 
 
@@ -78,7 +80,7 @@ _GRID = GridFromCall(
     place=lambda encoder, span: (encoder.embeddings, "forward"),
     read=_grid,
     onto=lambda out: out if isinstance(out, Tensor) else out.last_hidden_states,
-    configured=_configured,
+    configured=configured_grid,
 )
 VIT = Family(
     name="transformers ViTModel",
@@ -88,7 +90,7 @@ VIT = Family(
     tokens=TokenSequence(),
     grid=_GRID,
     positions=_NoPositionsBesideMasks(),
-    image_size=lambda encoder: _sides(encoder.config.image_size),
+    image_size=lambda encoder: sides(encoder.config.image_size),
     run=lambda encoder, images: encoder(images, interpolate_pos_encoding=True),
     attention=lambda layer: (layer.layernorm_before, layer.attention),
 )
@@ -149,7 +151,7 @@ VITPOSE = replace(
     grid=replace(
         _GRID,
         # The patches of padded images are as many as those of the images.
-        read=lambda encoder, pixel_values: _configured(encoder),
+        read=lambda encoder, pixel_values: configured_grid(encoder),
         varies=lambda encoder: False,
     ),
     positions=_NoMasks(),

@@ -120,7 +120,8 @@ class Reduction:
             if step.at == number:
                 residual = self.reconstruction == "residual"
                 tokens, layout, undo = step.reduce(tokens, state.layout, window, residual)
-                state = state._replace(layout=layout, steps=(*state.steps, undo))
+                steps = (*state.steps, undo)
+                state = state._replace(layout=layout, steps=steps, positions=None)
         return tokens, state
 
     @property

@@ -7,7 +7,7 @@ nest, run in threads, be recomputed or be compiled. The result of an operation d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +82,8 @@ class State(NamedTuple):
         low: the same block output before it was reconstructed, in the block's own form; None if
             the tensor was not reconstructed.
         channels_first: whether the blocks take maps (B, C, H, W).
+        positions: what an adapter made of the blocks' positions for this layout, so that it need
+            not do so again in the next block.
     """
 
     grid: Grid
@@ -89,6 +91,7 @@ class State(NamedTuple):
     steps: tuple[Undo, ...] = ()
     low: Tensor | None = None
     channels_first: bool = False
+    positions: Any = None
 
     @classmethod
     def of_image(cls, rows: int, columns: int) -> State:

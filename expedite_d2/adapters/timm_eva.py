@@ -1,0 +1,33 @@
+"""timm's Eva: EVA02, DINOv3, Perception Encoder, and further ViTs with rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from expedite_d2.adapters.family import Size
+from expedite_d2.adapters.registry import register_family
+from expedite_d2.adapters.rotary import Rotary
+from expedite_d2.adapters.timm import VISION_TRANSFORMER, grid_of_patches
+
+
+def _grid(encoder: Any, x: Tensor) -> Size:
+    if encoder.training and encoder.patch_drop is not None:
+        raise ValueError(
+            "an expedited Eva drops no patches, which leave no grid: train it with "
+            "patch_drop_rate=0"
+        )
+    return grid_of_patches(encoder, x)
+
+
+EVA = register_family(
+    replace(
+        VISION_TRANSFORMER,
+        name="timm Eva",
+        classes=("Eva",),
+        grid=replace(VISION_TRANSFORMER.grid, read=_grid, onto=lambda out: out[0]),  # type: ignore[arg-type]
+        positions=Rotary("rope"),
+    )
+)
