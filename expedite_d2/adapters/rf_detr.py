@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from expedite_d2.adapters.family import Attention, Family, Size
+from expedite_d2.adapters.family import Family, NoPositions, Size
+from expedite_d2.adapters.hourglass import Hourglass
+from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
 from expedite_d2.adapters.transformers import configured_grid, sides
+from expedite_d2.reducers import Groups, Points, State, attach, state_of
 
 
 def _of_window(encoder: Any, grid: Size) -> Size:
@@ -27,9 +31,25 @@ def _grid(encoder: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Size
     return _of_window(encoder, grid)
 
 
-def _attention(layer: Any) -> Attention | None:
-    # In layers of global attention, the norm takes the joined windows.
-    return None if layer.global_attention else (layer.norm1, layer.attention)
+class _JoinGroups(Override):
+    """Joins the groups of an image's windows, where a layer joins the windows' tokens."""
+
+    def call(self, x: Tensor) -> Tensor:
+        out, state = self.original(x), state_of(x)
+        if state is None or not isinstance(state.layout, Points) or state.layout.groups is None:
+            return out
+        (places, total), windows = state.layout.groups, len(x) // len(out)
+        first = total * torch.arange(windows, dtype=places.dtype, device=places.device)
+        joined = (places.unflatten(0, (-1, windows)) + first[:, None]).flatten(1)
+        groups = Groups(joined, windows * total)
+        return attach(out, State(state.grid, state.layout._replace(groups=groups)))
+
+
+class _Windows(NoPositions):
+    def overrides(self, hourglass: Hourglass) -> list[Override]:
+        layers: Any = hourglass.family.blocks(hourglass.encoder)
+        joining = [layers[n] for n in hourglass.span if layers[n].global_attention]
+        return [_JoinGroups(layer, "window_unpartition_before_attention") for layer in joining]
 
 
 RF_DETR = register_family(
@@ -45,7 +65,8 @@ RF_DETR = register_family(
             read=_grid,
             configured=lambda encoder: _of_window(encoder, configured_grid(encoder)),
         ),
+        positions=_Windows(),
         image_size=lambda encoder: sides(encoder.config.image_size),
-        attention=_attention,
+        attention=lambda layer: (layer.norm1, layer.attention),
     )
 )

@@ -89,8 +89,9 @@ def rotations_at_centres(table: Tensor, grid: Size, cells: Size) -> Tensor:
 
     An angle is linear in the token's row and column: so the turn from each token to the next is the
     same, and a centre between two tokens has the rotation of the nearest one, turned further by
-    that fraction. This is exact where neighbouring tokens are less than half a turn apart, which
-    is where their rotations tell them apart: for DINOv3 on more than 4 rows and columns of tokens.
+    that fraction. This is exact where neighbouring tokens are less than half a turn apart; if they
+    are not, their rotations do not tell by how much. DINOv3 needs more than 4 rows and columns of
+    tokens, times the factor by which its training rescales them.
 
     Args:
         table: cos and sin of the tokens' angles in either order, (..., H * W, 2 d).

@@ -16,6 +16,7 @@ from settings_cases import clustered
 from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, restore
+from expedite_d2.adapters.override import first_of
 from expedite_d2.reducers import Reduction, clustering_of, reconstruct
 from expedite_d2.tools.calibrate import calibrate
 
@@ -26,10 +27,10 @@ some_families = pytest.mark.parametrize("case", [CASES[name] for name in ONE_EAC
 
 
 def block_outputs(case: Case, model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The model's output, and what a hook on each block sees go out."""
+    """The model's output, and what a hook on each block sees go out, alone or in a list."""
     seen: list[Tensor] = []
     hooks = [
-        block.register_forward_hook(lambda _, args, out: seen.append(out))
+        block.register_forward_hook(lambda _, args, out: seen.append(first_of(out)))
         for block in case.blocks(model)
     ]
     with torch.no_grad():
