@@ -68,9 +68,11 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x_or_x_list: Any, rope_or_rope_list: Any = None) -> Any:
         if isinstance(x_or_x_list, list):
-            return [self(*pair) for pair in zip(x_or_x_list, rope_or_rope_list, strict=True)]
-        x = x_or_x_list
-        x = x + self.ls1(self.attn(self.norm1(x), rope=rope_or_rope_list))
+            return [self.one(*pair) for pair in zip(x_or_x_list, rope_or_rope_list, strict=True)]
+        return self.one(x_or_x_list, rope_or_rope_list)
+
+    def one(self, x: Tensor, rope: Rope | None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), rope=rope))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 

@@ -32,18 +32,18 @@ MECHANISMS += ["transformers dpt", "official swin", "detectron2 vit"]
 MECHANISMS += ["transformers swin", "transformers swin v2"]
 MECHANISMS += ["timm vit, grouped", "transformers vit, merging"]
 MECHANISMS += ["transformers sam", "transformers sam 3", "transformers vitdet"]
+MECHANISMS += ["transformers dinov3", "dinov3, merging", "timm eva02, grouped"]
 mechanisms = pytest.mark.parametrize(
     ("case", "reduction"), [SETTINGS[name] for name in MECHANISMS], ids=MECHANISMS
 )
 # And of each kind of positions one, for what takes a minute.
 KINDS_OF_POSITIONS = ["timm vit", "timm beit, own bias", "official swin", "detectron2 vit"]
 KINDS_OF_POSITIONS += ["timm vit, grouped", "transformers swin v2"]
+KINDS_OF_POSITIONS += ["transformers dinov3", "timm eva02, grouped"]
 # Grouped attention merges, too.
-COMPILED = [name for name in SETTINGS if not name.endswith(", merging")]
-# Another kind goes the same way through the adapters.
-ALIKE = {"segment_anything", "timm sam", "transformers sam, eager", "transformers sam hq"}
-ALIKE |= {"transformers vitdet backbone", "timm sam, eager"}
-COMPILED = [name for name in COMPILED if name not in ALIKE]
+COMPILED = [
+    name for name in SETTINGS if not name.endswith(", merging") and SETTINGS[name][0].compiled
+]
 
 
 def expedited(case: Case, reduction: Reduction) -> Any:

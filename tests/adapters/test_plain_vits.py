@@ -146,27 +146,14 @@ def test_naflexvit_takes_images_alone() -> None:
         model(torch.randn(1, 36, 48), patch_coord=places, patch_valid=valid)
 
 
-class Dinov3(nn.Module):
-    """In the shape of DINOv3's own class, as far as its name and its positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rope_embed = nn.Identity()
-
-
-Dinov3.__name__ = "DinoVisionTransformer"
-
-
 @pytest.mark.parametrize(
     "model",
     [
-        timm_naflex(rope_type="axial"),
-        Dinov3(),
         transformers.ViTMAEModel(transformers.ViTMAEConfig(**CONFIG)),
         transformers.YolosModel(transformers.YolosConfig(**{**CONFIG, "image_size": [24, 24]})),
         transformers.Data2VecVisionModel(transformers.Data2VecVisionConfig(**CONFIG)),
     ],
-    ids=["rotary NaFlexVit", "DINOv3", "ViTMAE", "YOLOS", "Data2VecVision"],
+    ids=["ViTMAE", "YOLOS", "Data2VecVision"],
 )
 def test_what_would_go_wrong_is_no_known_encoder(model: Any) -> None:
     with pytest.raises(ValueError, match="holds no encoder that can be expedited, known are"):

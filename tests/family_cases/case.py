@@ -37,12 +37,14 @@ class Case:
         alpha, clusters: settings that fit it.
         prefixes: its class, distillation and register tokens.
         pickles: whether the plain model can be pickled once it has run.
+        compiled: whether it is compiled as well, which takes seconds.
     """
 
     size = (32, 40)
     patch = 4
     prefixes = 1
     pickles = True
+    compiled = True
     alpha, clusters = 1, (4, 3)
 
     others: list[tuple[int, int]] = [(32, 32), (36, 52)]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from family_cases.case import Case, randomised
 from family_cases.plain import (
     SIZE,
-    Dinov2Case,
     DinoCase,
+    Dinov2Case,
     NaFlexCase,
     from_transformers,
     timm_naflex,
@@ -41,6 +41,7 @@ class Dinov3Case(Dinov2Case):
 
 class BackboneCase(Dinov3Case):
     pickles = False  # because of the hooks by which transformers records its outputs
+    compiled = False  # as the model is
 
     def run(self, model: Any, x: Tensor) -> Tensor:
         return model(x).feature_maps[-1]
@@ -102,6 +103,7 @@ class EomtCase(Case):
     size, others = (32, 32), []
     prefixes = 3
     pickles = False  # because of the hooks by which transformers records its outputs
+    compiled = False  # not even plain: it asks for the values of a buffer
 
     def blocks(self, model: Any) -> list[nn.Module]:
         return list(model.layers)
@@ -166,12 +168,13 @@ CASES: dict[str, Case] = {
             rope_type="dinov3", rope_rotate_half=True, use_abs_pos_emb=False, num_reg_tokens=2
         ),
         prefixes=3,
+        compiled=False,
     ),
     "timm eva, mixed": EvaCase(
         lambda: timm_eva(rope_type="mixed", rope_grid_indexing="xy", attn_type="rope")
     ),
     "timm naflexvit, rotary": RotaryNaFlexCase(
-        lambda: timm_naflex(rope_type="axial", rope_ref_feat_shape=(6, 6))
+        lambda: timm_naflex(rope_type="axial", rope_ref_feat_shape=(6, 6)), compiled=False
     ),
 }
 #: Those that `Case.by_hand` cannot step through to the end.
