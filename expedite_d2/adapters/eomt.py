@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from expedite_d2.adapters.family import Family
 from expedite_d2.adapters.registry import register_family
@@ -29,6 +31,16 @@ def _to_queries(encoder: Any, blocks: Sequence[nn.Module], first: int) -> int:
     return end
 
 
+def _run(encoder: Any, images: Tensor) -> Any:
+    if not images.is_meta:
+        return encoder(images)
+    # Where nothing has a value, it cannot ask whether queries have masks: those of trained models
+    # have none.
+    return functional_call(
+        encoder, {"attn_mask_probs": torch.zeros(encoder.config.num_blocks)}, images
+    )
+
+
 EOMT = Family(
     name="transformers EomtForUniversalSegmentation",
     library="transformers",
@@ -44,6 +56,7 @@ EOMT = Family(
     ),
     span=_to_queries,
     image_size=lambda encoder: sides(encoder.config.image_size),
+    run=_run,
     attention=lambda layer: (layer.norm1, layer.attention),
 )
 EOMT_DINOV3 = replace(

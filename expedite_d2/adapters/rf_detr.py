@@ -16,19 +16,29 @@ from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
-from expedite_d2.adapters.transformers import configured_grid, sides
+from expedite_d2.adapters.transformers import sides
 from expedite_d2.reducers import Groups, Points, State, attach, state_of
 
 
-def _of_window(encoder: Any, grid: Size) -> Size:
-    windows = encoder.config.num_windows
-    return grid[0] // windows, grid[1] // windows
+def _window(encoder: Any, height: int, width: int) -> Size:
+    """Returns rows and columns of patches in a window of an image."""
+    (rows, columns), windows = sides(encoder.config.patch_size), encoder.config.num_windows
+    return height // rows // windows, width // columns // windows
 
 
 def _grid(encoder: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Size:
-    rows, columns = sides(encoder.config.patch_size)
-    grid = pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns
-    return _of_window(encoder, grid)
+    return _window(encoder, *pixel_values.shape[-2:])
+
+
+def _configured(encoder: Any) -> Size:
+    return _window(encoder, *sides(encoder.config.image_size))
+
+
+def _image_size(encoder: Any) -> Size:
+    # The configured one is of pre-training, and need not consist of whole windows.
+    height, width = _configured(encoder)
+    (rows, columns), windows = sides(encoder.config.patch_size), encoder.config.num_windows
+    return height * windows * rows, width * windows * columns
 
 
 class _JoinGroups(Override):
@@ -63,10 +73,10 @@ RF_DETR = register_family(
             # Where the image becomes sequences.
             place=lambda encoder, span: (encoder.embeddings, "forward"),
             read=_grid,
-            configured=lambda encoder: _of_window(encoder, configured_grid(encoder)),
+            configured=_configured,
         ),
         positions=_Windows(),
-        image_size=lambda encoder: sides(encoder.config.image_size),
+        image_size=_image_size,
         attention=lambda layer: (layer.norm1, layer.attention),
     )
 )

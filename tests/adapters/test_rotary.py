@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from expedite_d2.adapters import expedite, restore
 from expedite_d2.adapters.override import first_of
 from expedite_d2.reducers import Merge, Reduction, state_of
+from expedite_d2.tools.budget import choose
+from expedite_d2.tools.describe import describe
 
 Grid = tuple[int, int]
 CELLS: Grid = (4, 3)
@@ -357,3 +359,14 @@ def test_what_rotary_encoders_refuse() -> None:
     masked = expedite(transformers_dinov3(), clustered(1, CELLS))
     with pytest.raises(ValueError, match="takes no attention mask with an effect"):
         masked(x, attention_mask=torch.arange(83.0).expand(1, 1, 83, 83))
+
+
+def test_budgets_count_eomt_without_masks() -> None:
+    model = eomt("EomtDinov3", num_hidden_layers=6)
+    model.attn_mask_probs.fill_(1)  # which nothing asks for where there are no values
+    reduction = choose(model, 0.8)
+    assert reduction.steps[-1].at < 5
+    description = describe(expedite(model, reduction))
+    assert description.share < 0.85
+    tokens = [block.reduced_tokens for block in description.blocks]
+    assert tokens[-1] == 72 and all(count < 60 for count in tokens[:-1])

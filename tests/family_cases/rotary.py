@@ -16,6 +16,7 @@ from family_cases.plain import (
     DinoCase,
     Dinov2Case,
     NaFlexCase,
+    TransformersCase,
     from_transformers,
     timm_naflex,
 )
@@ -117,12 +118,29 @@ class VideomtCase(EomtCase):
         return model(x[:, None]).masks_queries_logits
 
 
-class RfDetrCase(Case):
+class RfDetrCase(TransformersCase):
+    """Of each image, 2 x 2 windows in the batch."""
+
     size, others = (48, 48), [(56, 56), (40, 40)]
     pickles = False  # because of the hooks by which transformers records its outputs
 
+    @property
+    def grid(self) -> Grid:
+        rows, columns = super().grid
+        return rows // 2, columns // 2
+
     def blocks(self, model: Any) -> list[nn.Module]:
         return list(model.encoder.layer)
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(x)
+
+    def block(self, model: Any, number: int, x: Tensor, cells: Grid | None) -> Tensor:
+        return model.encoder.layer[number](x, None)
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        maps = model.layernorm(x)[:, 1:].view(-1, 2, 2, *self.grid, 16)
+        return maps.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def run(self, model: Any, x: Tensor) -> Tensor:
         return model(x).feature_maps[-1]
@@ -173,6 +191,7 @@ CASES: dict[str, Case] = {
     "timm eva, mixed": EvaCase(
         lambda: timm_eva(rope_type="mixed", rope_grid_indexing="xy", attn_type="rope")
     ),
+    "transformers rf-detr": RfDetrCase(rf_detr, clusters=(2, 3)),
     "timm naflexvit, rotary": RotaryNaFlexCase(
         lambda: timm_naflex(rope_type="axial", rope_ref_feat_shape=(6, 6)), compiled=False
     ),
@@ -185,5 +204,4 @@ OTHERS: dict[str, Case] = {
     "transformers eomt": EomtCase(lambda: eomt("Eomt", mlp_ratio=2)),
     "transformers eomt dinov3": EomtCase(lambda: eomt("EomtDinov3")),
     "transformers videomt": VideomtCase(lambda: eomt("Videomt", mlp_ratio=2)),
-    "transformers rf-detr": RfDetrCase(rf_detr, clusters=(2, 3)),
 }
