@@ -60,12 +60,22 @@ VISION_TRANSFORMER = Family(
 )
 
 
+def refuse_patch_dropout(encoder: Any) -> None:
+    """Raises if an encoder is about to drop patches at random."""
+    if encoder.training and encoder.patch_drop is not None:
+        raise ValueError(
+            f"an expedited {type(encoder).__name__} drops no patches, without which there is no "
+            "grid: train it with patch_drop_rate=0"
+        )
+
+
 def _grid_of_images(encoder: Any, images: Tensor, patch_coord: Any = None, **kwargs: Any) -> Size:
     if patch_coord is not None:
         raise ValueError(
             "an expedited NaFlexVit takes images (B, 3, H, W), got patches, which lie on a grid of "
             "their own for each image"
         )
+    refuse_patch_dropout(encoder)
     rows, columns = encoder.embeds.dynamic_feat_size(images.shape[-2:])
     return rows, columns
 

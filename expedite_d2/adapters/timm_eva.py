@@ -10,15 +10,11 @@ from torch import Tensor
 from expedite_d2.adapters.family import Size
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.rotary import Rotary
-from expedite_d2.adapters.timm import VISION_TRANSFORMER, grid_of_patches
+from expedite_d2.adapters.timm import VISION_TRANSFORMER, grid_of_patches, refuse_patch_dropout
 
 
 def _grid(encoder: Any, x: Tensor) -> Size:
-    if encoder.training and encoder.patch_drop is not None:
-        raise ValueError(
-            "an expedited Eva drops no patches, which leave no grid: train it with "
-            "patch_drop_rate=0"
-        )
+    refuse_patch_dropout(encoder)
     return grid_of_patches(encoder, x)
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from family_cases import CASES
 from family_cases.case import Case, images, randomised
-from family_cases.plain import CONFIG
+from family_cases.plain import CONFIG, timm_naflex
 from family_cases.rotary import EomtCase, eomt, timm_eva, transformers_dinov3
 from settings_cases import clustered
 from torch import Tensor, nn
@@ -345,10 +345,11 @@ def test_what_rotary_encoders_refuse() -> None:
         expedite(eomt("Eomt", mlp_ratio=2), clustered(3, CELLS))
     with pytest.raises(ValueError, match="steps must stand before blocks 1 to 2 of EomtFor"):
         expedite(eomt("Eomt", mlp_ratio=2), Reduction(Merge((1, 3), 0.7)))
-    dropping = expedite(timm_eva(patch_drop_rate=0.3), clustered(1, CELLS))
-    dropping(x)
-    with pytest.raises(ValueError, match="an expedited Eva drops no patches"):
-        dropping.train()(x)
+    for make, name in ((timm_eva, "Eva"), (timm_naflex, "NaFlexVit")):
+        dropping = expedite(make(patch_drop_rate=0.3), clustered(1, CELLS))
+        dropping(x)
+        with pytest.raises(ValueError, match=f"an expedited {name} drops no patches"):
+            dropping.train()(x)
     case = CASES["dinov3"]
     grouped = expedite(case.make(), Reduction(Merge(1, 0.7, rounds=1)))
     for block in grouped.blocks:
