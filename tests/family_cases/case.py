@@ -37,7 +37,8 @@ class Case:
         alpha, clusters: settings that fit it.
         prefixes: its class, distillation and register tokens.
         pickles: whether the plain model can be pickled once it has run.
-        compiled: whether it is compiled as well, which takes seconds.
+        compiled: whether it is compiled as well, which takes seconds: not where the plain model
+            cannot be, or another kind goes the same way.
     """
 
     size = (32, 40)

@@ -187,17 +187,17 @@ CASES: dict[str, Case] = {
     "detectron2 vit, global": Detectron2Case(
         lambda: randomised(Detectron2ViT, window_block_indexes=())
     ),
-    "segment_anything": SamCase(segment_anything),
-    "timm sam": MapCase(timm_sam),
-    "timm sam, eager": MapCase(timm_sam_eager),
+    "segment_anything": SamCase(segment_anything, compiled=False),
+    "timm sam": MapCase(timm_sam, compiled=False),
+    "timm sam, eager": MapCase(timm_sam_eager, compiled=False),
     "transformers sam": TransformersCase(sam, pickles=False),
     "transformers sam, eager": TransformersCase(
-        lambda: sam(attn_implementation="eager"), pickles=False
+        lambda: sam(attn_implementation="eager"), pickles=False, compiled=False
     ),
-    "transformers sam hq": SamHQCase(sam_hq, pickles=False),
+    "transformers sam hq": SamHQCase(sam_hq, pickles=False, compiled=False),
     "transformers sam 3": TransformersCase(sam_3, pickles=False),
     "transformers vitdet": VitDetCase(vitdet),
     "transformers vitdet backbone": VitDetBackboneCase(
-        lambda: vitdet(VitDetBackbone, out_features=["stage2", "stage4"])
+        lambda: vitdet(VitDetBackbone, out_features=["stage2", "stage4"]), compiled=False
     ),
 }
