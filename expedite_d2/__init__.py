@@ -25,6 +25,7 @@ from expedite_d2.reducers import (
 from expedite_d2.tools.calibrate import calibrate
 from expedite_d2.tools.describe import describe
 from expedite_d2.tools.expedite import expedite, expedited
+from expedite_d2.tools.tune import tune
 
 __version__ = "0.1.0"
 
@@ -45,4 +46,5 @@ __all__ = [
     "reduce",
     "register_family",
     "restore",
+    "tune",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ def _times(model: nn.Module, settings: Reduction, images: list[Any]) -> tuple[La
                 adapters.restore(model)
             else:
                 adapters.expedite(model, settings)
-            times.append(time_call(lambda image=image: call(model, image), device)[1])
+            times.append(time_call(partial(call, model, image), device)[1])
     return Latency.of(expedited[1:]), Latency.of(plain[1:])
 
 
