@@ -17,7 +17,7 @@ from expedite_d2.adapters.family import Family
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.rotary import Rotary
 from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
-from expedite_d2.adapters.transformers import configured_grid, sides
+from expedite_d2.adapters.transformers import configured_grid, is_eager, sides
 
 
 def _to_queries(encoder: Any, blocks: Sequence[nn.Module], first: int) -> int:
@@ -58,6 +58,7 @@ EOMT = Family(
     image_size=lambda encoder: sides(encoder.config.image_size),
     run=_run,
     attention=lambda layer: (layer.norm1, layer.attention),
+    eager=is_eager,
 )
 EOMT_DINOV3 = replace(
     EOMT,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from expedite_d2.adapters.family import Family
+from expedite_d2.adapters.refusals import why_not
 from expedite_d2.reducers import Expeditable
 
 _FAMILIES: dict[str, Family] = {}
@@ -71,10 +72,7 @@ def find_encoder(model: nn.Module) -> tuple[Family | None, Any]:
                 found[name] = family, module
                 break
     if not found:
-        known = ", ".join(family.name for family in families())
-        raise ValueError(
-            f"{type(model).__name__} holds no encoder that can be expedited, known are: {known}"
-        )
+        raise ValueError(why_not(model, families()))
     if len(found) > 1:
         raise ValueError(
             f"{type(model).__name__} holds {len(found)} encoders, expedite one of them: "

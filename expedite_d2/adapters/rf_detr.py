@@ -16,7 +16,7 @@ from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
-from expedite_d2.adapters.transformers import sides
+from expedite_d2.adapters.transformers import is_eager, sides
 from expedite_d2.reducers import Groups, Points, State, attach, state_of
 
 
@@ -78,5 +78,6 @@ RF_DETR = register_family(
         positions=_Windows(),
         image_size=_image_size,
         attention=lambda layer: (layer.norm1, layer.attention),
+        eager=is_eager,
     )
 )

@@ -41,6 +41,10 @@ def grid_of_patches(encoder: Any, x: Tensor) -> Size:
     return (x.shape[1], x.shape[2]) if x.dim() == 4 else encoder.patch_embed.grid_size
 
 
+def _is_eager(encoder: Any) -> bool:
+    return not getattr(encoder.blocks[0].attn, "fused_attn", True)
+
+
 VISION_TRANSFORMER = Family(
     name="timm VisionTransformer",
     library="timm",
@@ -57,6 +61,7 @@ VISION_TRANSFORMER = Family(
     ),
     image_size=_image_size,
     attention=_attention,
+    eager=_is_eager,
 )
 
 

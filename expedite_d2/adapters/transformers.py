@@ -24,6 +24,11 @@ def sides(size: Any) -> Size:
     return rows, columns
 
 
+def is_eager(encoder: Any) -> bool:
+    """Whether an encoder was told to write out the matrices of its attention."""
+    return encoder.config._attn_implementation == "eager"
+
+
 def _grid(encoder: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Size:
     # The embeddings of DPT's hybrid, SigLIP and CLIP have no separate module for patches.
     patches = getattr(encoder.embeddings, "patch_embeddings", encoder.embeddings)
@@ -93,6 +98,7 @@ VIT = Family(
     image_size=lambda encoder: sides(encoder.config.image_size),
     run=lambda encoder, images: encoder(images, interpolate_pos_encoding=True),
     attention=lambda layer: (layer.layernorm_before, layer.attention),
+    eager=is_eager,
 )
 MSN = replace(VIT, name="transformers ViTMSNModel", classes=("ViTMSNModel",))
 DEIT = replace(

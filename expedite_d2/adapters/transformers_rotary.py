@@ -10,7 +10,7 @@ from expedite_d2.adapters.family import Family, Size
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.rotary import Rotary
 from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
-from expedite_d2.adapters.transformers import configured_grid, sides
+from expedite_d2.adapters.transformers import configured_grid, is_eager, sides
 
 
 def _grid(encoder: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Size:
@@ -34,5 +34,6 @@ DINOV3 = register_family(
         positions=Rotary("position_embeddings"),
         image_size=lambda encoder: sides(encoder.config.image_size),
         attention=lambda layer: (layer.norm1, layer.attention),
+        eager=is_eager,
     )
 )

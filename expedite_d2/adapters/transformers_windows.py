@@ -12,16 +12,12 @@ from expedite_d2.adapters.decomposed import DecomposedPositions
 from expedite_d2.adapters.family import BlockCall, Size
 from expedite_d2.adapters.map_windows import MapWindows, Spacing
 from expedite_d2.adapters.registry import register_family
+from expedite_d2.adapters.transformers import is_eager, sides
 from expedite_d2.reducers import Reduction
 
 
-def _sides(size: Any) -> Size:
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return rows, columns
-
-
 def _image_size(encoder: Any) -> Size:
-    return _sides(encoder.config.image_size)
+    return sides(encoder.config.image_size)
 
 
 def _run(encoder: Any, images: Tensor) -> Any:
@@ -80,7 +76,7 @@ class _RotaryPositions(MapWindows):
         if not layer.window_size:
             config = call.encoder.config
             scale = config.window_size / (
-                _sides(config.image_size)[0] // _sides(config.patch_size)[0]
+                sides(config.image_size)[0] // sides(config.patch_size)[0]
             )
         axes = []
         for cells, tokens, clusters in zip(
@@ -97,7 +93,7 @@ SAM_3 = _RotaryPositions(blocks=lambda encoder: encoder.layers).family(
     classes=("Sam3ViTModel",),
     image_size=_image_size,
     attention=lambda layer: (layer.layer_norm1, layer.attention),
-    eager=lambda encoder: encoder.config._attn_implementation == "eager",
+    eager=is_eager,
 )
 
 for _family in (SAM, SAM_HQ, VITDET, SAM_3):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -55,7 +55,8 @@ class Merges:
     """Merges before fixed blocks; the budget decides the share of tokens that each one keeps.
 
     Attributes:
-        after: shares of the blocks that run before each merge.
+        after: shares of the blocks that run before each merge; of those at the start that run on
+            as many tokens.
         rounds: of grouped attention, see `Merge`.
     """
 
@@ -64,7 +65,9 @@ class Merges:
 
     def settings(self, blocks: Sequence[Block]) -> list[Reduction]:
         """Returns the possible settings of an encoder of these blocks, the cheapest first."""
-        at = tuple(sorted({round(share * len(blocks)) for share in self.after}))
+        # Not those that further tokens have joined, such as EoMT's queries.
+        stage = list(takewhile(lambda block: block.tokens == blocks[0].tokens, blocks))
+        at = tuple(sorted({round(share * len(stage)) for share in self.after}))
         return [Reduction((Merge(at, keep, self.rounds),)) for keep in _KEEPS]
 
 

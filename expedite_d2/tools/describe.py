@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +53,7 @@ class Description:
         blocks: the blocks in the order in which they run.
         multiply_adds: multiply-adds of the whole plain encoder, also outside of its blocks.
         reduced_multiply_adds: the same with the settings.
+        notes: what else there is to know, each a sentence.
     """
 
     encoder: str
@@ -62,6 +63,7 @@ class Description:
     blocks: tuple[Block, ...]
     multiply_adds: int
     reduced_multiply_adds: int
+    notes: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -90,7 +92,7 @@ class Description:
             f"{'the encoder':<{wide}}  {'':>7} {'':>8}  {self.multiply_adds / 1e9:>12.3f} "
             f"{self.reduced_multiply_adds / 1e9:>8.3f}  ({100 * share:.1f} %)"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Description:
@@ -132,7 +134,21 @@ def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Descripti
         blocks,
         total,
         reduced_total,
+        tuple(_notes(family, encoder)),
     )
+
+
+def _notes(family: Family | None, encoder: nn.Module) -> Iterator[str]:
+    if family is not None and family.eager(encoder):
+        yield (
+            "the encoder's own attention writes out its matrix of pairs of tokens, which a fused "
+            "kernel does not: a speed-up over it is not due to fewer tokens alone"
+        )
+        config = getattr(encoder, "config", None)
+        if getattr(config, "_attn_implementation", "") == "eager" and getattr(
+            encoder, "_supports_sdpa", False
+        ):
+            yield "attn_implementation='sdpa' gives the plain model a fused one as well"
 
 
 def count_blocks(
@@ -170,7 +186,13 @@ def count_blocks(
         warnings.simplefilter("ignore")  # an image that is too small shows in the table
         counts = count_multiply_adds(
             copied,
-            torch.empty(1, 3, *size, device="meta"),
+            torch.empty(1, 3, *size, device="meta", dtype=_dtype(copied)),
             call=None if family is None else partial(family.run, copied),
         )
     return {name: (tokens[name], counts.total(name)) for name in tokens}, counts.total()
+
+
+def _dtype(encoder: nn.Module) -> torch.dtype:
+    """Returns the type of an encoder's parameters, and so of the images that it takes."""
+    types = (parameter.dtype for parameter in encoder.parameters())
+    return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)

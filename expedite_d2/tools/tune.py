@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -196,9 +196,11 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _size_of(image: Any) -> tuple[int, int] | None:
-    if isinstance(image, dict):
-        image = image.get("pixel_values")
-    return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else None
+    tensors = image.values() if isinstance(image, Mapping) else [image]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dim() == 4:
+            return tensor.shape[-2], tensor.shape[-1]
+    return None
 
 
 def _shown(plan: list[Any], progress: bool) -> Any:

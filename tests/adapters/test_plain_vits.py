@@ -15,7 +15,6 @@ from settings_cases import clustered
 from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, restore
-from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.reducers import Merge, Reduction
 
 SETTINGS = [clustered(1, (3, 4)), Reduction(Merge((1, 2), 0.7)), Reduction(Merge(1, 0.8, rounds=2))]
@@ -144,17 +143,3 @@ def test_naflexvit_takes_images_alone() -> None:
     valid = torch.ones(1, 36, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"takes images \(B, 3, H, W\), got patches"):
         model(torch.randn(1, 36, 48), patch_coord=places, patch_valid=valid)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        transformers.ViTMAEModel(transformers.ViTMAEConfig(**CONFIG)),
-        transformers.YolosModel(transformers.YolosConfig(**{**CONFIG, "image_size": [24, 24]})),
-        transformers.Data2VecVisionModel(transformers.Data2VecVisionConfig(**CONFIG)),
-    ],
-    ids=["ViTMAE", "YOLOS", "Data2VecVision"],
-)
-def test_what_would_go_wrong_is_no_known_encoder(model: Any) -> None:
-    with pytest.raises(ValueError, match="holds no encoder that can be expedited, known are"):
-        find_encoder(model)

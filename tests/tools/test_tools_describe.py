@@ -8,6 +8,7 @@ import pytest
 import torch
 from family_cases import CASES
 from family_cases.case import Case
+from family_cases.plain import transformers_vit
 from settings_cases import clustered
 from torch import nn
 
@@ -44,7 +45,7 @@ def test_describe_lists_tokens_and_costs_by_block(case: Case) -> None:
     assert found.reduced_multiply_adds == counted.total()
     text = str(found)
     assert "Cluster(at=" in text and f"{case.size[0]}x{case.size[1]}" in text
-    assert len(text.splitlines()) == 4 + len(found.blocks)
+    assert len(text.splitlines()) == 4 + len(found.blocks) + len(found.notes)
 
 
 def test_describe_knows_our_own_swin() -> None:
@@ -85,3 +86,19 @@ def test_describe_of_a_restored_model_is_that_of_the_plain_one() -> None:
     plain = describe(model)
     restored = restore(expedite(model, alpha=1, clusters=(3, 3)))
     assert describe(restored) == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_describe_takes_models_of_any_type(dtype: torch.dtype) -> None:
+    model = CASES["timm vit"].make()
+    expected = describe(model).multiply_adds
+    assert describe(model.to(dtype)).multiply_adds == expected
+
+
+def test_describe_tells_that_the_plain_model_is_eager() -> None:
+    fused, eager = transformers_vit(), transformers_vit(attn_implementation="eager")
+    assert describe(fused).notes == ()
+    first, second = describe(eager).notes
+    assert "writes out its matrix" in first and "attn_implementation='sdpa'" in second
+    assert str(describe(eager)).endswith(f"note: {second}")
+    assert len(describe(CASES["segment_anything"].make()).notes) == 1  # it knows no other

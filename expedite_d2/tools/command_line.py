@@ -1,0 +1,128 @@
+"""The verbs of the command line for a model of another library, by its name.
+
+    expedite-d2 describe --model NAME [--size H W] [--budget B | --settings FILE]
+    expedite-d2 cost --model NAME [--size H W] [--budget B | --settings FILE] [--json]
+    expedite-d2 tune --model NAME --images FOLDER [--budget B | --max-error E]
+        [--output SETTINGS.yaml] [--plot FRONT.png]
+
+NAME is a model of timm, or a directory of transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from expedite_d2.reducers import Reduction
+from expedite_d2.tools.describe import Description, describe
+from expedite_d2.tools.expedite import expedite
+from expedite_d2.tools.named_models import named_model, pictures
+from expedite_d2.tools.tune import tune
+
+#: How many pictures of a folder `tune` reads, unless it is told.
+IMAGES = 24
+
+
+def main(verb: str, argv: Sequence[str]) -> None:
+    """Runs "describe", "cost" or "tune"."""
+    {"describe": _describe, "cost": _cost, "tune": _tune}[verb](argv)
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"expedite-d2 {verb}", description=description)
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="of timm, or a directory of transformers"
+    )
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="image in pixels",
+    )
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    settings = parser.add_mutually_exclusive_group()
+    settings.add_argument(
+        "--budget", type=float, metavar="B", help="share of the multiply-adds; default: 0.7"
+    )
+    settings.add_argument("--settings", type=Path, metavar="FILE", help="a file of settings")
+
+
+def _described(args: argparse.Namespace) -> Description:
+    model: nn.Module = named_model(args.model)
+    size = None if args.size is None else (args.size[0], args.size[1])
+    if args.settings is not None:
+        expedite(model, Reduction.load(args.settings))
+    else:
+        expedite(model, budget=args.budget, size=size)
+    return describe(model, size)
+
+
+def _describe(argv: Sequence[str]) -> None:
+    parser = _parser("describe", "Tokens and multiply-adds of a model's encoder, block by block.")
+    _add_settings(parser)
+    print(_described(parser.parse_args(argv)))
+
+
+def _cost(argv: Sequence[str]) -> None:
+    parser = _parser("cost", "Multiply-adds of a model's encoder, plain and expedited.")
+    _add_settings(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    args = parser.parse_args(argv)
+    found = _described(args)
+    plain, expedited = found.multiply_adds / 1e9, found.reduced_multiply_adds / 1e9
+    if args.json:
+        result: dict[str, Any] = {
+            "size": list(found.size),
+            "baseline": {"gflops": {"encoder": plain}},
+            "expedited": {"gflops": {"encoder": expedited}},
+            "ratio": {"gflops_encoder": expedited / plain},
+        }
+        print(json.dumps(result, indent=2))
+        return
+    height, width = found.size
+    print(f"{found.encoder}, G multiply-adds at {height}x{width}")
+    print(
+        f"plain      {plain:10.1f}\nexpedited  {expedited:10.1f}  ({100 * expedited / plain:.1f} %)"
+    )
+
+
+def _tune(argv: Sequence[str]) -> None:
+    parser = _parser("tune", "Settings that change a model's outputs least, found without labels.")
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="of pictures")
+    parser.add_argument(
+        "--count", type=int, default=IMAGES, metavar="N", help=f"pictures (default {IMAGES})"
+    )
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--budget", type=float, metavar="B", help="share of the multiply-adds: 0.7")
+    goal.add_argument(
+        "--max-error", type=float, metavar="E", help="largest distance of the outputs"
+    )
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a YAML file for the settings")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of all of them")
+    args = parser.parse_args(argv)
+    model = named_model(args.model, weights=True).to(args.device)
+    images = pictures(args.model, model, args.images, args.count, args.size)
+    tuning = tune(
+        model,
+        [{name: value.to(args.device) for name, value in image.items()} for image in images],
+        args.budget,
+        max_error=args.max_error,
+    )
+    print(tuning)
+    if args.output is not None:
+        tuning.save(args.output)
+        print(
+            f"settings written to {args.output}: expedite(model, Reduction.load({args.output!s}))"
+        )
+    if args.plot is not None:
+        tuning.plot(args.plot)
