@@ -85,7 +85,7 @@ def _table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Print the cost of a configuration, baseline and expedited."""
-    parser = config_parser("cost", "Count the multiply-adds of a config, baseline and expedited.")
+    parser = config_parser("cost", "Count the multiply-adds of a config.", models=True)
     parser.add_argument(
         "--size", nargs=2, type=int, required=True, metavar=("H", "W"), help="input in pixels"
     )
