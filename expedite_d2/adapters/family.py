@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from expedite_d2.adapters.override import Override
-from expedite_d2.adapters.tokens import GridFromCall, GridFromShape, TokenMap, TokenSequence
+from expedite_d2.adapters.tokens import (
+    GridFromCall,
+    GridFromShape,
+    TokenClip,
+    TokenMap,
+    TokenSequence,
+)
 from expedite_d2.reducers import Grid, Reduction, State
 
 if TYPE_CHECKING:
@@ -151,7 +157,7 @@ class Family:
     library: str
     classes: tuple[str, ...]
     blocks: Callable[[Any], Sequence[nn.Module]]
-    tokens: TokenSequence | TokenMap
+    tokens: TokenSequence | TokenMap | TokenClip
     grid: GridFromCall | GridFromShape
     positions: Positions = NoPositions()
     span: Callable[[Any, Sequence[nn.Module], int], int] = to_encoder_end

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from expedite_d2.adapters.attention import bias_of_pairs
 from expedite_d2.adapters.windows import relative_position_index
+
+# SwinV2's continuous bias is between 0 and this.
+MAX_BIAS = 16.0
 
 
 def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = None) -> Tensor:
@@ -41,36 +48,69 @@ def read_offsets(table: Tensor, tokens: int, cells: int, length: int | None = No
     return torch.lerp(before, after, fraction.to(table.dtype).view(-1, *[1] * (table.dim() - 1)))
 
 
-def read_table(table: Tensor, tokens: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-    """Reads a table of two-dimensional offsets as `read_offsets` does, along both axes.
+def read_table(
+    table: Tensor,
+    tokens: Sequence[int],
+    cells: Sequence[int],
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Reads a table of offsets along several axes as `read_offsets` does, along each of them.
 
     Args:
-        table: (2H - 1, 2W - 1, ...).
-        tokens: rows and columns of tokens, (H, W).
-        cells: rows and columns of the cells laid over them, (h, w).
+        table: (2H - 1, 2W - 1, ...), or with frames before the rows.
+        tokens: numbers of tokens along the axes, (H, W).
+        cells: numbers of cells laid over them, (h, w).
+        lengths: numbers of cells that attend to each other; None for `cells`.
 
     Returns:
-        (2h - 1, 2w - 1, ...).
+        (2h - 1, 2w - 1, ...), or with `lengths` in place of these.
     """
-    table = read_offsets(table, tokens[0], cells[0])
-    return read_offsets(table.transpose(0, 1), tokens[1], cells[1]).transpose(0, 1)
+    sides = zip(tokens, cells, lengths or cells, strict=True)
+    for axis, (side, count, length) in enumerate(sides):
+        table = read_offsets(table.transpose(0, axis), side, count, length).transpose(0, axis)
+    return table
 
 
-def log_spaced(tokens: int, cells: int, reach: int, device: torch.device) -> Tensor:
+def log_spaced(
+    tokens: Sequence[int], cells: Sequence[int], pretrained: Sequence[int], like: Tensor
+) -> Tensor:
     """Returns SwinV2's coordinates of the offsets between cells laid over a window of tokens.
 
     Args:
-        tokens: rows, and columns, of tokens in a window.
-        cells: those of cells laid over them.
-        reach: the largest offset in the windows of pre-training.
-        device: device of the coordinates.
+        tokens: rows and columns of tokens in a window.
+        cells: rows and columns of cells laid over them, (h, w).
+        pretrained: rows and columns of the windows of pre-training; zeros for `tokens`.
+        like: has type and device of the coordinates.
 
     Returns:
-        ((2 * cells - 1)^2, 2) float32: an offset of d tokens is log8(1 + 8 |d| / reach), signed.
+        ((2h - 1)(2w - 1), 2): an offset of d tokens is log8(1 + 8 |d| / (M - 1)), signed, M being
+        the side of the windows of pre-training.
     """
-    offset = torch.arange(1 - cells, cells, device=device) * (tokens / cells)
-    coordinate = offset.sign() * (1 + 8 * offset.abs() / reach).log2() / 3
-    return torch.cartesian_prod(coordinate, coordinate)
+    coordinates = []
+    trained = pretrained if all(pretrained) else tokens
+    for side, count, length in zip(tokens, cells, trained, strict=True):
+        offset = torch.arange(1 - count, count, device=like.device) * (side / count)
+        scaled = 8 * offset / max(length - 1, 1)
+        coordinates.append(scaled.sign() * (1 + scaled.abs()).log2() / 3)
+    return torch.cartesian_prod(*coordinates).to(like.dtype)
+
+
+def continuous_bias(
+    network: nn.Sequential, tokens: Sequence[int], cells: Sequence[int], pretrained: Sequence[int]
+) -> Tensor:
+    """Returns SwinV2's bias of each head for each pair of cells laid over a window of tokens.
+
+    Args:
+        network: computes a number for each head from coordinates.
+        tokens, cells, pretrained: see `log_spaced`.
+
+    Returns:
+        (heads, h * w, h * w).
+    """
+    first: Any = network[0]
+    weight: Tensor = first.weight
+    table = MAX_BIAS * network(log_spaced(tokens, cells, pretrained, weight)).sigmoid()
+    return bias_of_pairs(table, relative_position_index(cells, weight.device))
 
 
 def relative_bias(
@@ -94,11 +134,8 @@ def relative_bias(
         resized = F.interpolate(table.permute(2, 0, 1)[None], size=sides, mode="bilinear")
         table = resized[0].permute(1, 2, 0)
     table = read_table(table, grid, cells)
-    heads = table.shape[2]
-    entries = torch.cat([table.reshape(-1, heads), extra]).t().contiguous()  # (heads, offsets + 3)
-    index = _index(cells, table.device)
-    bias = entries.gather(1, index.view(1, -1).expand(heads, -1))
-    return bias.view(heads, *index.shape)
+    entries = torch.cat([table.flatten(0, 1), extra])  # (offsets + 3, heads)
+    return bias_of_pairs(entries, _index(cells, table.device))
 
 
 def _index(grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from expedite_d2.adapters.attention import bias_of_pairs
 from expedite_d2.adapters.family import BlockCall, Family, NoPositions, Size, refuse_oblong
 from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.relative_position import read_table
-from expedite_d2.adapters.tokens import GridFromCall, TokenSequence
+from expedite_d2.adapters.tokens import GridFromCall, GridFromShape, TokenMap, TokenSequence
 from expedite_d2.adapters.windows import relative_position_index, shift_mask
 from expedite_d2.reducers import Reduction
 
@@ -23,41 +23,84 @@ class Windows(NamedTuple):
     """Windows of clusters in which one block attends.
 
     Attributes:
-        side: rows, and columns, of clusters in a window.
-        shift: by how many the map is rolled; 0 for a block that does not shift its windows.
-        mask: (windows, N, N), added to the logits of the windows of one map; None without a shift.
+        sides: rows and columns of clusters in a window; in a video, frames before them.
+        shifts: by how many the map is rolled along each; zeros for a block that does not shift.
     """
 
-    side: int
-    shift: int
-    mask: Tensor | None
+    sides: tuple[int, ...]
+    shifts: tuple[int, ...]
+
+    def mask(self, cells: Sequence[int], x: Tensor) -> Tensor | None:
+        """Returns what is added to the logits of the windows of one map.
+
+        Args:
+            cells: rows and columns of the map, before it is padded to whole windows.
+            x: the clusters, for type and device.
+
+        Returns:
+            (windows, N, N); None without a shift.
+        """
+        if not any(self.shifts):
+            return None
+        padded = [length + -length % side for length, side in zip(cells, self.sides, strict=True)]
+        return shift_mask(padded, self.sides, self.shifts, x.device).squeeze(1).to(x.dtype)
 
 
-def table_between(attention: Any, side: int) -> dict[str, Any]:
-    """Returns an attention's table of relative positions at the offsets between clusters.
+def table_at(attention: Any, cells: Sequence[int], lengths: Sequence[int] | None = None) -> Tensor:
+    """Returns an attention's table of relative positions, read at the offsets between clusters.
 
     Args:
-        attention: holds `window_size`, `relative_position_bias_table` and
-            `relative_position_index`, as official Swin's does.
-        side: rows, and columns, of clusters in a window.
+        attention: holds `window_size` and `relative_position_bias_table`, as official Swin's does.
+        cells: clusters along each axis of a window.
+        lengths: numbers of those that attend to each other; None for all.
 
     Returns:
-        Values of these attributes by name.
+        (offsets, heads).
     """
-    rows, columns = attention.window_size
+    window: Sequence[int] = attention.window_size
     table: Tensor = attention.relative_position_bias_table
-    table = read_table(table.view(2 * rows - 1, 2 * columns - 1, -1), (rows, columns), (side, side))
+    table = table.view(*(2 * side - 1 for side in window), table.shape[1])
+    return read_table(table, window, cells, lengths).flatten(0, -2)
+
+
+def table_bias(
+    attention: Any, cells: Sequence[int], lengths: Sequence[int] | None = None
+) -> Tensor:
+    """Returns the bias of each head for each pair of clusters in a window: (heads, N, N).
+
+    Arguments are those of `table_at`.
+    """
+    table = table_at(attention, cells, lengths)
+    return bias_of_pairs(table, relative_position_index(lengths or cells, table.device))
+
+
+def table_between(attention: Any, cells: Size) -> dict[str, Any]:
+    """Returns what official Swin's attention looks its biases up in, for windows of clusters.
+
+    Args:
+        attention: see `table_at`.
+        cells: rows and columns of clusters in a window.
+
+    Returns:
+        Values of the attention's attributes by name.
+    """
+    table = table_at(attention, cells)
     return {
-        "window_size": (side, side),
-        "relative_position_bias_table": table.flatten(0, 1),
-        "relative_position_index": relative_position_index((side, side), table.device),
+        "window_size": cells,
+        "relative_position_bias_table": table,
+        "relative_position_index": relative_position_index(cells, table.device),
     }
 
 
-def is_shifted(call: BlockCall, window: Size) -> bool:
-    """Whether a block shifts its windows, wherever it runs."""
+def with_table(attention: Override, cells: Size, *args: Any, **kwargs: Any) -> Any:
+    """Runs an attention that looks up its biases as official Swin's does."""
+    return attention.original_with(table_between(attention.owner, cells), *args, **kwargs)
+
+
+def is_shifted(call: BlockCall, window: Size) -> Sequence[bool]:
+    """Whether a block shifts its windows along rows and columns, wherever it runs."""
     block: Any = call.block.owner
-    return bool(block.shift_size)
+    return (bool(block.shift_size),) * 2
 
 
 @dataclass(frozen=True)
@@ -68,47 +111,56 @@ class ShiftedWindows(NoPositions):
     windows; the attention is given its relative positions at the offsets between clusters.
 
     Attributes:
-        stages: the stages of an encoder; each has its `blocks`.
-        attention: the module of a block that attends within windows (windows, N, C).
+        stages: the stages of an encoder.
+        attention: the module of a block that attends within windows.
         run_in: runs a block in windows of clusters, with `BlockCall.block.original_with`.
-        shifts: whether a block shifts its windows, from its call and the window of tokens.
+        attend: runs an attention in windows of clusters; from its override, rows and columns of
+            clusters in a window, and the arguments of its call.
+        blocks: the blocks of a stage.
+        shifts: whether a block shifts its windows along rows and columns, from its call and the
+            window of tokens.
         window: rows and columns of tokens in an attention's windows.
-        between: those attributes of an attention, by name, that tell it relative positions, with
-            values for windows of so many rows and columns of clusters.
+        square: whether windows have as many rows as columns.
     """
 
     stages: Callable[[Any], Sequence[Any]]
     attention: Callable[[Any], Any]
     run_in: Callable[[BlockCall, Windows], Any]
-    shifts: Callable[[BlockCall, Size], bool] = is_shifted
+    attend: Callable[..., Any] = with_table
+    blocks: Callable[[Any], Sequence[nn.Module]] = lambda stage: stage.blocks
+    shifts: Callable[[BlockCall, Size], Sequence[bool]] = is_shifted
     window: Callable[[Any], Size] = lambda attention: attention.window_size
-    between: Callable[[Any, int], dict[str, Any]] = table_between
+    square: bool = True
 
     needs_grid = True
 
-    def family(self, read: Callable[..., Size], **values: Any) -> Family:
+    def family(self, read: Callable[..., Size] | None = None, **values: Any) -> Family:
         """Returns the family of the encoders that have these windows.
 
         Args:
             read: rows and columns of a stage's map, from the encoder and the arguments of the
-                stage, of which tokens (B, H * W, C) are the first.
+                stage, of which tokens (B, H * W, C) are the first; None for stages of maps
+                (B, H, W, C).
             values: others of the family.
         """
-        return Family(
-            blocks=self._blocks,
-            tokens=TokenSequence(lambda encoder: 0),
-            grid=GridFromCall(place=self._stage_call, read=read, onto_input=True),
-            positions=self,
-            span=self._to_stage_end,
-            window=self._window,
-            inside=False,
-            **values,
-        )
+        forms: dict[str, Any] = {"tokens": TokenMap(), "grid": GridFromShape()}
+        if read is not None:
+            forms["tokens"] = TokenSequence(lambda encoder: 0)
+            forms["grid"] = GridFromCall(place=self._stage_call, read=read, onto_input=True)
+        shared: dict[str, Any] = {
+            "blocks": self._blocks,
+            "positions": self,
+            "span": self._to_stage_end,
+            "window": self._window,
+            "inside": False,
+        }
+        return Family(**{**forms, **shared, **values})
 
     def check(self, encoder: Any, reduction: Reduction) -> None:
-        """Refuses oblong grids of clusters."""
-        window = self._window(encoder, reduction.alpha)
-        refuse_oblong(reduction.cluster.cells(*window), encoder)
+        """Refuses oblong grids of clusters in square windows."""
+        if self.square:
+            window = self._window(encoder, reduction.alpha)
+            refuse_oblong(reduction.cluster.cells(*window), encoder)
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Changes the attentions."""
@@ -117,26 +169,21 @@ class ShiftedWindows(NoPositions):
 
     def run(self, call: BlockCall) -> Any:
         """Runs the block in windows of clusters."""
-        rows, columns = call.cells
         window = self.window(self.attention(call.block.owner))
-        side = call.encoder.reduction.cluster.cells(*window)[0]
-        shift = side // 2 if self.shifts(call, window) else 0
-        mask = None
-        if shift:
-            padded = (rows + -rows % side, columns + -columns % side)
-            mask = shift_mask(padded, (side, side), (shift, shift), call.x.device).squeeze(1)
-            mask = mask.to(call.x.dtype)
-        return self.run_in(call, Windows(side, shift, mask))
+        sides = call.encoder.reduction.cluster.cells(*window)
+        shifted = self.shifts(call, window)
+        shifts = [side // 2 if moved else 0 for side, moved in zip(sides, shifted, strict=True)]
+        return self.run_in(call, Windows(sides, tuple(shifts)))
 
     def _blocks(self, encoder: Any) -> list[Any]:
-        return [block for stage in self.stages(encoder) for block in stage.blocks]
+        return [block for stage in self.stages(encoder) for block in self.blocks(stage)]
 
     def _window(self, encoder: Any, first: int) -> Size:
         return self.window(self.attention(self._blocks(encoder)[first]))
 
     def _ends(self, encoder: Any) -> Iterator[int]:
         """Yields the number of the block after each stage."""
-        return itertools.accumulate(len(stage.blocks) for stage in self.stages(encoder))
+        return itertools.accumulate(len(self.blocks(stage)) for stage in self.stages(encoder))
 
     def _to_stage_end(self, encoder: Any, blocks: Sequence[nn.Module], first: int) -> int:
         """Ends the span with the stage in which it begins, before its norm and patch merging."""
@@ -148,7 +195,7 @@ class ShiftedWindows(NoPositions):
 
 
 class _Attention(Override):
-    """Attends within windows of clusters; how many these hold is the length of its input."""
+    """Attends within windows of clusters, of which the settings tell the sides."""
 
     def __init__(self, owner: nn.Module, hourglass: Hourglass) -> None:
         super().__init__(owner, "forward")
@@ -156,5 +203,6 @@ class _Attention(Override):
 
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         positions: Any = self.hourglass.family.positions
-        changes = positions.between(self.owner, math.isqrt(x.shape[1]))
-        return self.original_with(changes, x, *args, **kwargs)
+        cluster = self.hourglass.encoder.reduction.cluster
+        cells = cluster.cells(*positions.window(self.owner))
+        return positions.attend(self, cells, x, *args, **kwargs)

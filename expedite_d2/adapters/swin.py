@@ -16,11 +16,11 @@ def _run_in(call: BlockCall, windows: Windows) -> Tensor:
     changes = {
         "H": rows,
         "W": columns,
-        "window_size": windows.side,
-        "shift_size": windows.shift,
+        "window_size": windows.sides[0],
+        "shift_size": windows.shifts[0],
     }
     # Instead of the stage's mask, which is for tokens.
-    return call.block.original_with(changes, call.x, windows.mask)
+    return call.block.original_with(changes, call.x, windows.mask(call.cells, call.x))
 
 
 def _is_stage(module: Any) -> bool:

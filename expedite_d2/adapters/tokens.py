@@ -65,6 +65,22 @@ class TokenMap:
 
 
 @dataclass(frozen=True)
+class TokenClip:
+    """Blocks take (B, T, H, W, C): T frames, each with a map of its own."""
+
+    def split(
+        self, encoder: nn.Module, x: Tensor, layout: Grid | Points
+    ) -> tuple[Tensor | None, Tensor]:
+        """Returns maps (B * T, H, W, C) and, for `join`, an empty (B, T, 0) instead of prefixes."""
+        return x[:, :, 0, 0, :0], x.flatten(0, 1)
+
+    def join(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        assert prefix is not None
+        return tokens.unflatten(0, prefix.shape[:2])
+
+
+@dataclass(frozen=True)
 class GridFromCall:
     """Reads the grid from one call within the encoder; it accompanies the tokens from there on.
 
@@ -100,10 +116,10 @@ class GridFromCall:
 
 @dataclass(frozen=True)
 class GridFromShape:
-    """Reads the grid from the shape of the blocks' maps.
+    """Reads the grid from the shape of the blocks' maps, (B, H, W, C) or (B, T, H, W, C).
 
     Attributes:
-        channels_first: whether these are (B, C, H, W) rather than (B, H, W, C).
+        channels_first: whether these are (B, C, H, W).
         configured: rows and columns of tokens of the images that the encoder is configured for, or
             None.
     """
@@ -123,7 +139,7 @@ class GridFromShape:
         """Returns the state of tokens that enter a block."""
         if (state := state_of(x)) is not None:
             return state
-        rows, columns = x.shape[2:] if self.channels_first else x.shape[1:3]
+        rows, columns = x.shape[2:] if self.channels_first else x.shape[-3:-1]
         return State.of_image(rows, columns)._replace(channels_first=self.channels_first)
 
 

@@ -2,62 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from expedite_d2.adapters.attention import attend_by_direction, for_batch
 from expedite_d2.adapters.family import BlockCall, Size
+from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
-from expedite_d2.adapters.relative_position import log_spaced
-from expedite_d2.adapters.shifted_windows import (
-    ShiftedWindows,
-    Windows,
-    is_shifted,
-    table_between,
-)
+from expedite_d2.adapters.relative_position import continuous_bias, log_spaced
+from expedite_d2.adapters.shifted_windows import ShiftedWindows, Windows, is_shifted, table_bias
 from expedite_d2.adapters.windows import relative_position_index
 
 
 def _run_in(call: BlockCall, windows: Windows) -> Any:
     changes = {
-        "window_size": windows.side,
-        "shift_size": windows.shift,
-        "get_attn_mask": lambda *args, **kwargs: windows.mask,
+        "window_size": windows.sides[0],
+        "shift_size": windows.shifts[0],
+        "get_attn_mask": lambda *args, **kwargs: windows.mask(call.cells, call.x),
         # It would make smaller windows of a small map: `_shifts` decides instead.
         "set_shift_and_window_size": lambda *args: None,
     }
     return call.block.original_with(changes, call.x, call.cells, *call.args[1:], **call.kwargs)
 
 
-def _shifts(call: BlockCall, window: Size) -> bool:
+def _shifts(call: BlockCall, window: Size) -> Sequence[bool]:
+    small = False
     if hasattr(call.block.owner, "set_shift_and_window_size"):
         # Outside of a backbone, nothing is shifted on a map that is no larger than a window.
         backbone = call.kwargs.get("always_partition", False)
-        return is_shifted(call, window) and (backbone or min(call.state.grid) > window[0])
-    return is_shifted(call, window)
+        small = not backbone and min(call.state.grid) <= window[0]
+    return [shifted and not small for shifted in is_shifted(call, window)]
 
 
-def _between(attention: Any, side: int) -> dict[str, Any]:
-    """Swin's bias of each pair of clusters, for which the attention calls a module."""
-    values = table_between(attention.relative_position_bias, side)
-    bias = values["relative_position_bias_table"][
-        values["relative_position_index"]
-    ]  # (N, N, heads)
-    bias = bias.permute(2, 0, 1)[None].contiguous()
-    return {"relative_position_bias": lambda: bias}
+def _attend(attention: Override, cells: Size, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Swin's attention calls a module for the bias of each pair of clusters."""
+    owner: Any = attention.owner
+    bias = table_bias(owner.relative_position_bias, cells)[None]
+    return attention.original_with({"relative_position_bias": lambda: bias}, x, *args, **kwargs)
 
 
-def _between_v2(attention: Any, side: int) -> dict[str, Any]:
-    """SwinV2's coordinates of the offsets between clusters, and which of them a pair has."""
-    (rows, _), (pretrained, _) = attention.window_size, attention.pretrained_window_size
-    weight: Tensor = attention.continuous_position_bias_mlp[0].weight
-    coordinates = log_spaced(rows, side, max((pretrained or rows) - 1, 1), weight.device)
-    return {
-        "window_size": (side, side),
-        "relative_coords_table": coordinates.to(weight.dtype),
-        "relative_position_index": relative_position_index((side, side), weight.device),
-    }
+def _attend_v2(
+    attention: Override,
+    cells: Size,
+    x: Tensor,
+    mask: Tensor | None = None,
+    output_attentions: bool | None = False,
+) -> Any:
+    """SwinV2's, which writes out its matrix; here only if that is asked for."""
+    owner: Any = attention.owner
+    network = owner.continuous_position_bias_mlp
+    places = (owner.window_size, cells, owner.pretrained_window_size)
+    if output_attentions:
+        changes = {
+            "window_size": cells,
+            "relative_coords_table": log_spaced(*places, network[0].weight),
+            "relative_position_index": relative_position_index(cells, x.device),
+        }
+        return attention.original_with(changes, x, mask, output_attentions)
+    query, key, value = (
+        project(x).unflatten(-1, (owner.num_attention_heads, -1)).transpose(1, 2)
+        for project in (owner.query, owner.key, owner.value)
+    )
+    bias = continuous_bias(network, *places)
+    dropout = owner.dropout.p if owner.training else 0.0
+    mask = for_batch(mask, len(x))
+    return (attend_by_direction(query, key, value, bias, mask, dropout, owner.logit_scale),)
 
 
 def _image_size(encoder: Any) -> Size:
@@ -81,7 +93,7 @@ SWIN = register_family(
         _windows(
             attention=lambda block: block.attention,
             window=lambda attention: attention.relative_position_bias.window_size,
-            between=_between,
+            attend=_attend,
         ),
         name="transformers SwinModel",
         classes=("SwinModel",),
@@ -100,8 +112,9 @@ COPIES = register_family(
 )
 SWIN_V2 = register_family(
     _family(
-        _windows(attention=lambda block: block.attention.self, between=_between_v2),
+        _windows(attention=lambda block: block.attention.self, attend=_attend_v2),
         name="transformers Swinv2Model and Swinv2Backbone",
         classes=("Swinv2Model", "Swinv2Backbone"),
+        eager=lambda encoder: True,
     )
 )

@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from expedite_d2.adapters.attention import attend, bias_of_pairs, split_heads
 from expedite_d2.adapters.relative_position import read_offsets
 from expedite_d2.d2.modeling.backbone.swin_windows import (
     Layout,
     Windows,
-    attend,
-    bias_of_pairs,
     out_of_windows,
     project_into_windows,
 )
@@ -46,14 +45,6 @@ def position_resampling(window: int, clusters: tuple[int, int]) -> Tensor:
     offsets = torch.eye(2 * window - 1, dtype=torch.float64)
     rows, columns = (read_offsets(offsets, window, cells) for cells in clusters)
     return torch.kron(rows, columns).float()
-
-
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits (windows, N, 3C) into query, key and value, each (windows, heads, N, C / heads)."""
-    count, positions, channels = qkv.shape
-    qkv = qkv.view(count, positions, 3, heads, channels // (3 * heads))
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
 
 
 class WindowAttention(nn.Module):

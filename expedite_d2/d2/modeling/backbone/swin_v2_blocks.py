@@ -14,23 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expedite_d2.d2.modeling.backbone.swin_blocks import (
-    SwinBlock,
-    concatenate_neighbours,
-    split_heads,
-)
+from expedite_d2.adapters.attention import attend_by_direction, bias_of_pairs, split_heads
+from expedite_d2.adapters.relative_position import MAX_BIAS
+from expedite_d2.d2.modeling.backbone.swin_blocks import SwinBlock, concatenate_neighbours
 from expedite_d2.d2.modeling.backbone.swin_windows import (
     Layout,
     Windows,
-    attend,
-    bias_of_pairs,
     out_of_windows,
     project_into_windows,
 )
 from expedite_d2.d2.modeling.upcast import upcast_product
-
-MAX_LOGIT_SCALE = math.log(100.0)
-MAX_BIAS = 16.0
 
 
 class CosineWindowAttention(nn.Module):
@@ -112,15 +105,10 @@ class CosineWindowAttention(nn.Module):
         """
         qkv = project_into_windows(x, windows, layout, self._project)
         query, key, value = split_heads(qkv, self.num_heads)
-        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        attended = attend(
-            (_directions(query) * scale).to(value.dtype),
-            _directions(key).to(value.dtype),
-            value,
-            self.position_bias(windows),
-            layout.mask,
-            dropout=self.attn_drop if self.training else 0.0,
-            scale=1.0,
+        dropout = self.attn_drop if self.training else 0.0
+        bias = self.position_bias(windows)
+        attended = attend_by_direction(
+            query, key, value, bias, layout.mask, dropout, self.logit_scale
         )
         return self.proj_drop(self.proj(out_of_windows(attended, layout, x.shape)))
 
@@ -129,14 +117,6 @@ class CosineWindowAttention(nn.Module):
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         return upcast_product(F.linear, x, self.qkv.weight, bias)
-
-
-def _directions(x: Tensor) -> Tensor:
-    """Normalises vectors to length 1, in float32 or better."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    # Keys of padding are zero. With the usual 1e-12 their gradients would be infinite.
-    return x / norm.masked_fill(norm == 0, 1.0)
 
 
 class SwinV2Block(SwinBlock):
