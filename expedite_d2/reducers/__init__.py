@@ -83,8 +83,8 @@ def clustering_of(x: Tensor) -> tuple[Tensor, Clustering] | None:
         x: the tensor that the block returned, not a copy or a view of it.
 
     Returns:
-        The block's output on the clusters, (B, h, w, C) without prefix tokens, and the clustering,
-        for `reconstruct`; None for any other tensor.
+        The block's output on the clusters, (B, h, w, C) without prefix tokens, or (B * T, h, w, C)
+        for T frames, and the clustering, for `reconstruct`; None for any other tensor.
     """
     state = state_of(x)
     if state is None or len(state.steps) != 1 or not isinstance(state.steps[0], Clustering):
@@ -96,4 +96,6 @@ def clustering_of(x: Tensor) -> tuple[Tensor, Clustering] | None:
         low = low[:, low.shape[1] - rows * columns :].unflatten(1, (rows, columns))
     elif state.channels_first:
         low = low.permute(0, 2, 3, 1)
+    elif low.dim() == 5:  # (B, T, h, w, C)
+        low = low.flatten(0, 1)
     return low, state.steps[0]

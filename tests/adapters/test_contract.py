@@ -33,6 +33,7 @@ MECHANISMS += ["transformers swin", "transformers swin v2"]
 MECHANISMS += ["timm vit, grouped", "transformers vit, merging"]
 MECHANISMS += ["transformers sam", "transformers sam 3", "transformers vitdet"]
 MECHANISMS += ["transformers dinov3", "dinov3, merging", "timm eva02, grouped"]
+MECHANISMS += ["torchvision swin3d", "timm swin", "timm swin v2"]
 mechanisms = pytest.mark.parametrize(
     ("case", "reduction"), [SETTINGS[name] for name in MECHANISMS], ids=MECHANISMS
 )

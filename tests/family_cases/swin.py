@@ -106,11 +106,10 @@ THREE_STAGES = {"embed_dim": 16, "depths": [1, 1, 6], "num_heads": [1, 2, 2]}
 def torchvision_swin(kind: Any, window: list[int], **settings: Any) -> Any:
     """Without the classifier: its output is the last map."""
 
+    sizes = {"window_size": window, "stochastic_depth_prob": 0.0, **THREE_STAGES, **settings}
+
     def build() -> nn.Module:
-        patch = [2, 4, 4][-len(window) :]
-        model = kind(
-            patch, **THREE_STAGES, window_size=window, stochastic_depth_prob=0.0, **settings
-        )
+        model = kind([2, 4, 4][-len(window) :], **sizes)
         for name in ("avgpool", "flatten", "head"):
             setattr(model, name, nn.Identity())
         return model
