@@ -48,5 +48,6 @@ SWIN = register_family(
         # The size of the map is an argument of the stage.
         read=lambda encoder, x, H, W: (H, W),
         attention=lambda block: (block.norm1, block.attn),
+        eager=lambda encoder: True,
     )
 )

@@ -67,8 +67,9 @@ def _feature_stages(encoder: nn.Module) -> list[nn.Module]:
 
 
 def _writes_out(encoder: Any) -> bool:
-    first = next(module for module in encoder.modules() if hasattr(module, "num_heads"))
-    return not getattr(first, "fused_attn", False)
+    # The first version's asks a switch of timm's, the second's has none.
+    attention = next(module for module in encoder.modules() if hasattr(module, "num_heads"))
+    return not getattr(attention, "fused_attn", False)
 
 
 _WINDOWS = ShiftedWindows(

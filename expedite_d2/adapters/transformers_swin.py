@@ -101,6 +101,7 @@ SWIN = register_family(
         run=lambda encoder, images: encoder(
             images, interpolate_pos_encoding=True, always_partition=True
         ),
+        eager=lambda encoder: encoder.config._attn_implementation == "eager",
     )
 )
 COPIES = register_family(
@@ -108,6 +109,7 @@ COPIES = register_family(
         _windows(attention=lambda block: block.attention.self),
         name="transformers MaskFormerSwinModel and DonutSwinModel",
         classes=("MaskFormerSwinModel", "DonutSwinModel"),
+        eager=lambda encoder: True,
     )
 )
 SWIN_V2 = register_family(

@@ -18,6 +18,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, restore
+from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.ops import token_spread
 from expedite_d2.reducers import Merge, Reduction
 from expedite_d2.tools.calibrate import calibrate
@@ -90,6 +91,21 @@ def test_timm_may_change_its_size_afterwards() -> None:
         assert before.layers[2].blocks[0].window_size == (9, 7)
         assert torch.equal(before(x), after(x))
         assert torch.equal(restore(before)(x), restore(after)(x))
+
+
+def test_families_tell_which_attention_writes_out_its_matrix() -> None:
+    expected = {"transformers swin": False, "transformers swin, eager": True}
+    eager = ["official swin", "transformers maskformer swin", "transformers swin v2"]
+    eager += ["torchvision swin", "torchvision swin3d", "timm swin v2"]
+    for name, writes in {**expected, **dict.fromkeys(eager, True)}.items():
+        family, encoder = find_encoder(CASES[name].make())
+        assert family is not None and family.eager(encoder) is writes
+    for name in ("timm swin", "timm swin features"):
+        family, encoder = find_encoder(CASES[name].make())
+        for fused in (True, False):
+            for block in CASES[name].blocks(encoder):
+                block.attn.fused_attn = fused
+            assert family is not None and family.eager(encoder) is not fused
 
 
 def test_clips_are_calibrated_frame_by_frame() -> None:
