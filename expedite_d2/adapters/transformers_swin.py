@@ -45,23 +45,19 @@ def _attend(attention: Override, cells: Size, x: Tensor, *args: Any, **kwargs: A
 
 
 def _attend_v2(
-    attention: Override,
-    cells: Size,
-    x: Tensor,
-    mask: Tensor | None = None,
-    output_attentions: bool | None = False,
+    attention: Override, cells: Size, x: Tensor, mask: Tensor | None = None, *args: Any
 ) -> Any:
-    """SwinV2's, which writes out its matrix; here only if that is asked for."""
+    """SwinV2's, which writes out its matrix; here only for those who read or change that."""
     owner: Any = attention.owner
     network = owner.continuous_position_bias_mlp
     places = (owner.window_size, cells, owner.pretrained_window_size)
-    if output_attentions:
+    if any(value is not None and value is not False for value in args):
         changes = {
             "window_size": cells,
             "relative_coords_table": log_spaced(*places, network[0].weight),
             "relative_position_index": relative_position_index(cells, x.device),
         }
-        return attention.original_with(changes, x, mask, output_attentions)
+        return attention.original_with(changes, x, mask, *args)
     query, key, value = (
         project(x).unflatten(-1, (owner.num_attention_heads, -1)).transpose(1, 2)
         for project in (owner.query, owner.key, owner.value)
