@@ -84,7 +84,8 @@ REFUSALS = (
     ),
     Refusal(
         ("SwinTransformerV2Cr",),
-        "has blocks that are built for one size of the map",
+        "has norms on its main branch at the ends of its stages, so that what blocks add to a token "
+        "cannot be told",
     ),
 )
 

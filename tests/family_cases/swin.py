@@ -169,6 +169,7 @@ CASES: dict[str, Case] = {
             downsample_layer=PatchMergingV2,
         ),
         clusters=(4, 3),
+        compiled=False,
         # Padding makes NaN of torchvision's own in float16.
         size=(96, 128),
         others=[(104, 152), (72, 136)],
@@ -184,5 +185,7 @@ CASES: dict[str, Case] = {
         size=(96, 192),
         others=[(104, 152), (72, 136)],
     ),
-    "timm swin features": TimmFeaturesCase(timm_features, clusters=(4, 5), others=[]),
+    "timm swin features": TimmFeaturesCase(
+        timm_features, clusters=(4, 5), others=[], compiled=False
+    ),
 }
