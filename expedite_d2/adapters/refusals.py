@@ -84,8 +84,8 @@ REFUSALS = (
     ),
     Refusal(
         ("SwinTransformerV2Cr",),
-        "has norms on its main branch at the ends of its stages, so that what blocks add to a token "
-        "cannot be told",
+        "has norms on its main branch at the ends of its stages, so that what blocks add to a "
+        "token cannot be told",
     ),
 )
 
