@@ -42,12 +42,14 @@ class WindowAttention(nn.Module):
         index = apart[..., 0] * (2 * columns - 1) + apart[..., 1]
         self.register_buffer("relative_position_index", index)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.attn_drop, self.proj_drop, self.softmax = nn.Dropout(0), nn.Dropout(0), nn.Softmax(-1)
+        self.scale = (dim // num_heads) ** -0.5
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         count, length, channels = x.shape
         qkv = self.qkv(x).view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv
-        logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        logits = query @ key.transpose(-2, -1) * self.scale
         area = self.window_size[0] * self.window_size[1]
         index = self.relative_position_index.flatten()
         bias = self.relative_position_bias_table[index].view(area, area, -1).permute(2, 0, 1)
@@ -55,8 +57,9 @@ class WindowAttention(nn.Module):
         if mask is not None:
             logits = logits.unflatten(0, (-1, len(mask))) + mask[:, None]
             logits = logits.flatten(0, 1)
-        out = (logits.softmax(-1) @ value).transpose(1, 2).reshape(count, length, channels)
-        return self.proj(out)
+        weights = self.attn_drop(self.softmax(logits))
+        out = (weights @ value).transpose(1, 2).reshape(count, length, channels)
+        return self.proj_drop(self.proj(out))
 
 
 class SwinTransformerBlock(nn.Module):

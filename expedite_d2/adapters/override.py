@@ -90,13 +90,17 @@ class Override:
         Raises:
             ValueError: the method was replaced on the module before, by one that would be skipped.
         """
+        self.refuse_replaced()
+        view = _AttributeView(self.owner, changes)
+        return getattr(type(self.owner), self.name)(view, *args, **kwargs)
+
+    def refuse_replaced(self) -> None:
+        """Raises ValueError if the method was replaced on the module before, by one of others."""
         if self.previous is not None:
             raise ValueError(
                 f"{self.name} of a {type(self.owner).__name__} was replaced before the model was "
                 "expedited and would be left out: expedite the model first"
             )
-        view = _AttributeView(self.owner, changes)
-        return getattr(type(self.owner), self.name)(view, *args, **kwargs)
 
     def of(self, replica: nn.Module) -> Override:
         """Returns the same override for a copy of the owner, which has its own parameters."""

@@ -205,4 +205,5 @@ class _Attention(Override):
         positions: Any = self.hourglass.family.positions
         cluster = self.hourglass.encoder.reduction.cluster
         cells = cluster.cells(*positions.window(self.owner))
+        self.refuse_replaced()
         return positions.attend(self, cells, x, *args, **kwargs)

@@ -8,12 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from expedite_d2.adapters.attention import attend_by_direction, for_batch
+from expedite_d2.adapters.attention import attend, attend_by_direction, for_batch
 from expedite_d2.adapters.family import BlockCall, Size
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.relative_position import continuous_bias, log_spaced
-from expedite_d2.adapters.shifted_windows import ShiftedWindows, Windows, is_shifted, table_bias
+from expedite_d2.adapters.shifted_windows import (
+    ShiftedWindows,
+    Windows,
+    is_shifted,
+    table_bias,
+    with_table,
+)
 from expedite_d2.adapters.windows import relative_position_index
 
 
@@ -44,6 +50,17 @@ def _attend(attention: Override, cells: Size, x: Tensor, *args: Any, **kwargs: A
     return attention.original_with({"relative_position_bias": lambda: bias}, x, *args, **kwargs)
 
 
+def _attend_copy(
+    attention: Override, cells: Size, x: Tensor, mask: Tensor | None = None, *args: Any
+) -> Any:
+    """The copies', which write out their matrix; here only for those who read or change that."""
+    owner: Any = attention.owner
+    if _reads_matrix(args):
+        return with_table(attention, cells, x, mask, *args)
+    bias, dropout = table_bias(owner, cells), _dropout(owner)
+    return (attend(*_heads(owner, x), bias, for_batch(mask, len(x)), dropout, None),)
+
+
 def _attend_v2(
     attention: Override, cells: Size, x: Tensor, mask: Tensor | None = None, *args: Any
 ) -> Any:
@@ -51,21 +68,34 @@ def _attend_v2(
     owner: Any = attention.owner
     network = owner.continuous_position_bias_mlp
     places = (owner.window_size, cells, owner.pretrained_window_size)
-    if any(value is not None and value is not False for value in args):
+    if _reads_matrix(args):
         changes = {
             "window_size": cells,
             "relative_coords_table": log_spaced(*places, network[0].weight),
             "relative_position_index": relative_position_index(cells, x.device),
         }
         return attention.original_with(changes, x, mask, *args)
+    bias, mask = continuous_bias(network, *places), for_batch(mask, len(x))
+    parts, dropout = _heads(owner, x), _dropout(owner)
+    return (attend_by_direction(*parts, bias, mask, dropout, owner.logit_scale),)
+
+
+def _reads_matrix(args: Sequence[Any]) -> bool:
+    """Whether an attention's further arguments ask for its matrix, or mask some of its heads."""
+    return any(value is not None and value is not False for value in args)
+
+
+def _heads(owner: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns query, key and value, each (windows, heads, N, C / heads)."""
     query, key, value = (
         project(x).unflatten(-1, (owner.num_attention_heads, -1)).transpose(1, 2)
         for project in (owner.query, owner.key, owner.value)
     )
-    bias = continuous_bias(network, *places)
-    dropout = owner.dropout.p if owner.training else 0.0
-    mask = for_batch(mask, len(x))
-    return (attend_by_direction(query, key, value, bias, mask, dropout, owner.logit_scale),)
+    return query, key, value
+
+
+def _dropout(owner: Any) -> float:
+    return owner.dropout.p if owner.training else 0.0
 
 
 def _image_size(encoder: Any) -> Size:
@@ -102,7 +132,7 @@ SWIN = register_family(
 )
 COPIES = register_family(
     _family(
-        _windows(attention=lambda block: block.attention.self),
+        _windows(attention=lambda block: block.attention.self, attend=_attend_copy),
         name="transformers MaskFormerSwinModel and DonutSwinModel",
         classes=("MaskFormerSwinModel", "DonutSwinModel"),
         eager=lambda encoder: True,

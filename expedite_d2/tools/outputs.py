@@ -39,7 +39,7 @@ def checked(images: Iterable[Any]) -> Iterator[Any]:
 
 
 def _check(image: Any) -> None:
-    if isinstance(image, Tensor) and image.dim() != 4:
+    if isinstance(image, Tensor) and image.dim() not in (4, 5):  # 5: a video
         raise ValueError(
             f"images must each be (B, 3, H, W), got a tensor of shape {list(image.shape)}"
         )

@@ -16,10 +16,11 @@ from family_cases.decomposed import (
     vitdet,
     with_positions,
 )
+from family_cases.swin import CASES as SWINS
 from official_shaped import Detectron2ViT
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite
+from expedite_d2.adapters import expedite, swin, transformers_swin
 from expedite_d2.adapters.decomposed import attend
 from expedite_d2.adapters.registry import find_encoder
 
@@ -123,3 +124,33 @@ def test_vitdets_attention_maps_are_those_of_clusters() -> None:
     assert [len(part[0, 0]) for part in out.attentions] == [80, 80, 20, 20]
     assert all(part.sum(-1).allclose(torch.ones(())) for part in out.attentions)
     torch.testing.assert_close(out.last_hidden_state, same, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["official swin", "transformers maskformer swin"])
+@pytest.mark.parametrize("training", [False, True])
+def test_windows_are_fused_on_clusters(
+    kind: str, training: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = SWINS[kind]
+    model, x = case.make().double().train(training), case.images().double()
+    expedite(model, alpha=case.alpha, clusters=case.clusters)
+    fused = case.run(model, x)
+    (count,) = {len(calls)}
+    assert count > 0
+    # As a copy of the file that holds more than the official one, and as who asks for the matrix.
+    monkeypatch.setattr(swin, "_PARTS", set())
+    monkeypatch.setattr(transformers_swin, "_reads_matrix", lambda args: True)
+    own = case.run(model, x)
+    assert len(calls) == count
+    torch.testing.assert_close(fused, own, rtol=1e-10, atol=1e-10)
+
+
+def test_an_attention_that_was_replaced_is_not_left_out() -> None:
+    case = SWINS["official swin"]
+    model = case.make()
+    attention = model.layers[2].blocks[-1].attn
+    own = attention.forward
+    attention.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    expedite(model, alpha=case.alpha, clusters=case.clusters)
+    with pytest.raises(ValueError, match="forward of a WindowAttention was replaced before"):
+        case.run(model, case.images())
