@@ -110,7 +110,7 @@ class Mlp(nn.Module):
     cache.
     """
 
-    HIDDEN_AT_A_TIME = 2**22
+    HIDDEN_AT_A_TIME = 2**21
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()

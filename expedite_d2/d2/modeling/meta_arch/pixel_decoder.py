@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
+    Mask2FormerPixelDecoderOutput,
 )
 
 from expedite_d2.d2.modeling.autocast import autocast_to
@@ -86,9 +88,82 @@ class ExactGroupNorm(nn.GroupNorm):
         return super().forward(input.to(torch.promote_types(input.dtype, torch.float32)))
 
 
+class PixelDecoder(Mask2FormerPixelDecoder):
+    """transformers' module and parameters, without masks: all of a batch is content.
+
+    The maps stay channels-last, as backbones give them: sums of two layouts are several times
+    slower on a CPU.
+    """
+
+    def forward(self, features: Sequence[Tensor]) -> Mask2FormerPixelDecoderOutput:  # type: ignore[override]
+        """Decodes the maps of a backbone.
+
+        Args:
+            features: (B, C, h, w) each, from the largest to the smallest.
+
+        Returns:
+            mask_features (B, D, H / 4, W / 4), and multi_scale_features, three smaller maps.
+        """
+        levels = self.num_feature_levels
+        maps = [
+            project(x)
+            for project, x in zip(self.input_projections, features[::-1][:levels], strict=True)
+        ]
+        shapes = [(x.shape[2], x.shape[3]) for x in maps]
+        positions = [
+            _flat(self.position_embedding(x.shape, x.device, x.dtype)) + self.level_embed[number]
+            for number, x in enumerate(maps)
+        ]
+        embedding = torch.cat(positions, dim=1)
+        tokens = torch.cat([_flat(x) for x in maps], dim=1)
+        places = _centres(shapes, tokens)[:, None].expand(-1, levels, -1)[None]
+        layers: Any = self.encoder.layers
+        for layer in layers:
+            tokens = layer(
+                tokens,
+                None,
+                position_embeddings=embedding,
+                reference_points=places,
+                spatial_shapes_list=shapes,
+            )[0]
+        outputs = [
+            x.transpose(1, 2).unflatten(2, shape).clone(memory_format=torch.channels_last)
+            for x, shape in zip(tokens.split([h * w for h, w in shapes], 1), shapes, strict=True)
+        ]
+        largest = features[: self.num_fpn_levels][::-1]
+        steps = zip(largest, self.lateral_convolutions, self.output_convolutions, strict=True)
+        for feature, lateral, output in steps:
+            x = lateral(feature)
+            size = x.shape[-2:]
+            above = F.interpolate(outputs[-1], size=size, mode="bilinear", align_corners=False)
+            outputs.append(output(x + above))
+        return Mask2FormerPixelDecoderOutput(
+            mask_features=self.mask_projection(outputs[-1]),
+            multi_scale_features=tuple(outputs[:levels]),
+        )
+
+
+def _flat(maps: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h * w, C)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def _centres(shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """Returns x and y of the pixels' centres in maps of some sizes, from 0 to 1: (S, 2)."""
+    places = []
+    for height, width in shapes:
+        rows, columns = (
+            (torch.arange(side, device=like.device, dtype=like.dtype) + 0.5) / side
+            for side in (height, width)
+        )
+        places.append(torch.cartesian_prod(rows, columns).flip(-1))
+    return torch.cat(places)
+
+
 def use_operator(decoder: Mask2FormerPixelDecoder) -> None:
     """Replaces classes in a decoder by these; names and weights stay."""
     # The instances keep their weights: new modules would draw initial weights again.
+    decoder.__class__ = PixelDecoder
     projections: Any = (*decoder.input_projections, *decoder.lateral_convolutions)
     for projection in projections:
         projection[1].__class__ = ExactGroupNorm
