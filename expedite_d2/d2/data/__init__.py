@@ -11,6 +11,8 @@ from expedite_d2.d2.data.images import read_image
 from expedite_d2.d2.data.kitti import register_kitti
 from expedite_d2.d2.data.mappers import TestMapper, TrainMapper
 from expedite_d2.d2.data.nyuv2 import register_nyuv2
+from expedite_d2.d2.data.nyuv2_labeled import register_nyuv2_labeled
+from expedite_d2.d2.data.panoptic_folder import register_panoptic_folders
 from expedite_d2.d2.data.pascal_context import register_pascal_context
 from expedite_d2.d2.data.scenes.dataset import register_scenes
 from expedite_d2.d2.data.scenes.depth import register_scenes_depth
@@ -19,10 +21,12 @@ register_scenes()
 register_scenes_depth()
 register_kitti()
 register_nyuv2()
+register_nyuv2_labeled()
 register_coco()
 register_ade20k()
 register_cityscapes()
 register_pascal_context()
+register_panoptic_folders()
 
 __all__ = [
     "DepthTestMapper",

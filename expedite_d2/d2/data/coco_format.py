@@ -50,7 +50,7 @@ def register_panoptic(
     panoptic_json: Path,
     panoptic_root: Path,
     image_root: Path,
-    instances_json: Path,
+    instances_json: Path | None,
     categories: Sequence[Category],
     evaluator_type: str,
     sem_seg_root: Path | None = None,
@@ -62,7 +62,8 @@ def register_panoptic(
         panoptic_json: Annotation file.
         panoptic_root: Folder of the segment PNGs.
         image_root: Folder of the images.
-        instances_json: COCO instance annotations of the same images, which AP is measured with.
+        instances_json: COCO instance annotations of the same images, which AP is measured with;
+            None where there are none, and so no AP.
         categories: All classes, in the order of their contiguous ids.
         evaluator_type: Detectron2's name for the evaluation; it ends in ``_panoptic_seg``.
         sem_seg_root: Folder of the label PNGs, if there are any.
@@ -81,9 +82,10 @@ def register_panoptic(
         "panoptic_root": str(panoptic_root),
         "panoptic_json": str(panoptic_json),
         "image_root": str(image_root),
-        "json_file": str(instances_json),
         "evaluator_type": evaluator_type,
     }
+    if instances_json is not None:
+        metadata["json_file"] = str(instances_json)
     if sem_seg_root is not None:
         metadata["sem_seg_root"] = str(sem_seg_root)
     register(name, load, **metadata)

@@ -26,12 +26,14 @@ from expedite_d2.d2.provider import CfgNode
 DEPTH_MAPPER_NAME = "depth"
 
 
-def read_depth(path: str | Path, scale: float) -> NDArray[np.float32]:
+def read_depth(path: str | Path, scale: float, offset: float | None = None) -> NDArray[np.float32]:
     """Reads a depth map, as data sets for monocular depth store it.
 
     Args:
         path: a PNG of one channel, usually of 16 bits.
         scale: metres per unit: 1/256 in KITTI, 1/1000 in NYUv2.
+        offset: units added to each value, in a data set that measured all pixels, and may store
+            them in 8 bits; None where 0 means that nothing was measured.
 
     Returns:
         (H, W) metres; 0 where nothing was measured.
@@ -41,12 +43,14 @@ def read_depth(path: str | Path, scale: float) -> NDArray[np.float32]:
         ValueError: not a depth map.
     """
     units = read_labels(path)
-    if units.ndim != 2 or units.dtype.kind not in "iu" or units.dtype == np.uint8:
+    coarse = units.dtype == np.uint8 and offset is None
+    if units.ndim != 2 or units.dtype.kind not in "iu" or coarse:
+        bits = "16 bits" if offset is None else "whole numbers"
         raise ValueError(
-            f"{path} is not a depth map: expected one channel of 16 bits, "
+            f"{path} is not a depth map: expected one channel of {bits}, "
             f"got {units.dtype} values of shape {units.shape}"
         )
-    return units.astype(np.float32) * np.float32(scale)
+    return (units.astype(np.float32) + np.float32(offset or 0.0)) * np.float32(scale)
 
 
 def network_size(
@@ -168,7 +172,9 @@ class DepthTrainMapper:
         """
         image = read_image(entry["file_name"], self.image_format)
         check_image_size(entry, image.shape[:2])
-        depth = read_depth(entry["depth_file_name"], entry["depth_scale"])
+        depth = read_depth(
+            entry["depth_file_name"], entry["depth_scale"], entry.get("depth_offset")
+        )
         _check_size(entry["depth_file_name"], depth.shape, image)
         if "benchmark_crop" in entry:
             size = entry["benchmark_crop"]

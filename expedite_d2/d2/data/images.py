@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,30 @@ def read_label_map(path: str | Path, size: tuple[int, int], colours: bool = Fals
             f"upright, got {labels.dtype} values of shape {labels.shape}"
         )
     return labels
+
+
+def read_classes(entry: Mapping[str, Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Reads the semantic classes of an image's pixels.
+
+    Args:
+        entry: a dataset dict with "sem_seg_file_name", and with "sem_seg_classes" where the labels
+            in its files are not the classes: the class of each label, from 0 on.
+        size: (H, W) of the image.
+
+    Returns:
+        (H, W).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a map of labels, of another size, or with labels that have no class.
+    """
+    path, lookup = entry["sem_seg_file_name"], entry.get("sem_seg_classes")
+    labels = read_label_map(path, size)
+    if lookup is None:
+        return labels
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < len(lookup):
+        raise ValueError(f"{path} must hold labels from 0 to {len(lookup) - 1}, got {labels.max()}")
+    return np.asarray(lookup, dtype=np.uint8)[labels]
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

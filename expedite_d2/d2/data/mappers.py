@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from expedite_d2.d2.config.keys import check_training_input
-from expedite_d2.d2.data.images import is_turned, read_image, read_label_map
+from expedite_d2.d2.data.images import is_turned, read_classes, read_image, read_label_map
 from expedite_d2.d2.data.masks import decode_segmentation
 from expedite_d2.d2.provider import CfgNode, Instances
 
@@ -215,7 +215,7 @@ class TrainMapper:
         check_image_size(entry, (height, width))
         crop = self._draw_crop(height, width, rng)
         if self.task == "semantic":
-            whole_map = read_label_map(entry["sem_seg_file_name"], (height, width))
+            whole_map = read_classes(entry, (height, width))
             labels = crop.labels(whole_map, self.ignore)
             for _ in range(9):
                 if self._varied(labels):

@@ -21,7 +21,10 @@ _RELATIVE_CROPS = {
 }
 # In NYUv2 the colours are projected onto the depth camera, which leaves a frame without values.
 _NYU_SIZE = (480, 640)
-_NYU_CROP = (slice(45, 471), slice(41, 601))
+_NYU_CROPS = {
+    "nyu": (slice(45, 471), slice(41, 601)),
+    "nyu_mirrored": (slice(45, 471), slice(39, 599)),
+}
 
 
 class DepthErrors(NamedTuple):
@@ -53,9 +56,9 @@ class DepthEvaluator(ImageEvaluator[DepthErrors | None]):
 
     Every error is taken over the pixels of one image and averaged over the images, as in the public
     evaluations of KITTI's Eigen split and of NYUv2. Pixels count whose truth lies between the
-    metadata's ``depth_min`` and ``depth_max`` and inside ``depth_crop`` ("garg", "eigen", "nyu" or
-    "" for all); predictions are clamped to these two depths. RMSE is in metres, d1 to d3 are
-    fractions. An image without any such pixel does not count.
+    metadata's ``depth_min`` and ``depth_max`` and inside ``depth_crop`` ("garg", "eigen", "nyu",
+    "nyu_mirrored" or "" for all); predictions are clamped to these two depths. RMSE is in metres,
+    d1 to d3 are fractions. An image without any such pixel does not count.
     """
 
     @cached_property
@@ -100,7 +103,9 @@ class DepthEvaluator(ImageEvaluator[DepthErrors | None]):
             source = self.catalog.get(item["file_name"], item)
         if "depth_file_name" not in source:
             raise KeyError(f"no depth of {item['file_name']}: its data set has no depth_file_name")
-        return read_depth(source["depth_file_name"], self.metadata.depth_scale)
+        metadata = self.metadata
+        offset = metadata.get("depth_offset")
+        return read_depth(source["depth_file_name"], metadata.depth_scale, offset)
 
     def summarise(self, records: Mapping[Hashable, DepthErrors | None]) -> Results:
         """Average the images' errors."""
@@ -138,7 +143,8 @@ def crop_window(kind: str, height: int, width: int) -> tuple[slice, slice]:
     """Rows and columns that a crop of the literature keeps.
 
     Args:
-        kind: "garg" (KITTI, of most papers), "eigen" (KITTI, Eigen's own), "nyu" or "" for all.
+        kind: "garg" (KITTI, of most papers), "eigen" (KITTI, Eigen's own), "nyu", "nyu_mirrored"
+            (of frames that are mirrored left to right) or "" for all.
         height, width: of the whole depth map.
 
     Raises:
@@ -152,8 +158,9 @@ def crop_window(kind: str, height: int, width: int) -> tuple[slice, slice]:
             slice(int(top * height), int(bottom * height)),
             slice(int(left * width), int(right * width)),
         )
-    if kind != "nyu":
-        raise ValueError(f"depth_crop must be 'garg', 'eigen', 'nyu' or '', got {kind!r}")
+    if kind not in _NYU_CROPS:
+        known = ", ".join(repr(name) for name in (*_RELATIVE_CROPS, *_NYU_CROPS))
+        raise ValueError(f"depth_crop must be {known} or '', got {kind!r}")
     if (height, width) != _NYU_SIZE:
-        raise ValueError(f"depth_crop 'nyu' is for depth maps of 480x640, got {height}x{width}")
-    return _NYU_CROP
+        raise ValueError(f"depth_crop {kind!r} is for depth maps of 480x640, got {height}x{width}")
+    return _NYU_CROPS[kind]

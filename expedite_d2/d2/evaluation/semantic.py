@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expedite_d2.d2.data.mappers import read_label_map
+from expedite_d2.d2.data.images import read_classes
 from expedite_d2.d2.evaluation.evaluator import (
     ImageEvaluator,
     Metrics,
@@ -101,7 +101,7 @@ class SemanticEvaluator(ImageEvaluator[Confusion]):
             source = self.catalog.get(item["file_name"], item)
         path = source.get("sem_seg_file_name")
         if path is not None and Path(path).is_file():
-            return read_label_map(path, size).astype(np.int64)
+            return read_classes(source, size).astype(np.int64)
         if "pan_seg_file_name" not in source:
             raise FileNotFoundError(
                 f"no semantic ground truth of {item['file_name']}: sem_seg_file_name is {path}"
