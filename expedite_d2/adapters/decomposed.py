@@ -36,6 +36,8 @@ class DecomposedPositions(MapWindows):
     attention: str = "attn"
     returns: Callable[[Tensor], Any] | None = None
 
+    kind = "relative, from a table for each axis"
+
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Changes the attentions, which can then be told the distances between clusters."""
         blocks = self.blocks(hourglass.encoder)

@@ -79,6 +79,10 @@ class Positions(Protocol):
 
     needs_grid: bool
 
+    @property
+    def kind(self) -> str:
+        """What they are, in a few words."""
+
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Raises ValueError for settings that these positions do not support."""
 
@@ -95,6 +99,7 @@ class Positions(Protocol):
 class NoPositions:
     """Blocks without positions: these were added to the tokens before the first block."""
 
+    kind = "absolute"
     needs_grid = False
 
     def check(self, encoder: Any, reduction: Reduction) -> None:

@@ -29,6 +29,7 @@ class Table(NoPositions):
     argument: str
     own: Callable[[Any], tuple[nn.Module, str] | None]
 
+    kind = "relative, from tables"
     needs_grid = True
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:

@@ -32,9 +32,11 @@ class Rotary(NoPositions):
     Attributes:
         argument: name of the block's argument for the table: (cos, sin) in either order, or both
             side by side; one row for each of the image's tokens, none for prefix tokens.
+        kind: see `Positions`.
     """
 
     argument: str
+    kind: str = "rotary"
 
     def prepare(self, call: BlockCall) -> BlockCall:
         """Returns the call with the table of its reduced tokens."""

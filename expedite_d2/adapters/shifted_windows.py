@@ -121,6 +121,7 @@ class ShiftedWindows(NoPositions):
             window of tokens.
         window: rows and columns of tokens in an attention's windows.
         square: whether windows have as many rows as columns.
+        kind: see `Positions`.
     """
 
     stages: Callable[[Any], Sequence[Any]]
@@ -131,6 +132,7 @@ class ShiftedWindows(NoPositions):
     shifts: Callable[[BlockCall, Size], Sequence[bool]] = is_shifted
     window: Callable[[Any], Size] = lambda attention: attention.window_size
     square: bool = True
+    kind: str = "relative, from tables"
 
     needs_grid = True
 

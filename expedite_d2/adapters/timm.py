@@ -94,7 +94,7 @@ NAFLEX = replace(
         read=_grid_of_images,
         onto=lambda out: out["patches"],
     ),
-    positions=Rotary("rope"),
+    positions=Rotary("rope", "absolute, or rotary"),
     image_size=lambda encoder: None,
 )
 

@@ -79,6 +79,7 @@ _WINDOWS = ShiftedWindows(
     attend=_attend,
     shifts=_shifts,
     square=False,
+    kind="relative, from tables; SwinV2's from a network",
 )
 _family = partial(
     ShiftedWindows.family,

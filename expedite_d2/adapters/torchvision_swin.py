@@ -100,6 +100,7 @@ _WINDOWS = ShiftedWindows(
     shifts=_shifts,
     window=lambda attention: tuple(attention.window_size[-2:]),
     square=False,
+    kind="relative, from tables; SwinV2's from a network",
 )
 SWIN = register_family(
     _WINDOWS.family(
@@ -111,7 +112,12 @@ SWIN = register_family(
     )
 )
 SWIN_3D = register_family(
-    replace(_WINDOWS, stages=lambda encoder: encoder.features[::2], run_in=_run_clip_in).family(
+    replace(
+        _WINDOWS,
+        stages=lambda encoder: encoder.features[::2],
+        run_in=_run_clip_in,
+        kind=ShiftedWindows.kind,
+    ).family(
         name="torchvision SwinTransformer3d",
         library="torchvision",
         classes=("SwinTransformer3d",),

@@ -140,7 +140,11 @@ COPIES = register_family(
 )
 SWIN_V2 = register_family(
     _family(
-        _windows(attention=lambda block: block.attention.self, attend=_attend_v2),
+        _windows(
+            attention=lambda block: block.attention.self,
+            attend=_attend_v2,
+            kind="relative, from a network",
+        ),
         name="transformers Swinv2Model and Swinv2Backbone",
         classes=("Swinv2Model", "Swinv2Backbone"),
         eager=lambda encoder: True,

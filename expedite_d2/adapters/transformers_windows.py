@@ -59,6 +59,8 @@ class _RotaryPositions(MapWindows):
     those of one window.
     """
 
+    kind = "rotary"
+
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Refuses oblong grids of clusters in windows, and oblong images."""
         super().check(encoder, reduction)
