@@ -12,6 +12,7 @@
 #     benchmarks/gpu.sh half-models         whole models at that setting, and transformers' own
 #     benchmarks/gpu.sh maps                Swin-L with detail maps, at both settings
 #     benchmarks/gpu.sh competitors         other ways to half of the multiply-adds
+#     benchmarks/gpu.sh others              transformers' own models, plain and expedited
 #
 # Further arguments go to the section's benchmark: `gpu.sh backbones --systems dpt --batch 32`, and
 # `gpu.sh sanitizers racecheck` runs that tool alone. What there was no time for is listed in the
@@ -24,7 +25,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 SECTIONS="tests sanitizers operators backbones backbones-compiled models models-compiled half"
-SECTIONS+=" half-models maps competitors"
+SECTIONS+=" half-models maps competitors others"
 PAPER="panoptic semantic instance segmenter dpt"  # systems at the paper's settings
 HALF="panoptic_half segmenter_half dpt_half"
 section=${1:-}
@@ -148,5 +149,8 @@ case "$section" in
     ;;
   competitors)
     benchmark "$section" competitors --batch 1 8 "$@"
+    ;;
+  others)
+    benchmark "$section" others --batch 1 8 "$@"
     ;;
 esac

@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = config(SYSTEMS[name], args.device, args.quick, WITH_DETAIL if args.maps else [])
         models = pair(cfg)
         if args.part == "model" and "mask2former" in SYSTEMS[name].config:
-            models["transformers"] = outside(cfg, models)
+            models["transformers"] = outside(cfg, models["baseline"])
         if args.maps:
             add_detail_maps(models["expedited"].backbone, todo[0]["size"])
         gflops = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmarks import plots
+from benchmarks import others, plots
 from benchmarks.common import ROOT
 from benchmarks.models import operators_share
 from benchmarks.operators import floor
+from benchmarks.other_models import OTHERS
 from benchmarks.systems import TITLES
 from expedite_d2.errors import cli
 from expedite_d2.files import replacing
@@ -68,6 +70,15 @@ cost as many multiply-adds, or a little less where their settings have no finer 
 clustering, average pooling on the grid of these clusters, token merging (ToMe: as many pairs in
 each block), and the plain model on images made smaller, whose features are smaller, too. To resize
 the images is not in the time. All are our own implementations and run through the same attention.
+"""
+
+OTHER_MODELS = """\
+transformers' own classes with random weights, as they come and expedited by one line: `70 %` is
+`expedite(model)`, `50 %` is `expedite(model, budget=0.5)`, of the encoder's multiply-adds. Plain
+encoders run with PyTorch's fused attention (SDPA), the fastest exact form that these classes have.
+In bfloat16 all run in the form that is faster for the plain model, which is named: under autocast,
+or the whole model converted. The multiply-adds are those of the part that is timed: of a model with
+its heads, which are not reduced. SAM is given one point.
 """
 
 TRIED = """\
@@ -257,6 +268,28 @@ def competitor_section(rows: Sequence[Row]) -> str:
     return f"{COMPETITORS}\n{table(body)}"
 
 
+def other_section(rows: Sequence[Row]) -> str:
+    """Models of other libraries, plain against expedited."""
+    body = [
+        {
+            "model": OTHERS[row["system"]].title,
+            "part": row["part"].replace("_", " "),
+            "size": "×".join(map(str, row["size"])),
+            "batch": row["batch"],
+            "arithmetic": others.arithmetic(row),
+            "settings": settings,
+            "plain, ms": milliseconds(row["plain"]["latency_ms"]),
+            "expedited, ms": milliseconds(one["latency_ms"]),
+            "speed-up": one["speedup"],
+            "multiply-adds": one["ratio_of_multiplyadds"],
+            "efficiency": one["efficiency"],
+        }
+        for row in rows
+        for settings, one in row["expedited"].items()
+    ]
+    return f"{OTHER_MODELS}\n{table(body)}"
+
+
 def page(results: Mapping[str, Mapping[str, list[Row]]], folder: Path, base: Path) -> str:
     """The whole page; plots are written to `folder` and linked relative to `base`."""
     sections = [INTRODUCTION]
@@ -286,6 +319,9 @@ def page(results: Mapping[str, Mapping[str, list[Row]]], folder: Path, base: Pat
             image = plot(plots.competitors(rows), f"competitors-{number}")
             text = competitor_section(rows)
             sections.append(f"\n### Rivals at equal multiply-adds\n\n{text}\n{image}")
+        if found.get("others"):
+            text = other_section(found["others"])
+            sections.append(f"\n### Models of other libraries\n\n{text}\n")
     return "".join([*sections, TRIED] if results else [*sections, EMPTY])
 
 
@@ -297,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     output = Path(args.output)
     files = Path(args.results).glob("*.json")
-    results = load(file for file in files if "-accuracy" not in file.name)  # a page of their own
+    # Metrics are on pages of their own.
+    results = load(file for file in files if not re.search("-(accuracy|converted)", file.name))
     text = page(results, output.parent / output.stem, output.parent)
     with replacing(output) as partial:
         partial.write_text(text, encoding="utf-8")

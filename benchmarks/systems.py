@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
 
 from benchmarks.common import ROOT, difference
 from expedite_d2.d2 import CfgNode
-from expedite_d2.d2.checkpoint import load_weights
+from expedite_d2.d2.checkpoint.to_transformers import to_transformers
 from expedite_d2.d2.comparison.compare import build_models
 from expedite_d2.d2.config import load_config
-from expedite_d2.d2.modeling.meta_arch.mask2former_heads import mask2former_config
 from expedite_d2.reducers import Correction
 from expedite_d2.reducers.correction import fingerprint
 from expedite_d2.tools import on_meta
@@ -160,21 +157,9 @@ def add_detail_maps(backbone: Any, size: tuple[int, int]) -> None:
 class Outside(nn.Module):
     """transformers' own Mask2Former on Swin, with the same outputs as ours."""
 
-    def __init__(self, cfg: CfgNode, shapes: Sequence[Any]) -> None:
+    def __init__(self, cfg: CfgNode, ours: nn.Module) -> None:
         super().__init__()
-        swin = cfg.MODEL.SWIN
-        config = mask2former_config(cfg, list(shapes))
-        swin_config: Any = SwinConfig  # some of its keywords are not in its signature
-        config.backbone_config = swin_config(
-            image_size=swin.PRETRAIN_IMG_SIZE,
-            embed_dim=swin.EMBED_DIM,
-            depths=list(swin.DEPTHS),
-            num_heads=list(swin.NUM_HEADS),
-            window_size=swin.WINDOW_SIZE,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        )
-        config.use_auxiliary_loss = True  # without, its forward pass fails
-        self.model = Mask2FormerForUniversalSegmentation(config)
+        self.model = to_transformers(cfg, ours)
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4)."""
@@ -182,21 +167,13 @@ class Outside(nn.Module):
         return outputs.class_queries_logits, outputs.masks_queries_logits
 
 
-def outside(cfg: CfgNode, models: dict[str, Any]) -> Outside:
-    """transformers' model for ours, which are given its weights and must then give its outputs.
+def outside(cfg: CfgNode, baseline: Any) -> Outside:
+    """transformers' model with the weights of our plain one, which must have the same outputs.
 
     Raises:
         ValueError: the weights do not fit, or the baseline's outputs differ from transformers'.
     """
-    baseline = models["baseline"]
-    shapes = baseline.backbone.output_shape()
-    model = Outside(cfg, [shapes[name] for name in baseline.in_features])
-    model = model.to(cfg.MODEL.DEVICE).eval().requires_grad_(False)
-    # By way of a file: in memory, its names change from one release of transformers to the next.
-    with tempfile.TemporaryDirectory() as directory:
-        model.model.save_pretrained(directory)
-        load_weights(models["expedited"], directory)
-    baseline.load_state_dict(models["expedited"].state_dict(), assign=True)
+    model = Outside(cfg, baseline).to(cfg.MODEL.DEVICE).requires_grad_(False)
     images = torch.randn(1, 3, 128, 192, device=cfg.MODEL.DEVICE)
     with torch.inference_mode():
         ours, theirs = baseline.logits(images), model.logits(images)

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from benchmarks import common, competitors, models, operators, report
+from benchmarks import common, competitors, models, operators, others, report
 from benchmarks.operator_table import CASES, TOKENS, make_inputs
+from benchmarks.other_models import OTHERS
 from benchmarks.overhead import overhead
 from benchmarks.systems import SYSTEMS, TINY_SIZE, WITH_DETAIL, add_detail_maps, config, pair
 from expedite_d2._ext import ext_error, has_ext
@@ -42,6 +43,7 @@ RUNS: dict[str, tuple[Any, list[str]]] = {
         ["--part", "model", "--systems", "panoptic", "dpt", "--dtype", "float32"],
     ),
     "competitors": (competitors, ["--dtype", "float32"]),
+    "others": (others, []),
 }
 
 
@@ -278,6 +280,61 @@ def test_competitors_cost_the_same(ran: Callable[[str], Ran]):
     assert 0.85 * costs[1] < costs[0]
 
 
+def test_models_of_other_libraries(ran: Callable[[str], Ran]):
+    run = ran("others")
+    assert not run.written["skipped"]
+    found = {(r["system"], r["part"], r["dtype"]): r for r in run.written["results"]}
+    parts = [(name, "model") for name in OTHERS] + [("sam", "vision_encoder")]
+    assert found.keys() == {(*p, dtype) for p in parts for dtype in ("float32", "bfloat16")}
+    for (_, _, dtype), row in found.items():
+        forms = {"float32": [others.WHOLE], "bfloat16": [others.AUTOCAST, others.CONVERTED]}
+        assert row["form"] in forms[dtype]
+        assert list(row["expedited"]) == ["70 %", "50 %"]
+        costs = [one["gflops"] for one in (row["plain"], *row["expedited"].values())]
+        assert costs == sorted(costs, reverse=True)
+        for one in row["expedited"].values():
+            ratio = row["plain"]["gflops"] / one["gflops"]
+            assert one["ratio_of_multiplyadds"] == pytest.approx(ratio)
+            assert one["efficiency"] == pytest.approx(one["speedup"] / ratio)
+    encoder = found["sam", "vision_encoder", "float32"]
+    assert encoder["expedited"]["50 %"]["gflops"] < 0.5 * encoder["plain"]["gflops"]
+    assert encoder["plain"]["gflops"] < found["sam", "model", "float32"]["plain"]["gflops"]
+
+
+def test_half_types_run_in_the_form_that_is_faster(monkeypatch: pytest.MonkeyPatch):
+    subject = others.Subject(OTHERS["dinov3"], common.parser("tiny").parse_args(QUICK))
+    timed = subject.measure
+    for faster, dtype in [
+        (others.CONVERTED, torch.bfloat16),
+        (others.AUTOCAST, torch.float32),
+        (others.WHOLE, torch.float32),
+    ]:
+
+        def measure(calls: Any, rounds: int, faster: str = faster) -> Any:
+            return {
+                form: {**times, "median": float(form != faster)}
+                for form, times in timed(calls, rounds).items()
+            }
+
+        monkeypatch.setattr(subject, "measure", measure)
+        wanted = torch.bfloat16 if faster else torch.float32
+        assert subject.take(1, wanted) == faster
+        plain, *expedited = (dict(model.named_parameters()) for model in subject.models.values())
+        assert {weight.dtype for weight in plain.values()} == {dtype}
+        assert all(one[name] is weight for one in expedited for name, weight in plain.items())
+
+
+def test_plain_models_that_are_not_fused_are_not_timed():
+    def eager(tiny: bool) -> Any:
+        model: Any = OTHERS["dinov3"].build(tiny)
+        model.set_attn_implementation("eager")
+        return model
+
+    other = OTHERS["dinov3"]._replace(build=eager)
+    with pytest.raises(ValueError, match="must have the attention 'sdpa', got 'eager'"):
+        others.Subject(other, common.parser("tiny").parse_args(QUICK))
+
+
 def test_images_shrink_until_they_meet_the_budget():
     baseline = pair(config(SYSTEMS["segmenter_half"], "cpu", quick=True))["baseline"]
     budget = 0.5 * competitors.gflops(baseline, (128, 256))
@@ -307,7 +364,9 @@ def test_report_has_all_sections_and_plots(ran: Callable[[str], Ran], tmp_path: 
     report.main(["--results", str(tmp_path), "--output", str(page)])
     text = page.read_text()
     sections = ["### Operators", "### Backbones", "### Whole models", "### Rivals at"]
-    assert [text.count(section) for section in sections] == [1, 1, 1, 1]
+    sections += ["### Models of other libraries"]
+    assert [text.count(section) for section in sections] == [1, 1, 1, 1, 1]
+    assert text.count("| SAM ViT-B ") == 8 and text.count("vision encoder |") == 4
     assert "tiny sizes, no measurement" in text and "token_cluster" in text
     assert "operators, % of the baseline" in text and "transformers / expedited" in text
     assert text.count("ADE20K, half, detail maps") == 1 and "| smaller images" in text

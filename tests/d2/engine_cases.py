@@ -64,10 +64,10 @@ TINY = [
 
 
 @contextlib.contextmanager
-def few_scenes(cache: Path) -> Iterator[None]:
-    """The scenes' names stand for four training images and three others each in ``cache``."""
+def few_scenes(cache: Path, others: int = 3) -> Iterator[None]:
+    """The scenes' names stand for four training images and ``others`` of each kind in ``cache``."""
     with pytest.MonkeyPatch.context() as patch:
-        for split, count in (("train", 4), ("val", 3), ("tune", 3)):
+        for split, count in (("train", 4), ("val", others), ("tune", others)):
             patch.setitem(writer.SPLITS, split, writer.Split(writer.SPLITS[split].seed, count))
             writer.ensure_split(split, cache)
         patch.setenv("EXPEDITE_D2_CACHE", str(cache))

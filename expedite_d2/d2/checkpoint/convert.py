@@ -4,6 +4,7 @@ expedite-d2 convert OUTPUT_DIR/model_final.pth weights.pth
 expedite-d2 convert --backbone OUTPUT_DIR/model_final.pth backbone.pth
 expedite-d2 convert --base swin.pth OUTPUT_DIR/model_final.pth heads.pth
 expedite-d2 convert --official OUTPUT_DIR/model_final.pth mask2former.pth
+expedite-d2 convert --transformers CONFIG.yaml OUTPUT_DIR/model_final.pth mask2former/
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from expedite_d2.d2.checkpoint.files import backbone_of, read_checkpoint
 from expedite_d2.d2.checkpoint.matching import is_training_only
 from expedite_d2.d2.checkpoint.names import from_ours
 from expedite_d2.d2.checkpoint.official import CLASS_WEIGHTS, to_mask2former, with_position_indices
+from expedite_d2.d2.checkpoint.to_transformers import write_directory
+from expedite_d2.d2.config import load_config
 from expedite_d2.files import replacing
 
 
@@ -96,12 +99,23 @@ def main(argv: Sequence[str]) -> None:
         prog="expedite-d2 convert", description="Write the weights of a training checkpoint alone."
     )
     parser.add_argument("source", type=Path, help="a checkpoint, e.g. OUTPUT_DIR/model_final.pth")
-    parser.add_argument("destination", type=Path, help="the file to write")
+    parser.add_argument("destination", type=Path, help="the file, or directory, to write")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--backbone", action="store_true", help="write the backbone alone")
     part.add_argument("--base", type=Path, help="file beside the new one that has its backbone")
     part.add_argument("--official", action="store_true", help="write official Mask2Former's names")
+    part.add_argument(
+        "--transformers",
+        metavar="CONFIG",
+        help="write this config's Mask2Former, in float32, as a directory for transformers' "
+        "from_pretrained",
+    )
     args = parser.parse_args(argv)
+    if args.transformers:
+        cfg = load_config(args.transformers, ["MODEL.DEVICE", "cpu"])
+        write_directory(cfg, args.source, args.destination)
+        print(f"wrote {args.destination}, for Mask2FormerForUniversalSegmentation.from_pretrained")
+        return
     convert(args.source, args.destination, args.backbone, args.base, args.official)
     megabytes = args.destination.stat().st_size / 1e6
     print(f"wrote {args.destination}, {megabytes:.1f} MB")
