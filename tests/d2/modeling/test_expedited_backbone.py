@@ -156,10 +156,11 @@ def test_mask2formers_swin_equals_ours_with_its_names(mask2former_swin: ModuleTy
 @pytest.mark.detectron2
 @pytest.mark.parametrize("expedited", [False, True])
 def test_cost_of_mask2formers_swin_is_ours(mask2former_swin: ModuleType, expedited: bool) -> None:
+    # A size of whole windows in all stages: ours does not project the padding of others.
     theirs = count_gflops(
-        mask2former("ExpeditedBackbone", "D2SwinTransformer", expedited), 128, 192
+        mask2former("ExpeditedBackbone", "D2SwinTransformer", expedited), 128, 256
     )
-    ours = count_gflops(mask2former("ExpeditedSwinTransformer", "", expedited), 128, 192)
+    ours = count_gflops(mask2former("ExpeditedSwinTransformer", "", expedited), 128, 256)
     assert theirs == pytest.approx(ours, rel=0.01)
 
 
