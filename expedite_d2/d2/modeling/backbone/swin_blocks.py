@@ -27,6 +27,7 @@ from expedite_d2.d2.modeling.backbone.swin_windows import (
     out_of_windows,
     project_into_windows,
 )
+from expedite_d2.d2.modeling.in_parts import in_parts
 
 
 def position_resampling(window: int, clusters: tuple[int, int]) -> Tensor:
@@ -104,13 +105,7 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them.
-
-    At inference a CPU runs it on a part of the tokens at a time, whose hidden channels stay in its
-    cache.
-    """
-
-    HIDDEN_AT_A_TIME = 2**21
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -120,11 +115,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        rows = max(self.HIDDEN_AT_A_TIME // (self.fc1.out_features * len(x)), 1)
-        whole = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if whole or rows >= x.shape[1]:
-            return self._run(x)
-        return torch.cat([self._run(part) for part in x.split(rows, dim=1)], dim=1)
+        return in_parts(self._run, x, self.fc1.out_features)
 
     def _run(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))

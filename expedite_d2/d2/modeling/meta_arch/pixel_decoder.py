@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
+    Mask2FormerPixelDecoderEncoderLayer,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
     Mask2FormerPixelDecoderOutput,
 )
 
 from expedite_d2.d2.modeling.autocast import autocast_to
+from expedite_d2.d2.modeling.in_parts import in_parts
 from expedite_d2.ops.ms_deform_attn import ms_deform_attn
 
 
@@ -88,6 +90,42 @@ class ExactGroupNorm(nn.GroupNorm):
         return super().forward(input.to(torch.promote_types(input.dtype, torch.float32)))
 
 
+class PixelDecoderLayer(Mask2FormerPixelDecoderEncoderLayer):
+    """transformers' module and parameters, without masks."""
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        places: Tensor,
+        shapes: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Runs one layer.
+
+        Args:
+            tokens: (B, S, C), those of all maps, one after the other.
+            positions: (1, S, C), added to the queries.
+            places: (1, S, levels, 2), x and y of the tokens from 0 to 1.
+            shapes: (h, w) of each map.
+
+        Returns:
+            (B, S, C).
+        """
+        attended, _ = self.self_attn(
+            hidden_states=tokens,
+            encoder_hidden_states=tokens,
+            position_embeddings=positions,
+            reference_points=places,
+            spatial_shapes_list=shapes,
+        )
+        x = self.self_attn_layer_norm(tokens + F.dropout(attended, self.dropout, self.training))
+        return self.final_layer_norm(x + in_parts(self._feed_forward, x, self.fc1.out_features))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training)
+        return F.dropout(self.fc2(x), self.dropout, self.training)
+
+
 class PixelDecoder(Mask2FormerPixelDecoder):
     """transformers' module and parameters, without masks: all of a batch is content.
 
@@ -119,13 +157,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
         places = _centres(shapes, tokens)[:, None].expand(-1, levels, -1)[None]
         layers: Any = self.encoder.layers
         for layer in layers:
-            tokens = layer(
-                tokens,
-                None,
-                position_embeddings=embedding,
-                reference_points=places,
-                spatial_shapes_list=shapes,
-            )[0]
+            tokens = layer(tokens, embedding, places, shapes)
         outputs = [
             x.transpose(1, 2).unflatten(2, shape).clone(memory_format=torch.channels_last)
             for x, shape in zip(tokens.split([h * w for h, w in shapes], 1), shapes, strict=True)
@@ -169,4 +201,5 @@ def use_operator(decoder: Mask2FormerPixelDecoder) -> None:
         projection[1].__class__ = ExactGroupNorm
     layers: Any = decoder.encoder.layers
     for layer in layers:
+        layer.__class__ = PixelDecoderLayer
         layer.self_attn.__class__ = DeformableAttention
