@@ -107,23 +107,24 @@ class Runner:
 
     def __init__(self, name: str, args: Any) -> None:
         self.system, self.args = SYSTEMS[name], args
-        self.cfg = self._config()
+        self.cfg = self.config()
         (test,) = self.cfg.DATASETS.TEST
-        tune = test.replace("_val", "_tune")
+        self.unlabelled = test.replace("_val", "_tune")
         self.dataset, self.shown = test, slice(args.images)
         if args.part == "sweep":
-            self.dataset, self.shown = tune, slice(CALIBRATED, CALIBRATED + args.images)
+            self.dataset, self.shown = self.unlabelled, slice(CALIBRATED, CALIBRATED + args.images)
         self.model = build_trained_model(self.cfg).eval()
         self.plain = copy.deepcopy(self.model)
         self.kind = "sequence" if hasattr(self.model.backbone, "vit") else "windows"
-        self.calibrated = list(build_test_loader(self.cfg, tune))[:CALIBRATED]
+        self.calibrated = list(build_test_loader(self.cfg, self.unlabelled))[:CALIBRATED]
         self.images = self._images(self.cfg)
         height, width = self.images[0][0]["image"].shape[-2:]
         self.size = (int(height), int(width))
         self.whole = self._multiply_adds(self.size)
         self.depths: list[Tensor] = []
 
-    def _config(self, *opts: Any) -> Any:
+    def config(self, *opts: Any) -> Any:
+        """The system's config, with options."""
         path = str(ROOT / "configs/scenes" / self.system.config)
         fixed = ["MODEL.DEVICE", self.args.device, "DATALOADER.NUM_WORKERS", 0]
         return load_config(path, [*fixed, *opts])
@@ -143,7 +144,7 @@ class Runner:
         """
         if self.args.part == "latency":
             return {"latency_ms": self._latency(size or self.size)}
-        images = self._images(self._config(*opts)) if opts else self.images
+        images = self._images(self.config(*opts)) if opts else self.images
         return {"metrics": self._metrics(images)}
 
     @torch.inference_mode()

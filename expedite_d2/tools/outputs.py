@@ -93,11 +93,14 @@ def _floats(outputs: Any) -> list[Tensor]:
 
 
 def distance(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Returns the relative distance (L2) of outputs to others, of shapes alike in pairs."""
+    """Returns the relative distance (L2) of outputs to others, of shapes alike in pairs.
+
+    That of anything to zeros, such as a map on which nothing was detected, is 1.
+    """
     pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
     difference = sum((a.double() - b.double()).square().sum().item() for a, b in pairs)
     scale = sum(b.double().square().sum().item() for _, b in pairs)
-    return (difference / scale) ** 0.5 if scale else 0.0
+    return (difference / scale) ** 0.5 if scale else float(difference > 0)
 
 
 @contextmanager

@@ -78,6 +78,7 @@ def tune(
     fitted = [image for number, image in enumerate(given) if number % JUDGES != JUDGES - 1]
     undo = adapters.remember(model)
     rows: list[Row] = []
+    shares: dict[Reduction, float] = {}  # by the settings before they were calibrated
     try:
         adapters.restore(model)
         plan = _plan(model, budget, size or _size_of(given[0]))
@@ -88,13 +89,17 @@ def tune(
                 for image in judged
             ]
             for costs, most in shown:
+                first = costs.meet(most)
+                if shares.get(first, 1) <= most:  # a greater share came to the same settings
+                    continue
                 try:
                     settings = _calibrated(model, costs, most, fitted, outputs)
                 except OutOfReach:  # with what detail maps cost
                     continue
                 error = _error(model, encoder, judged, plain, outputs)
                 times = _times(model, settings, judged)
-                rows.append(Row(settings, costs.share_of(settings), error, *times))
+                shares[first] = costs.share_of(settings)
+                rows.append(Row(settings, shares[first], error, *times))
     except KeyboardInterrupt:
         if not rows:
             raise
@@ -127,6 +132,7 @@ def _plan(
     budgets = sorted({budget or BUDGET, *SHARES}, reverse=True)
     plan: list[tuple[Costs, float]] = []
     refused: ValueError | None = None
+    leasts: list[float] = []
     for recipe in dict.fromkeys(advice.recipe for advice in RECIPES):
         costs = Costs(model, recipe, size)
         try:
@@ -134,10 +140,16 @@ def _plan(
         except ValueError as error:  # the encoder does not take such steps
             refused = error
             continue
+        leasts.append(least)
         plan += [(costs, most) for most in budgets if most >= least]
-    if not plan:
-        raise refused or ValueError(
-            f"tune needs an encoder of which at most {budgets[0]} can be left: see describe"
+    if not leasts:
+        assert refused is not None
+        raise refused
+    most = budgets[0] if budget is None else budget
+    if min(leasts) > most:
+        raise ValueError(
+            f"budget must be at least {min(leasts):.3f}, the least share that can be left, got "
+            f"{most}"
         )
     return plan
 

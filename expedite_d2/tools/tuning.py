@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -147,7 +148,9 @@ class Tuning:
             figure.savefig(partial, dpi=120, format=Path(path).suffix[1:] or "png")
 
     def __str__(self) -> str:
-        best = self.row if self.rows else None
+        best: Row | None = None
+        with suppress(ValueError):  # none is good enough
+            best = self.row
         cells = [("", "settings", "multiply-adds", "error", "ms", "plain ms", "speed-up")]
         for row in sorted(self.rows, key=lambda row: -row.share):
             cells.append(

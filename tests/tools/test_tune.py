@@ -62,6 +62,12 @@ def test_every_kind_of_settings_is_tried_at_every_share(tuned: Any) -> None:
         assert budget - 0.08 < share <= budget
 
 
+def test_no_settings_are_tried_twice(tuned: Any) -> None:
+    _, _, tuning = tuned
+    groups = [row.reduction for row in tuning.rows if row.kind == "merges and groups"]
+    assert len(groups) == len(set(groups)) == 2  # the grouped attention of this model leaves < 0.5
+
+
 def test_rows_tell_what_the_settings_cost_and_change(tuned: Any) -> None:
     model, given, tuning = tuned
     model.eval()
@@ -116,8 +122,10 @@ def test_a_largest_error_takes_the_fastest() -> None:
 
 def test_the_default_budget_is_that_of_expedite() -> None:
     assert Tuning("M", "cpu", ROWS).row is ROWS[2]
+    tuning = Tuning("M", "cpu", ROWS, budget=0.3)
     with pytest.raises(ValueError, match="budget must be at least 0.400, .* got 0.3"):
-        _ = Tuning("M", "cpu", ROWS, budget=0.3).best
+        _ = tuning.best
+    assert len(str(tuning).splitlines()) == 2 + len(ROWS)  # what was measured is told all the same
 
 
 def test_the_front_leaves_out_what_another_beats() -> None:
@@ -196,6 +204,7 @@ def test_out_of_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         ([{"pixel_values": torch.rand(1, 3, 8, 8), "labels": 1}], {}, "without labels, got labels"),
         (pictures(3), {"budget": 1.5}, "budget must be a share between 0 and 1, got 1.5"),
         (pictures(3), {"max_error": -1}, "max_error must be a number greater than 0, got -1"),
+        (pictures(3), {"budget": 0.01}, r"budget must be at least 0\.\d+, .* got 0.01"),
         (pictures(3), {"budget": 0.5, "max_error": 0.1}, "must not both be given"),
     ],
 )
@@ -219,6 +228,12 @@ def test_outputs_are_results_before_what_lies_within() -> None:
         )
         assert chosen.shape[-1] == 16
         assert torch.equal(call(model, images(*SIZE))["logits"], model(images(*SIZE))["logits"])
+
+
+def test_distances_are_relative_also_to_nothing() -> None:
+    one, none = torch.tensor([3.0, 4.0]), torch.zeros(2)
+    assert distance([one, 2 * one], [one, one]) == pytest.approx(0.5**0.5)
+    assert distance([one], [none]) == 1 and distance([none], [none]) == 0
 
 
 def test_merges_are_named_by_their_steps() -> None:

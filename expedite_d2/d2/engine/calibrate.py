@@ -6,13 +6,11 @@ expedite-d2 calibrate --config-file FILE [--images N] [--output SETTINGS.yaml] [
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.config.command_line import config_parser
-from expedite_d2.d2.data import build_test_loader
-from expedite_d2.d2.engine.defaults import build_trained_model
+from expedite_d2.d2.engine.defaults import build_trained_model, first_images
 from expedite_d2.d2.progress import progress
 from expedite_d2.d2.provider import CfgNode
 from expedite_d2.reducers import Cluster, Reduction
@@ -28,8 +26,7 @@ def measure(
     """Calibrate a config's trained model.
 
     Args:
-        cfg: names the model, its weights and its data sets; the first training set is read, through
-            the test loader and so without augmentation, or else the first test set.
+        cfg: names the model, its weights and its data sets, see `first_images`.
         images: how many images to read, fewer where the data set has fewer.
         correction: whether to fit detail maps, too.
 
@@ -42,16 +39,11 @@ def measure(
             "calibrate needs an expedited config, got MODEL.EXPEDITE.ENABLED False: add "
             "MODEL.EXPEDITE.ENABLED True"
         )
-    if images < 1:
-        raise ValueError(f"--images must be at least 1, got {images}")
-    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    if not datasets:
-        raise ValueError("calibrate needs a data set in DATASETS.TRAIN or DATASETS.TEST, got none")
-    inputs = list(islice(build_test_loader(cfg, datasets[0]), images))
+    inputs, dataset = first_images(cfg, images, "calibrate")
     model = build_trained_model(cfg)
     with progress(inputs, "calibrating", unit="image") as shown:
         settings = calibrate(model, shown, correction=correction)
-    return settings, len(inputs), datasets[0]
+    return settings, len(inputs), dataset
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,15 +1,18 @@
-"""What every run begins with: config, log, seed and output directory, and the trained model."""
+"""What runs begin with: config, log, seed and output directory, the trained model, a few images."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from itertools import islice
+from typing import Any
 
 from torch import nn
 
 from expedite_d2.d2 import provider
 from expedite_d2.d2.checkpoint import load_weights
 from expedite_d2.d2.config import find_config, load_config
+from expedite_d2.d2.data import build_test_loader
 from expedite_d2.d2.logger import setup_logger
 from expedite_d2.d2.modeling.build import build_model
 from expedite_d2.d2.provider import CfgNode, comm
@@ -53,3 +56,23 @@ def build_trained_model(cfg: CfgNode) -> nn.Module:
     model = build_model(cfg)
     load_weights(model, cfg.MODEL.WEIGHTS)
     return model.eval()
+
+
+def first_images(cfg: CfgNode, count: int, verb: str) -> tuple[list[Any], str]:
+    """Reads the first inputs of a config's model, to measure settings on.
+
+    Args:
+        cfg: the config. The first training set is read, through the test loader and so without
+            augmentation, or else the first test set.
+        count: how many to read, fewer where the data set has fewer.
+        verb: who asks, for messages.
+
+    Returns:
+        The inputs, one image each, and the name of their data set.
+    """
+    if count < 1:
+        raise ValueError(f"--images must be at least 1, got {count}")
+    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    if not datasets:
+        raise ValueError(f"{verb} needs a data set in DATASETS.TRAIN or DATASETS.TEST, got none")
+    return list(islice(build_test_loader(cfg, datasets[0]), count)), datasets[0]

@@ -13,6 +13,7 @@ from torch import nn
 from expedite_d2.__main__ import main
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.engine import calibrate as command
+from expedite_d2.d2.engine import defaults
 from expedite_d2.d2.modeling.backbone import ExpeditedSwinTransformer
 from expedite_d2.d2.modeling.backbone.settings import reduction_from_config
 from expedite_d2.reducers import Reduction
@@ -47,7 +48,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         return [[{"image": image}] for image in images]
 
-    monkeypatch.setattr(command, "build_test_loader", loader)
+    monkeypatch.setattr(defaults, "build_test_loader", loader)
     monkeypatch.setattr(command, "build_trained_model", lambda cfg: Model().eval())
     return names
 
