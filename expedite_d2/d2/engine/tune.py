@@ -73,7 +73,9 @@ def seen_size(model: nn.Module, inputs: Any) -> tuple[int, int]:
 
 def main(argv: Sequence[str]) -> None:
     """Print what was measured, write the best settings, and tell the keys that take them."""
-    parser = config_parser("tune", "Find the settings that change a model's results least.")
+    parser = config_parser(
+        "tune", "Find the settings that change a model's results least.", models=True
+    )
     parser.add_argument(
         "--images",
         type=int,
