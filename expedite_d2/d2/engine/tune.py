@@ -101,8 +101,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of error against speed-up")
     args = parser.parse_args(argv)
-    for option in ("output", "plot"):
-        _check_folder(f"--{option}", getattr(args, option))
+    _check_folder("--output", args.output)
+    _check_folder("--plot", args.plot)
     cfg = load_config(args.config_file, args.opts)
     tuning = measure(cfg, args.images, args.budget, args.max_error)
     print(tuning)

@@ -21,7 +21,7 @@ from torch import nn
 from expedite_d2.d2 import progress as progress_module
 from expedite_d2.d2.comparison import compare
 from expedite_d2.d2.data.scenes import writer
-from expedite_d2.d2.engine import calibrate, predict
+from expedite_d2.d2.engine import calibrate, defaults, predict
 from expedite_d2.d2.engine import train as training
 from expedite_d2.d2.evaluation import evaluator
 from expedite_d2.d2.progress import PERIOD, Heartbeat, progress
@@ -173,7 +173,7 @@ def predict_images(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def calibrate_images(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(calibrate, "build_test_loader", lambda *args: [1, 2])
+    patch.setattr(defaults, "build_test_loader", lambda *args: [1, 2])
     patch.setattr(calibrate, "build_trained_model", lambda cfg: None)
     patch.setattr(
         calibrate,

@@ -57,7 +57,7 @@ def test_crops(kind, size, rows, columns):
 
 
 def test_crops_name_what_is_wrong():
-    with pytest.raises(ValueError, match="'garg', 'eigen', 'nyu' or '', got 'centre'"):
+    with pytest.raises(ValueError, match="'nyu', 'nyu_mirrored' or '', got 'centre'"):
         crop_window("centre", 4, 4)
     with pytest.raises(ValueError, match="480x640, got 240x320"):
         crop_window("nyu", 240, 320)
