@@ -334,7 +334,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     files = Path(args.results).glob("*.json")
     # Metrics are on pages of their own.
-    results = load(file for file in files if not re.search("-(accuracy|converted|tuning)", file.name))
+    results = load(
+        file for file in files if not re.search("-(accuracy|converted|tuning)", file.name)
+    )
     text = page(results, output.parent / output.stem, output.parent)
     with replacing(output) as partial:
         partial.write_text(text, encoding="utf-8")

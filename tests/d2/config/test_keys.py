@@ -60,7 +60,8 @@ class Reads(ast.NodeVisitor):
             self.keys |= self.paths(node)
         # setting(cfg, "A.B")
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "setting":
-            self.keys.add(ast.literal_eval(node.args[1]))
+            if isinstance(node.args[1], ast.Constant):  # else of a list of keys that are read anyway
+                self.keys.add(node.args[1].value)
         super().visit(node)
 
 
