@@ -60,7 +60,7 @@ class Reads(ast.NodeVisitor):
             self.keys |= self.paths(node)
         # setting(cfg, "A.B")
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "setting":
-            if isinstance(node.args[1], ast.Constant):  # else of a list of keys that are read anyway
+            if isinstance(node.args[1], ast.Constant):  # else from a list of keys
                 self.keys.add(node.args[1].value)
         super().visit(node)
 
