@@ -95,6 +95,7 @@ NOTES = {
     "transformers BeitModel": Notes(
         "BEiT, DPT on BEiT, MiDaS 3.1, ZoeDepth", "BEiT-L/16 of UPerNet"
     ),
+    "transformers Data2VecVisionModel": Notes("data2vec for images", "data2vec's ViT-L/16"),
     "transformers EomtForUniversalSegmentation": Notes("EoMT", "EoMT-L", restrictions=_QUERIES),
     "transformers EomtDinov3ForUniversalSegmentation": Notes(
         "EoMT on DINOv3", "EoMT-L on DINOv3", restrictions=_QUERIES

@@ -114,6 +114,9 @@ MODELS: dict[str, Callable[[], nn.Module] | str] = {
     "transformers DPTModel": _transformers("DPTModel", **_LARGE, image_size=384),
     "transformers VitPoseBackbone": _transformers("VitPoseBackbone", **_HUGE),
     "transformers BeitModel": _transformers("BeitModel", **_BEIT_LARGE),
+    "transformers Data2VecVisionModel": _transformers(
+        "Data2VecVisionModel", **{**_BEIT_LARGE, "image_size": 224}
+    ),
     "transformers EomtForUniversalSegmentation": _transformers("EomtForUniversalSegmentation"),
     "transformers EomtDinov3ForUniversalSegmentation": _transformers(
         "EomtDinov3ForUniversalSegmentation"

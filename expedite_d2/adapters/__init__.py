@@ -6,6 +6,7 @@ Their classes are recognised by name, so importing this package imports no other
 from __future__ import annotations
 
 from expedite_d2.adapters import (  # noqa: F401 (registration)
+    data2vec,
     detectron2,
     dinov2,
     dinov3,

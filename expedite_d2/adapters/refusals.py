@@ -79,10 +79,6 @@ REFUSALS = (
         "drops most of its patches at random, so that the others lie on no grid",
     ),
     Refusal(
-        ("Data2VecVisionModel",),
-        "is told the images' resolution by each call of a layer; BeitModel takes its weights",
-    ),
-    Refusal(
         ("SwinTransformerV2Cr",),
         "has norms on its main branch at the ends of its stages, so that what blocks add to a "
         "token cannot be told",

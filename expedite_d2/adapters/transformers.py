@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -167,10 +168,19 @@ VITPOSE = replace(
 )
 
 
-def _bias(encoder: Any, layer: Any, grid: Size, cells: Size) -> Tensor | None:
-    """Returns the bias of the logits in one layer of BEiT, (1, heads, 1 + h * w, 1 + h * w)."""
+def bias_of_tables(owners: Iterable[Any], grid: Size, cells: Size) -> Tensor | None:
+    """Returns the sum of the biases of BEiT's modules for them, or None if there are none.
+
+    Args:
+        owners: the modules with a table, or None.
+        grid: rows and columns of the image's tokens.
+        cells: rows and columns of the clusters, (h, w).
+
+    Returns:
+        (1, heads, 1 + h * w, 1 + h * w).
+    """
     bias = None
-    for owner in (layer.relative_position_bias, encoder.shared_position_bias):
+    for owner in owners:
         if owner is None:
             continue
         rows, columns = owner.window_size
@@ -180,6 +190,12 @@ def _bias(encoder: Any, layer: Any, grid: Size, cells: Size) -> Tensor | None:
         part = relative_bias(offsets, table[-3:], grid, cells)[None]
         bias = part if bias is None else bias + part
     return bias
+
+
+def _bias(encoder: Any, layer: Any, grid: Size, cells: Size) -> Tensor | None:
+    """Returns the bias of the logits in one layer of BEiT."""
+    owners = (layer.relative_position_bias, encoder.shared_position_bias)
+    return bias_of_tables(owners, grid, cells)
 
 
 def _own_bias(layer: Any) -> tuple[nn.Module, str] | None:

@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "Swin2SRModel": "restores every pixel",
         "YolosModel": "adds positions to its tokens between the layers",
         "ViTMAEModel": "drops most of its patches at random",
-        "Data2VecVisionModel": "BeitModel takes its weights",
         "ConvNextModel": "holds no encoder that can be expedited: it has no attention",
         "Siglip2VisionModel": "and the nearest family is transformers SiglipVisionModel: families",
     }.items()

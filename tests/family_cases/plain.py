@@ -134,6 +134,28 @@ class TransformersBeitCase(TransformersCase):
         return model(x).last_hidden_state
 
 
+class Data2VecCase(DPTCase):
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(x)[0]
+
+    def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
+        layer = model.encoder.layer[number]
+        own = layer.attention.attention.relative_position_bias
+        shared = model.encoder.relative_position_bias
+        if cells is None:
+            return layer(x, relative_position_bias=shared(self.grid), resolution=self.size)[0]
+        bias = slow_bias(shared.relative_position_bias_table, self.grid, cells)
+        table = slow_bias(own.relative_position_bias_table, self.grid, cells)
+        own.forward = lambda *args, **kwargs: table
+        try:
+            return layer(x, relative_position_bias=bias, resolution=self.size)[0]
+        finally:
+            del own.forward
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return model.layernorm(x)
+
+
 class SiglipCase(TransformersCase):
     prefixes = 0
 
@@ -305,6 +327,18 @@ CASES: dict[str, Case] = {
     "transformers dpt": DPTCase(transformers_dpt),
     "transformers beit, no bias": TransformersBeitCase(
         lambda: transformers_beit(use_absolute_position_embeddings=True)
+    ),
+    "transformers data2vec": Data2VecCase(
+        lambda: from_transformers(
+            "Data2VecVisionModel",
+            use_mean_pooling=False,
+            drop_path_rate=0.0,
+            use_relative_position_bias=True,
+            use_shared_relative_position_bias=True,
+        ),
+        size=(24, 24),
+        others=[],
+        compiled=False,
     ),
     "transformers beit, both biases": TransformersBeitCase(
         lambda: transformers_beit(
