@@ -20,6 +20,7 @@ from expedite_d2.adapters.shifted_windows import (
     table_bias,
     with_table,
 )
+from expedite_d2.adapters.transformers import is_eager, sides
 from expedite_d2.adapters.windows import relative_position_index
 
 
@@ -98,12 +99,6 @@ def _dropout(owner: Any) -> float:
     return owner.dropout.p if owner.training else 0.0
 
 
-def _image_size(encoder: Any) -> Size:
-    size = encoder.config.image_size
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return rows, columns
-
-
 _windows = partial(
     ShiftedWindows, stages=lambda encoder: encoder.encoder.layers, run_in=_run_in, shifts=_shifts
 )
@@ -111,7 +106,7 @@ _family = partial(
     ShiftedWindows.family,
     read=lambda encoder, x, size, *args, **kwargs: size,
     library="transformers",
-    image_size=_image_size,
+    image_size=lambda encoder: sides(encoder.config.image_size),
     run=lambda encoder, images: encoder(images, interpolate_pos_encoding=True),
 )
 SWIN = register_family(
@@ -127,7 +122,7 @@ SWIN = register_family(
         run=lambda encoder, images: encoder(
             images, interpolate_pos_encoding=True, always_partition=True
         ),
-        eager=lambda encoder: encoder.config._attn_implementation == "eager",
+        eager=is_eager,
     )
 )
 COPIES = register_family(
