@@ -15,7 +15,7 @@ from expedite_d2.d2.modeling.in_parts import in_parts
 
 
 def test_parts_are_the_whole_at_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, x = nn.Linear(4, 3), torch.randn(2, 21, 4)
+    network, x = nn.Linear(4, 4), torch.randn(2, 21, 4)
     sizes: list[int] = []
 
     def run(part: Tensor) -> Tensor:

@@ -115,9 +115,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        return in_parts(self._run, x, self.fc1.out_features)
-
-    def _run(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
@@ -143,11 +140,17 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """Runs the block on the tokens of a map: (B, H * W, C) -> same shape, for any H and W."""
-        x = x + self.drop_path(self._attend(self.norm1(x), windows))
+        x = x + self.drop_path(self._attend(x, windows))
+        if self.training:  # the path of a whole map is dropped
+            return self._feed_forward(x)
+        return in_parts(self._feed_forward, x, self.mlp.fc1.out_features)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor, windows: Windows) -> Tensor:
-        return self.attn(x, windows, windows.shifted if self.shifted else windows.layout)
+        layout = windows.shifted if self.shifted else windows.layout
+        return self.attn(self.norm1(x), windows, layout)
 
 
 def concatenate_neighbours(x: Tensor) -> Tensor:

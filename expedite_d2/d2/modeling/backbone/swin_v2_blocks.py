@@ -128,10 +128,12 @@ class SwinV2Block(SwinBlock):
         for norm in (self.norm1, self.norm2):  # each block starts as the identity
             nn.init.zeros_(norm.weight)
 
-    def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """Runs the block on the tokens of a map: (B, H * W, C) -> same shape, for any H and W."""
-        x = x + self.drop_path(self.norm1(self._attend(x, windows)))
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.norm2(self.mlp(x)))
+
+    def _attend(self, x: Tensor, windows: Windows) -> Tensor:
+        layout = windows.shifted if self.shifted else windows.layout
+        return self.norm1(self.attn(x, windows, layout))
 
 
 class PatchMergingV2(nn.Module):

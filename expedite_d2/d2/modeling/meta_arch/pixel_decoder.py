@@ -119,11 +119,11 @@ class PixelDecoderLayer(Mask2FormerPixelDecoderEncoderLayer):
             spatial_shapes_list=shapes,
         )
         x = self.self_attn_layer_norm(tokens + F.dropout(attended, self.dropout, self.training))
-        return self.final_layer_norm(x + in_parts(self._feed_forward, x, self.fc1.out_features))
+        return in_parts(self._feed_forward, x, self.fc1.out_features)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
+        hidden = F.dropout(F.relu_(self.fc1(x)), self.activation_dropout, self.training)
+        return self.final_layer_norm(x + F.dropout(self.fc2(hidden), self.dropout, self.training))
 
 
 class PixelDecoder(Mask2FormerPixelDecoder):
