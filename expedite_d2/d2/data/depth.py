@@ -137,7 +137,8 @@ class DepthTestMapper:
 class DepthTrainMapper:
     """Crops by ``INPUT.CROP``, flips, changes colours: nothing that would change the depth.
 
-    Images keep their scale, by which a single view tells distances.
+    Images have the scale of the test, by which a single view tells distances: the same resizing to
+    ``MODEL.DPT.TEST_SIZE`` comes before the crop.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -145,6 +146,7 @@ class DepthTrainMapper:
         check_crop(cfg)
         self.input = cfg.INPUT
         self.image_format = cfg.INPUT.FORMAT
+        self.target = cfg.MODEL.DPT.TEST_SIZE
 
     def usable(self, name: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """All entries: how many pixels have a depth shows when its map is read.
@@ -180,6 +182,8 @@ class DepthTrainMapper:
             size = entry["benchmark_crop"]
             origin = crop_origin(depth.shape, size, entry["file_name"])
             image, depth = cut(image, origin, size), cut(depth, origin, size)
+        size = network_size(*depth.shape, self.target)
+        image, depth = resize_image(image, size), resize_depth(depth, size)
         if self.input.CROP.ENABLED:
             size = crop_size(self.input.CROP, (depth.shape[0], depth.shape[1]), rng)
             spare = (depth.shape[0] - size[0], depth.shape[1] - size[1])
@@ -208,3 +212,11 @@ def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
         return image
     source = Image.fromarray(np.ascontiguousarray(image))
     return np.asarray(source.resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def resize_depth(depth: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """(H, W) -> size, each pixel's nearest: what was not measured is not mixed with what was."""
+    if depth.shape == size:
+        return depth
+    source = Image.fromarray(np.ascontiguousarray(depth))
+    return np.asarray(source.resize(size[::-1], Image.Resampling.NEAREST))
