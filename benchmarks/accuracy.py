@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 
 from benchmarks.common import ROOT, Recorder, measure, parser
+from benchmarks.paired import Judge, kept
 from benchmarks.pooling import average_pooled
 from benchmarks.tome import block_multiplyadds, equal_schedule, merging
 from expedite_d2 import Reduction, calibrate, describe, expedite, restore
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.data import build_test_loader
 from expedite_d2.d2.engine import build_trained_model
-from expedite_d2.d2.evaluation import build_evaluators, inference_on_dataset
+from expedite_d2.d2.evaluation import build_evaluators
 from expedite_d2.errors import cli
 from expedite_d2.tools.budget import Clusters, Merges, Recipe, meet_budget
 
@@ -38,31 +38,47 @@ class System(NamedTuple):
     """A small model with weights.
 
     Attributes:
-        config: its config below configs/scenes, plain.
+        config: its config below configs, plain.
         metrics: task and name of those that it is judged by.
-        resized: config options that give it images of a side.
-        step: what that side must be a multiple of.
+        resized: config options that give it images of a height and a width.
+        step: in what steps the height may shrink.
     """
 
     config: str
     metrics: tuple[tuple[str, str], ...]
-    resized: Callable[[int], list[Any]] = lambda side: ["INPUT.MIN_SIZE_TEST", side]
+    resized: Callable[[int, int], list[Any]] = lambda height, _: ["INPUT.MIN_SIZE_TEST", height]
     step: int = 32
 
 
-SYSTEMS = {
-    "segmenter": System("semantic/segmenter_vit_mini.yaml", (("sem_seg", "mIoU"),), step=16),
-    "dpt": System(
-        "depth/dpt_vit_mini.yaml",
-        (("depth", "RMSE"),),
-        lambda side: ["MODEL.DPT.TEST_SIZE", [side, side]],
-    ),
+def _segmenter(data: str) -> System:
+    return System(f"{data}/semantic/segmenter_vit_mini.yaml", (("sem_seg", "mIoU"),), step=16)
+
+
+def _dpt(data: str, *metrics: str) -> System:
+    return System(
+        f"{data}/depth/dpt_vit_mini.yaml",
+        tuple(("depth", metric) for metric in metrics),
+        lambda *size: ["MODEL.DPT.TEST_SIZE", size],
+    )
+
+
+SCENES = {
+    "segmenter": _segmenter("scenes"),
+    "dpt": _dpt("scenes", "RMSE"),
     "mask2former": System(
-        "panoptic/mask2former_swin_mini.yaml", (("panoptic_seg", "PQ"), ("sem_seg", "mIoU"))
+        "scenes/panoptic/mask2former_swin_mini.yaml", (("panoptic_seg", "PQ"), ("sem_seg", "mIoU"))
     ),
-    "htc": System("instance/htc_swin_mini.yaml", (("segm", "AP"),)),
-    "panoptic_fpn": System("panoptic/panoptic_fpn_swin_mini.yaml", (("panoptic_seg", "PQ"),)),
+    "htc": System("scenes/instance/htc_swin_mini.yaml", (("segm", "AP"),)),
+    "panoptic_fpn": System(
+        "scenes/panoptic/panoptic_fpn_swin_mini.yaml", (("panoptic_seg", "PQ"),)
+    ),
 }
+# On photographs of rooms, which do not come with the project.
+ROOMS = {
+    "segmenter_rooms": _segmenter("nyuv2_labeled"),
+    "dpt_rooms": _dpt("nyuv2_labeled", "RMSE", "AbsRel"),
+}
+SYSTEMS = SCENES | ROOMS
 # Images that maps and temperature are calibrated on.
 CALIBRATED = 16
 # How far clusters, whose alpha is whole, may exceed a budget; their detail maps cost half of it.
@@ -109,7 +125,7 @@ class Runner:
         self.system, self.args = SYSTEMS[name], args
         self.cfg = self.config()
         (test,) = self.cfg.DATASETS.TEST
-        self.unlabelled = test.replace("_val", "_tune")
+        self.unlabelled = test.rsplit("_", 1)[0] + "_tune"
         self.dataset, self.shown = test, slice(args.images)
         if args.part == "sweep":
             self.dataset, self.shown = self.unlabelled, slice(CALIBRATED, CALIBRATED + args.images)
@@ -121,11 +137,11 @@ class Runner:
         height, width = self.images[0][0]["image"].shape[-2:]
         self.size = (int(height), int(width))
         self.whole = self._multiply_adds(self.size)
-        self.depths: list[Tensor] = []
+        self.judge = Judge(build_evaluators(self.cfg, self.dataset), self.system.metrics)
 
     def config(self, *opts: Any) -> Any:
         """The system's config, with options."""
-        path = str(ROOT / "configs/scenes" / self.system.config)
+        path = str(ROOT / "configs" / self.system.config)
         fixed = ["MODEL.DEVICE", self.args.device, "DATALOADER.NUM_WORKERS", 0]
         return load_config(path, [*fixed, *opts])
 
@@ -145,7 +161,7 @@ class Runner:
         if self.args.part == "latency":
             return {"latency_ms": self._latency(size or self.size)}
         images = self._images(self.config(*opts)) if opts else self.images
-        return {"metrics": self._metrics(images)}
+        return self.judge(self.model, images)
 
     @torch.inference_mode()
     def _latency(self, size: tuple[int, int]) -> dict[str, Any]:
@@ -154,30 +170,6 @@ class Runner:
         plain, reduced = (model.get_submodule("backbone") for model in (self.plain, self.model))
         calls = {"plain": partial(plain, whole), "reduced": partial(reduced, image)}
         return measure(calls, self.args.device, self.args.rounds, quick=self.args.quick)["reduced"]
-
-    def _metrics(self, images: Sequence[Any]) -> dict[str, float]:
-        """Metrics on images.
-
-        Of depth also the root mean square in m of its distance to the plain model's, which is
-        measured first.
-        """
-        depths: list[Tensor] = []
-        hook = self.model.register_forward_hook(
-            lambda model, batch, outputs: depths.extend(
-                output["depth"].cpu() for output in outputs if "depth" in output
-            )
-        )
-        evaluators = build_evaluators(self.cfg, self.dataset)
-        try:
-            found: Any = inference_on_dataset(self.model, images, evaluators)
-        finally:
-            hook.remove()
-        metrics = {metric: found[task][metric] for task, metric in self.system.metrics}
-        self.depths = self.depths or depths
-        if depths:
-            squares = [(a - b).square().mean() for a, b in zip(depths, self.depths, strict=True)]
-            metrics["distance"] = torch.stack(squares).mean().sqrt().item()
-        return metrics
 
     def recipe(self, recipe: Recipe, budget: float, maps: bool) -> dict[str, Any] | None:
         """A row of a recipe at a budget, which detail maps are part of; None where they hurt."""
@@ -212,12 +204,15 @@ class Runner:
 
     def resized(self, budget: float) -> dict[str, Any]:
         """The row of the plain model on smaller images."""
-        side, step = self.size[0] - self.system.step, self.system.step
-        while self._multiply_adds((side, side)) > budget * self.whole:
-            side -= step
-        share = self._multiply_adds((side, side)) / self.whole
-        measured = self.measure(self.system.resized(side), (side, side))
-        return {"side": side, "share": share, **measured}
+        height, width = self.size
+        for side in range(height - self.system.step, 0, -self.system.step):
+            opts = self.system.resized(side, round(side * width / height))
+            (first,) = next(iter(build_test_loader(self.config(*opts), self.dataset)))
+            size = (int(first["image"].shape[1]), int(first["image"].shape[2]))
+            share = self._multiply_adds(size) / self.whole
+            if share <= budget:
+                return {"size": size, "share": share, **self.measure(opts, size)}
+        raise ValueError(f"no image is small enough for {budget} of the multiply-adds")
 
     def token_merging(self, budget: float) -> dict[str, Any]:
         """The row of ToMe, on a plain ViT of which the last block alone is read."""
@@ -267,7 +262,7 @@ def reported(runner: Runner, budget: float) -> Rows:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--part", choices=["report", "sweep", "latency"], default="report")
-    arguments.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    arguments.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SCENES))
     arguments.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.4])
     arguments.add_argument("--images", type=int, default=80, help="of the set (default 80)")
     args = arguments.parse_args(argv)
@@ -310,13 +305,6 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             share = kept(metric, value, plain[row["system"]]["metrics"][metric])
             rows.append({**line, "metric": metric, "value": value, "kept, %": share})
     return tabulate(rows, headers="keys", floatfmt=".4g")
-
-
-def kept(metric: str, value: float, plain: float) -> float | None:
-    """Percent of the plain model's metric; an error as its inverse ratio, a distance as none."""
-    if metric == "distance":
-        return None
-    return 100 * (plain / value if metric == "RMSE" else value / plain)
 
 
 def speedup(row: Mapping[str, Any]) -> float:

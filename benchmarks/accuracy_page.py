@@ -15,8 +15,9 @@ from typing import Any
 from matplotlib import pyplot as plt
 from tabulate import tabulate
 
-from benchmarks.accuracy import SYSTEMS, kept, speedup
+from benchmarks.accuracy import SYSTEMS, speedup
 from benchmarks.common import ROOT
+from benchmarks.paired import ERRORS, kept
 from expedite_d2.errors import cli
 from expedite_d2.files import replacing
 
@@ -28,6 +29,14 @@ TITLES = {
     "mask2former": "Mask2Former, Swin",
     "htc": "HTC, Swin",
     "panoptic_fpn": "Panoptic FPN, Swin",
+    "segmenter_rooms": "Segmenter, ViT, photographs of rooms",
+    "dpt_rooms": "DPT, ViT, photographs of rooms",
+}
+# What is measured against the plain model's outputs.
+TO_PLAIN = {
+    "distance": "distance to plain, m",
+    "relative": "distance to plain, %",
+    "agreement": "agreement with plain, %",
 }
 # Colour and marker of each method, the same in every plot.
 STYLES = {
@@ -75,14 +84,23 @@ def results(rows: Sequence[Row], latencies: Mapping[str, Row], system: str) -> s
         }
         for metric, value in row["metrics"].items():
             share = kept(metric, value, plain["metrics"][metric])
-            unit = " to plain, m" if metric == "distance" else ""
-            line[f"{metric}{unit}"] = f"{value:.3f}" if share is None else f"{value:.2f}"
-            if metric == "RMSE":
-                line[metric] = f"{value:.3f}"
-            if share is not None:
-                line[f"{metric} kept, %"] = f"{share:.1f}"
+            interval = row.get("intervals", {}).get(metric)
+            if share is None:
+                digits = 3 if metric == "distance" else 1
+                line[TO_PLAIN[metric]] = _with_interval(value, interval, digits)
+            else:
+                line[metric] = f"{value:.{3 if metric in ERRORS else 2}f}"
+                line[f"{metric} kept, %"] = _with_interval(share, interval, 1)
         lines.append(line)
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _with_interval(value: float, interval: Sequence[float] | None, digits: int) -> str:
+    """A figure and its interval, where there is one that is not empty, as the plain model's is."""
+    if interval is None or interval[0] == interval[1]:
+        return f"{value:.{digits}f}"
+    low, high = interval
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def swept(rows: Sequence[Row], system: str) -> str:
@@ -103,11 +121,11 @@ def swept(rows: Sequence[Row], system: str) -> str:
             "detail map": "yes" if row["maps"] else "",
             "multiply-adds of the blocks, %": f"{100 * row['share']:.1f}",
             f"{metric} kept, %": f"{share(row):.1f}",
-            **(
-                {"distance to plain, m": f"{row['metrics']['distance']:.3f}"}
-                if "distance" in row["metrics"]
-                else {}
-            ),
+            **{
+                words: f"{row['metrics'][metric]:.3f}"
+                for metric, words in TO_PLAIN.items()
+                if metric in row["metrics"]
+            },
         }
         for row in sorted(reduced, key=lambda row: (-row["budget"], -share(row)))
     ]

@@ -18,8 +18,9 @@ from unittest import mock
 
 from tabulate import tabulate
 
-from benchmarks.accuracy import SYSTEMS, Runner, kept
+from benchmarks.accuracy import SCENES, SYSTEMS, Runner
 from benchmarks.common import Recorder, parser
+from benchmarks.paired import ERRORS, kept
 from expedite_d2.d2.engine import tune
 from expedite_d2.errors import cli
 from expedite_d2.tools.tuning import in_words
@@ -31,7 +32,7 @@ NEAR = 0.08
 @cli
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    arguments.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SCENES))
     arguments.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5])
     arguments.add_argument("--tuned", type=int, default=24, help="images to tune on (default 24)")
     arguments.add_argument("--images", type=int, default=80, help="images with labels (default 80)")
@@ -79,7 +80,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     for (system, budget), rows in groups.items():
         (chosen,) = [row for row in rows if row["chosen"]]
         for metric, whole in plain[system].items():
-            best = (min if metric in ("RMSE", "distance") else max)(
+            best = (min if metric in (*ERRORS, "distance", "relative") else max)(
                 rows, key=lambda row: row["metrics"][metric]
             )
             line = {"system": system, "budget": budget, "tried": len(rows), "metric": metric}

@@ -182,7 +182,7 @@ class DepthTrainMapper:
             size = entry["benchmark_crop"]
             origin = crop_origin(depth.shape, size, entry["file_name"])
             image, depth = cut(image, origin, size), cut(depth, origin, size)
-        size = network_size(*depth.shape, self.target)
+        size = network_size(depth.shape[0], depth.shape[1], self.target)
         image, depth = resize_image(image, size), resize_depth(depth, size)
         if self.input.CROP.ENABLED:
             size = crop_size(self.input.CROP, (depth.shape[0], depth.shape[1]), rng)
@@ -219,4 +219,4 @@ def resize_depth(depth: NDArray[np.float32], size: tuple[int, int]) -> NDArray[n
     if depth.shape == size:
         return depth
     source = Image.fromarray(np.ascontiguousarray(depth))
-    return np.asarray(source.resize(size[::-1], Image.Resampling.NEAREST))
+    return np.array(source.resize(size[::-1], Image.Resampling.NEAREST))

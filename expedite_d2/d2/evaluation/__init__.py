@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from expedite_d2.d2.evaluation.depth import DepthEvaluator
-from expedite_d2.d2.evaluation.evaluator import DatasetEvaluator, inference_on_dataset
+from expedite_d2.d2.evaluation.evaluator import (
+    DatasetEvaluator,
+    ImageEvaluator,
+    inference_on_dataset,
+)
 from expedite_d2.d2.evaluation.instance import InstanceEvaluator
 from expedite_d2.d2.evaluation.panoptic import PanopticEvaluator
 from expedite_d2.d2.evaluation.semantic import SemanticEvaluator
@@ -21,6 +25,7 @@ from expedite_d2.tools.latency import (
 __all__ = [
     "DatasetEvaluator",
     "DepthEvaluator",
+    "ImageEvaluator",
     "InstanceEvaluator",
     "Latency",
     "PanopticEvaluator",
@@ -34,7 +39,7 @@ __all__ = [
 ]
 
 
-def build_evaluators(cfg: Any, dataset_name: str) -> list[DatasetEvaluator]:
+def build_evaluators(cfg: Any, dataset_name: str) -> list[ImageEvaluator[Any]]:
     """The evaluators of a data set, as Mask2Former chooses them.
 
     A panoptic data set is evaluated in each task that ``MODEL.MASK_FORMER.TEST.*_ON`` switches on
@@ -65,7 +70,7 @@ def build_evaluators(cfg: Any, dataset_name: str) -> list[DatasetEvaluator]:
             f"or '…_panoptic_seg', got {kind!r}"
         )
     switches = cfg.MODEL.MASK_FORMER.TEST
-    evaluators: list[DatasetEvaluator] = []
+    evaluators: list[ImageEvaluator[Any]] = []
     if switches.PANOPTIC_ON:
         evaluators.append(PanopticEvaluator(dataset_name))
     if switches.SEMANTIC_ON:

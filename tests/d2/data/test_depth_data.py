@@ -30,6 +30,7 @@ KITTI_DEPTH = "2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02"
 def depth_cfg(cfg: CfgNode) -> CfgNode:
     add_expedite_config(cfg)
     cfg.INPUT.DATASET_MAPPER_NAME = "depth"
+    cfg.MODEL.DPT.TEST_SIZE = [352, 1216]
     return cfg
 
 
@@ -161,7 +162,6 @@ def test_network_size(size, target, expected) -> None:
 
 
 def test_test_mapper_takes_the_benchmark_crop(depth_cfg: CfgNode, kitti: Path) -> None:
-    depth_cfg.MODEL.DPT.TEST_SIZE = [352, 1216]
     sample = DepthTestMapper(depth_cfg)(load(kitti)[0])
     assert sample["crop"] == (23, 13, 352, 1216)
     assert (sample["height"], sample["width"]) == (352, 1216)
@@ -201,6 +201,30 @@ def test_train_mapper_keeps_depth_with_its_image(depth_cfg: CfgNode, kitti: Path
     assert torch.equal(same[0]["image"], same[1]["image"])
 
 
+def test_training_has_the_scale_of_the_test(depth_cfg: CfgNode, tmp_path: Path) -> None:
+    depth_cfg.MODEL.DPT.TEST_SIZE = [96, 128]
+    depth_cfg.INPUT.CROP.ENABLED, depth_cfg.INPUT.RANDOM_FLIP = False, "none"
+    metres = np.where(np.arange(512) < 200, 2, 6) * np.ones((384, 1), int)
+    metres[:, 400:] = 0  # not measured
+    Image.fromarray((metres * 256).astype(np.uint16)).save(tmp_path / "depth.png")
+    Image.fromarray((metres * 40).astype(np.uint8)).convert("RGB").save(tmp_path / "image.png")
+    entry = {
+        "file_name": str(tmp_path / "image.png"),
+        "depth_file_name": str(tmp_path / "depth.png"),
+        "depth_scale": 1 / 256,
+    }
+    sample = DepthTrainMapper(depth_cfg)(entry, np.random.default_rng(0))
+    assert sample["image"].shape == DepthTestMapper(depth_cfg)(entry)["image"].shape
+    assert sample["depth"].shape == (96, 128) and set(sample["depth"].unique().tolist()) == {
+        0,
+        2,
+        6,
+    }
+    # Bicubic resizing alters the colours of two pixels beside each of the two edges.
+    agree = (sample["image"][0].float() / 40 - sample["depth"]).abs() < 0.5
+    assert agree.float().mean() > 1 - 8 / 128
+
+
 def test_train_mapper_changes_colours_alone(depth_cfg: CfgNode, kitti: Path) -> None:
     depth_cfg.INPUT.CROP.ENABLED, depth_cfg.INPUT.RANDOM_FLIP = False, "none"
     entry = load(kitti)[0]
@@ -236,6 +260,7 @@ def test_scenes_with_depth(
     assert len(entries) == 3 and "annotations" not in entries[0]
     depth_cfg.INPUT.RANDOM_FLIP = "none"
     depth_cfg.INPUT.CROP.ENABLED = False
+    depth_cfg.MODEL.DPT.TEST_SIZE = [384, 384]
     sample = DepthTrainMapper(depth_cfg)(entries[0], np.random.default_rng(0))
     assert sample["depth"].shape == (384, 384)
     assert 1 < sample["depth"].max() <= 100 and sample["depth"].min() >= 0

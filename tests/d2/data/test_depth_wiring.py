@@ -110,7 +110,9 @@ def rmse(depth: np.ndarray, scale: float, rows: slice, columns: slice) -> float:
 @pytest.mark.parametrize("data", ["kitti_eigen", "nyuv2"])
 def test_train_loader_gives_crops_with_their_depth(root: Path, data: str) -> None:
     opts = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolute"]
-    cfg = make_cfg(data, *opts, "INPUT.CROP.SIZE", "[96, 128]", "INPUT.RANDOM_FLIP", "none")
+    opts += ["INPUT.CROP.SIZE", "[96, 128]", "INPUT.RANDOM_FLIP", "none"]
+    opts += ["MODEL.DPT.TEST_SIZE", "[480, 640]" if data == "nyuv2" else "[352, 1216]"]
+    cfg = make_cfg(data, *opts)
     batch = next(iter(build_train_loader(cfg)))
     assert len(batch) == 2
     for sample in batch:
