@@ -108,8 +108,8 @@ class _SpanBlock(Override):
         if self.number not in hourglass.full:
             attach(low, state._replace(low=None))
             return out
-        prefix, tokens = family.tokens.split(encoder, low, state.layout)
-        full = family.tokens.join(prefix, state.reconstruct(tokens, maps_at(encoder, self.number)))
+        aside, tokens = family.tokens.split(encoder, low, state.layout)
+        full = family.tokens.join(aside, state.reconstruct(tokens, maps_at(encoder, self.number)))
         return with_first(out, attach(full, state._replace(low=low)))
 
     def _enter(self, x: Tensor, encoder: Any) -> tuple[Tensor, State]:
@@ -123,13 +123,14 @@ class _SpanBlock(Override):
             x = state.low
         reduction: Reduction = encoder.reduction
         if self.number in (step.at for step in reduction.steps):
-            prefix, tokens = family.tokens.split(encoder, x, state.layout)
+            aside, tokens = family.tokens.split(encoder, x, state.layout)
             window = family.window(encoder, self.hourglass.span.start)
             tokens, state = reduction.enter(tokens, state, self.number, window)
-            x = family.tokens.join(prefix, tokens)
+            x = family.tokens.join(aside, tokens)
+            state = state._replace(aside=tuple(part.shape[1] for part in aside))
             layout = state.layout
-            if isinstance(layout, Points) and layout.groups and prefix is not None:
-                groups = layout.groups.behind(prefix.shape[1])
+            if isinstance(layout, Points) and layout.groups:
+                groups = layout.groups.between(*state.aside)
                 state = state._replace(layout=layout._replace(groups=groups))
         return x, state
 

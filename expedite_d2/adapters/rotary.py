@@ -11,6 +11,7 @@ from torch import Tensor
 from expedite_d2.adapters.family import BlockCall, NoPositions, Size, refuse_masks
 from expedite_d2.ops.token_pool import token_pool
 from expedite_d2.reducers import Points, State
+from expedite_d2.reducers.merge import means_of_members
 
 #: One of (cos, sin) in either order, (..., N, d); or both side by side in one, (..., N, 2 d).
 Rotations = tuple[Tensor, Tensor] | Tensor
@@ -140,19 +141,13 @@ def _means(table: Tensor, state: State, layout: Points, batch: int) -> Tensor:
     Returns:
         (B, ..., n, D), with an axis of length 1 in between where `table` has no other axis.
     """
-    places = None
-    for step in state.steps:
-        new: Tensor | None = getattr(step, "places", None)
-        if new is not None:  # otherwise there were too few tokens to merge
-            places = new if places is None else new.gather(1, places.long())
     other, rows = table.shape[:-2] or (1,), table.movedim(-2, 0).flatten(1)  # (N, ... * D)
-    means = rows.expand(batch, *rows.shape)
-    if places is not None:
-        means = token_pool(means, places, layout.sizes.shape[1])
+    means = means_of_members(rows.expand(batch, *rows.shape), state)
     if layout.groups is not None:
+        prefixes, suffixes = state.aside  # each a group of its own
         groups, total = layout.groups
-        prefixes = groups.shape[1] - layout.sizes.shape[1]  # each a group of its own, in front
-        means = token_pool(means, groups[:, prefixes:] - prefixes, total - prefixes)
+        groups = groups[:, prefixes : groups.shape[1] - suffixes] - prefixes
+        means = token_pool(means, groups, total - prefixes - suffixes)
     return means.unflatten(2, (*other, table.shape[-1])).movedim(1, -2)
 
 

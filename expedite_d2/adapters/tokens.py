@@ -20,27 +20,30 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Blocks take (B, P + N, C): P prefix tokens (class, distillation, register), then the others.
+    """Blocks take (B, P + N + S, C): P prefix tokens, those of the image, and S suffix tokens.
 
     Attributes:
-        prefixes: number of prefix tokens of an encoder.
+        prefixes: number of tokens in front of the image's: class, distillation, register.
+        suffixes: number of tokens behind the image's: detection.
     """
 
     prefixes: Callable[[Any], int] = lambda encoder: 1
+    suffixes: Callable[[Any], int] = lambda encoder: 0
 
     def split(
         self, encoder: nn.Module, x: Tensor, layout: Grid | Points
-    ) -> tuple[Tensor | None, Tensor]:
-        """Splits (B, P + N, C) into prefixes (B, P, C) or None, and (B, H, W, C) or (B, N, C)."""
-        count = self.prefixes(encoder)
-        prefix = x[:, :count] if count else None
-        tokens = x[:, count:]
-        return prefix, tokens.unflatten(1, layout) if isinstance(layout, Grid) else tokens
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Sets aside (B, P, C) and (B, S, C), and returns them and (B, H, W, C) or (B, N, C)."""
+        first, last = self.prefixes(encoder), x.shape[1] - self.suffixes(encoder)
+        tokens = x[:, first:last]
+        aside = (x[:, :first], x[:, last:])
+        return aside, tokens.unflatten(1, layout) if isinstance(layout, Grid) else tokens
 
-    def join(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
+    def join(self, aside: Sequence[Tensor], tokens: Tensor) -> Tensor:
         """The inverse of `split`."""
-        tokens = tokens.flatten(1, -2)
-        return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+        prefix, suffix = aside
+        parts = [part for part in (prefix, tokens.flatten(1, -2), suffix) if part.shape[1]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,11 @@ class TokenMap:
 
     def split(
         self, encoder: nn.Module, x: Tensor, layout: Grid | Points
-    ) -> tuple[Tensor | None, Tensor]:
-        """Returns no prefixes, and the map (B, H, W, C)."""
-        return None, x.permute(0, 2, 3, 1) if self.channels_first else x
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Sets nothing aside, and returns the map (B, H, W, C)."""
+        return (), x.permute(0, 2, 3, 1) if self.channels_first else x
 
-    def join(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
+    def join(self, aside: Sequence[Tensor], tokens: Tensor) -> Tensor:
         """The inverse of `split`."""
         return tokens.permute(0, 3, 1, 2) if self.channels_first else tokens
 
@@ -70,14 +73,13 @@ class TokenClip:
 
     def split(
         self, encoder: nn.Module, x: Tensor, layout: Grid | Points
-    ) -> tuple[Tensor | None, Tensor]:
-        """Returns maps (B * T, H, W, C) and, for `join`, an empty (B, T, 0) instead of prefixes."""
-        return x[:, :, 0, 0, :0], x.flatten(0, 1)
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Sets aside an empty (B, T, 0), for `join`, and returns maps (B * T, H, W, C)."""
+        return (x[:, :, 0, 0, :0],), x.flatten(0, 1)
 
-    def join(self, prefix: Tensor | None, tokens: Tensor) -> Tensor:
+    def join(self, aside: Sequence[Tensor], tokens: Tensor) -> Tensor:
         """The inverse of `split`."""
-        assert prefix is not None
-        return tokens.unflatten(0, prefix.shape[:2])
+        return tokens.unflatten(0, aside[0].shape[:2])
 
 
 @dataclass(frozen=True)

@@ -83,17 +83,18 @@ def clustering_of(x: Tensor) -> tuple[Tensor, Clustering] | None:
         x: the tensor that the block returned, not a copy or a view of it.
 
     Returns:
-        The block's output on the clusters, (B, h, w, C) without prefix tokens, or (B * T, h, w, C)
-        for T frames, and the clustering, for `reconstruct`; None for any other tensor.
+        The block's output on the clusters, (B, h, w, C) without class tokens and the like, or
+        (B * T, h, w, C) for T frames, and the clustering, for `reconstruct`; None for any other
+        tensor.
     """
     state = state_of(x)
     if state is None or len(state.steps) != 1 or not isinstance(state.steps[0], Clustering):
         return None
     assert isinstance(state.layout, Grid)  # a Clustering produces one
     low = x if state.low is None else state.low
-    if low.dim() == 3:  # (B, P + h * w, C)
-        rows, columns = state.layout
-        low = low[:, low.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+    if low.dim() == 3:  # (B, P + h * w + S, C)
+        prefixes, suffixes = state.aside
+        low = low[:, prefixes : low.shape[1] - suffixes].unflatten(1, state.layout)
     elif state.channels_first:
         low = low.permute(0, 2, 3, 1)
     elif low.dim() == 5:  # (B, T, h, w, C)

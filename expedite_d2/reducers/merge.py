@@ -12,10 +12,11 @@ from torch import Tensor
 
 from expedite_d2.ops._checks import integer, real
 from expedite_d2.ops.token_merge import token_merge
+from expedite_d2.ops.token_pool import token_pool
 from expedite_d2.ops.token_reconstruct import token_reconstruct
 from expedite_d2.profiling import profiler_range
 from expedite_d2.reducers.correction import DetailMap
-from expedite_d2.reducers.state import Grid, Groups, Points
+from expedite_d2.reducers.state import Grid, Groups, Points, State
 
 # Digits after the point of a number of tokens: 1 - 0.8 is a little less than 0.2 in binary.
 _DIGITS = 6
@@ -152,6 +153,27 @@ class Merging(NamedTuple):
                 # The sum keeps the tokens' type where autocast multiplies in a half type.
                 out = out + detail.of(tokens - spread(merged, self.places))
             return out
+
+
+def means_of_members(values: Tensor, state: State) -> Tensor:
+    """Returns the means over the image's tokens that each merged token stands for.
+
+    Args:
+        values: (B, H * W, C), for each of the image's tokens.
+        state: the state of the merged tokens.
+
+    Returns:
+        (B, n, C).
+    """
+    places = None
+    for step in state.steps:
+        new: Tensor | None = getattr(step, "places", None)
+        if new is not None:  # otherwise there were too few tokens to merge
+            places = new if places is None else new.gather(1, places.long())
+    if places is None:
+        return values
+    assert isinstance(state.layout, Points)  # a Merging produces one
+    return token_pool(values, places, state.layout.sizes.shape[1])
 
 
 def spread(

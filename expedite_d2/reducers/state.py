@@ -35,12 +35,13 @@ class Groups(NamedTuple):
     places: Tensor
     total: int
 
-    def behind(self, prefixes: int) -> Groups:
-        """Returns the groups of a sequence with prefix tokens in front, each its own group."""
+    def between(self, prefixes: int, suffixes: int) -> Groups:
+        """Returns the groups of a sequence with other tokens around, each its own group."""
         batch = self.places.shape[0]
-        first = torch.arange(prefixes, dtype=torch.int32, device=self.places.device)
-        places = torch.cat([first.expand(batch, -1), self.places + prefixes], dim=1)
-        return Groups(places, self.total + prefixes)
+        total = prefixes + self.total + suffixes
+        each = torch.arange(total, dtype=torch.int32, device=self.places.device).expand(batch, -1)
+        first, last = each[:, :prefixes], each[:, total - suffixes :]
+        return Groups(torch.cat([first, self.places + prefixes, last], dim=1), total)
 
 
 class Points(NamedTuple):
@@ -75,12 +76,13 @@ class State(NamedTuple):
 
     Attributes:
         grid: rows and columns of the image's tokens.
-        layout: layout of the tensor's tokens without prefix tokens, or of those of `low` if it is
-            not None.
+        layout: layout of the image's tokens in the tensor, or in `low` if it is not None.
         steps: how the steps so far are undone, in the order in which they ran; empty before the
             first step.
         low: the same block output before it was reconstructed, in the block's own form; None if
             the tensor was not reconstructed.
+        aside: lengths of what the last step set aside: in a sequence, the numbers of tokens in
+            front of the image's and behind them.
         channels_first: whether the blocks take maps (B, C, H, W).
         positions: what an adapter made of the blocks' positions for this layout, so that it need
             not do so again in the next block.
@@ -90,6 +92,7 @@ class State(NamedTuple):
     layout: Grid | Points
     steps: tuple[Undo, ...] = ()
     low: Tensor | None = None
+    aside: tuple[int, ...] = ()
     channels_first: bool = False
     positions: Any = None
 

@@ -107,14 +107,14 @@ def test_groups_of_a_round_hold_what_is_alike() -> None:
         assert len(set(direction[places == group].tolist())) == 1
 
 
-def test_prefixes_are_groups_of_their_own() -> None:
+def test_tokens_around_are_groups_of_their_own() -> None:
     z = tokens(1, 4, 4, 3)
     _, state = Reduction(Merge(0, 0.75, 1)).enter(z, State.of_image(4, 4), 0, None)
     assert isinstance(state.layout, Points) and state.layout.groups
     groups = state.layout.groups
-    places, count = groups.behind(2)
-    assert count == groups.total + 2 and places.dtype == torch.int32
-    assert places[0].tolist() == [0, 1, *(groups.places[0] + 2).tolist()]
+    places, count = groups.between(2, 1)
+    assert count == groups.total + 3 and places.dtype == torch.int32
+    assert places[0].tolist() == [0, 1, *(groups.places[0] + 2).tolist(), count - 1]
 
 
 def test_too_few_tokens_run_unreduced_with_a_warning() -> None:
