@@ -110,6 +110,7 @@ NOTES = {
         "square images of whole windows",
         "each of 4x4 windows",
     ),
+    "transformers YolosModel": Notes("YOLOS", "YOLOS-B"),
     "transformers SamVisionEncoder": Notes(
         "SAM, MedSAM, SlimSAM", "SAM ViT-H", restrictions=f"{_SQUARE}; {_CONFIGURED}"
     ),

@@ -125,6 +125,7 @@ MODELS: dict[str, Callable[[], nn.Module] | str] = {
         "VideomtForUniversalSegmentation"
     ),
     "transformers RfDetrDinov2Backbone": _transformers("RfDetrDinov2Backbone", **_RF_DETR_BASE),
+    "transformers YolosModel": _transformers("YolosModel", image_size=[800, 1344]),
     "transformers SamVisionEncoder": _transformers("SamVisionModel", **_SAM_HUGE),
     "transformers SamHQVisionEncoder": _transformers("SamHQVisionModel", **_SAM_LARGE),
     "transformers Sam3ViTModel": _transformers("Sam3ViTModel"),

@@ -24,6 +24,7 @@ from expedite_d2.adapters import (  # noqa: F401 (registration)
     transformers_rotary,
     transformers_swin,
     transformers_windows,
+    yolos,
 )
 from expedite_d2.adapters.core import expect_module, expedite, is_expedited, remember, restore
 from expedite_d2.adapters.family import Family

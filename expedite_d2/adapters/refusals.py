@@ -71,10 +71,6 @@ REFUSALS = (
         "restores every pixel: convolutions between its groups of blocks need the whole map",
     ),
     Refusal(
-        ("YolosModel",),
-        "adds positions to its tokens between the layers, and detection tokens behind them",
-    ),
-    Refusal(
         ("ViTMAEModel",),
         "drops most of its patches at random, so that the others lie on no grid",
     ),

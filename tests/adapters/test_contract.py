@@ -30,7 +30,7 @@ kinds = pytest.mark.parametrize(("case", "reduction"), SETTINGS.values(), ids=SE
 MECHANISMS = ["timm vit", "timm beit, own bias", "transformers beit, both biases"]
 MECHANISMS += ["transformers dpt", "official swin", "detectron2 vit"]
 MECHANISMS += ["transformers swin", "transformers swin v2"]
-MECHANISMS += ["timm vit, grouped", "transformers vit, merging"]
+MECHANISMS += ["timm vit, grouped", "transformers vit, merging", "transformers yolos, merging"]
 MECHANISMS += ["transformers sam", "transformers sam 3", "transformers vitdet"]
 MECHANISMS += ["transformers dinov3", "dinov3, merging", "timm eva02, grouped"]
 MECHANISMS += ["torchvision swin3d", "timm swin", "timm swin v2"]

@@ -23,6 +23,7 @@ from expedite_d2.tools.calibrate import calibrate
 families = pytest.mark.parametrize("case", SEQUENCES.values(), ids=SEQUENCES)
 ONE_EACH = ["timm vit", "timm beit, own bias", "transformers vit", "transformers dpt"]
 ONE_EACH += ["transformers beit, both biases", "transformers dinov3", "timm eva, mixed"]
+ONE_EACH += ["transformers yolos"]
 some_families = pytest.mark.parametrize("case", [CASES[name] for name in ONE_EACH], ids=ONE_EACH)
 
 

@@ -16,7 +16,7 @@ from expedite_d2.reducers import Merge, Points, Reduction, State
 
 KINDS = ["timm vit", "timm vit, registers and pre-norm", "timm vit, distilled"]
 KINDS += ["transformers vit", "transformers dpt", "transformers dinov2, registers"]
-KINDS += ["transformers clip", "torchvision vit"]
+KINDS += ["transformers clip", "torchvision vit", "transformers yolos"]
 kinds = pytest.mark.parametrize("case", [CASES[name] for name in KINDS], ids=KINDS)
 
 
@@ -45,10 +45,11 @@ def grouped_block(case: Case, model: Any, number: int, x: Tensor, state: State) 
     norm, attention, rest = parts(case.blocks(model)[number])
     assert isinstance(state.layout, Points) and state.layout.groups
     places, count = state.layout.groups
-    p, images = case.prefixes, []
+    p, end, images = case.prefixes, x.shape[1] - case.suffixes, []
     for image, groups in zip(x, places.tolist(), strict=True):
         members = [[i] for i in range(p)]
         members += [[p + i for i, g in enumerate(groups) if g == k] for k in range(count)]
+        members += [[i] for i in range(end, x.shape[1])]
         means = torch.stack([image[who].mean(0) for who in members])
         given = attention(norm(means[None]))[0]
         gained = torch.empty_like(image)
@@ -58,21 +59,45 @@ def grouped_block(case: Case, model: Any, number: int, x: Tensor, state: State) 
     return torch.stack(images)
 
 
+def shares(state: State) -> Tensor | None:
+    """(B, n, H * W): the share of each of the image's tokens in each merged one; None before."""
+    if not state.steps:
+        return None
+    rows, columns = state.grid
+    images = []
+    for image in range(len(state.steps[0].places)):  # type: ignore[attr-defined]
+        members = [[i] for i in range(rows * columns)]
+        for step in state.steps:
+            places = step.places[image].tolist()  # type: ignore[attr-defined]
+            merged: list[list[int]] = [[] for _ in range(max(places) + 1)]
+            for who, place in zip(members, places, strict=True):
+                merged[place] += who
+            members = merged
+        share = torch.zeros(len(members), rows * columns)
+        for place, who in enumerate(members):
+            share[place, who] = 1 / len(who)
+        images.append(share)
+    return torch.stack(images)
+
+
 @torch.no_grad()
 def by_hand(case: Case, model: Any, x: Tensor, reduction: Reduction) -> list[Tensor]:
     """Outputs of all blocks, reconstructed."""
-    tokens, outputs, p = case.embed(model, x), [], case.prefixes
+    tokens, outputs = case.embed(model, x), []
     state = State.of_image(*case.grid)
     for number in range(len(case.blocks(model))):
-        rest = tokens[:, p:] if state.steps else tokens[:, p:].unflatten(1, case.grid)
+        first, rest, last = case.split(tokens)
+        rest = rest if state.steps else rest.unflatten(1, case.grid)
         rest, state = reduction.enter(rest, state, number, None)
-        tokens = torch.cat([tokens[:, :p], rest.flatten(1, -2)], 1)
+        tokens = torch.cat([first, rest.flatten(1, -2), last], 1)
         if isinstance(state.layout, Points) and state.layout.groups:
             tokens = grouped_block(case, model, number, tokens, state)
         else:
             tokens = case.block(model, number, tokens, None)
-        full = state.reconstruct(tokens[:, p:]) if state.steps else tokens[:, p:]
-        outputs.append(torch.cat([tokens[:, :p], full], 1))
+        first, rest, last = case.split(tokens)
+        full = state.reconstruct(rest) if state.steps else rest
+        outputs.append(torch.cat([first, full, last], 1))
+        tokens = case.between(model, number, tokens, shares(state))
     return outputs
 
 

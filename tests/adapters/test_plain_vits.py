@@ -9,13 +9,13 @@ import torch
 import transformers
 from family_cases import CASES
 from family_cases.case import images, randomised
-from family_cases.plain import CONFIG, timm_naflex, transformers_dinov2, vitpose
+from family_cases.plain import CONFIG, timm_naflex, transformers_dinov2, vitpose, yolos
 from official_shaped import DinoVisionTransformer
 from settings_cases import clustered
 from torch import Tensor, nn
 
 from expedite_d2.adapters import expedite, restore
-from expedite_d2.reducers import Merge, Reduction
+from expedite_d2.reducers import Cluster, Merge, Reduction, clustering_of, reconstruct
 
 SETTINGS = [clustered(1, (3, 4)), Reduction(Merge((1, 2), 0.7)), Reduction(Merge(1, 0.8, rounds=2))]
 settings = pytest.mark.parametrize("reduction", SETTINGS, ids=["cluster", "merge", "grouped"])
@@ -121,6 +121,26 @@ def test_vitpose_experts_are_chosen_for_each_image() -> None:
             torch.testing.assert_close(both[i : i + 1], single, rtol=1e-4, atol=1e-4)
         others = model(x, dataset_index=1 - chosen).feature_maps[0]
         assert not torch.equal(others, both)
+
+
+@pytest.mark.parametrize("between", [True, False], ids=["positions between", "none"])
+@settings
+def test_detectors_read_tokens_behind_reduced_patches(between: bool, reduction: Reduction) -> None:
+    model = yolos("YolosForObjectDetection", None, use_mid_position_embeddings=between)
+    x, seen = images(32, 40, batch=2), []
+    model.vit.encoder.layer[3].register_forward_hook(lambda _, args, out: seen.append(out))
+    with torch.no_grad():
+        plain = model(x)
+        full = expedite(model, reduction)(x)
+        low = expedite(model, reduction, outputs=())(x)
+    assert full.last_hidden_state.shape == plain.last_hidden_state.shape == (2, 1 + 80 + 5, 16)
+    assert not torch.equal(full.logits, plain.logits)
+    assert torch.equal(low.logits, full.logits) and torch.equal(low.pred_boxes, full.pred_boxes)
+    assert low.last_hidden_state.shape[1] < 1 + 70 + 5
+    if isinstance(reduction.steps[0], Cluster):
+        (clusters, clustering), (same, _) = map(clustering_of, seen[1:])  # type: ignore[misc]
+        assert clusters.shape == (2, 3, 4, 16) and torch.equal(clusters, same)
+        assert torch.equal(reconstruct(clusters, clustering).flatten(1, 2), seen[1][:, 1:-5])
 
 
 def test_the_vision_encoder_of_clip_is_found() -> None:

@@ -39,7 +39,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "TableTransformerForObjectDetection": "TableTransformerModel has a convolutional backbone",
         "LwDetrForObjectDetection": "LwDetrViTBackbone has its windows in the batch axis",
         "Swin2SRModel": "restores every pixel",
-        "YolosModel": "adds positions to its tokens between the layers",
         "ViTMAEModel": "drops most of its patches at random",
         "ConvNextModel": "holds no encoder that can be expedited: it has no attention",
         "Siglip2VisionModel": "and the nearest family is transformers SiglipVisionModel: families",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,17 @@ def images(height: int, width: int, batch: int = 3) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
+def weights_of_centres(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """(h * w, H * W): how much each token has of what is read linearly at the centres of cells."""
+    weights = torch.zeros(*cells, *grid)
+    for place in itertools.product(*map(range, (*cells, *grid))):
+        centres = ((p + 0.5) * n / c - 0.5 for p, n, c in zip(place, grid, cells, strict=False))
+        inside = (min(max(y, 0), n - 1) for y, n in zip(centres, grid, strict=True))
+        near = [max(1 - abs(y - p), 0) for y, p in zip(inside, place[2:], strict=True)]
+        weights[place] = near[0] * near[1]
+    return weights.flatten(2).flatten(0, 1)
+
+
 class Case:
     """One kind of encoder: how to make, feed and step through it.
 
@@ -36,6 +48,7 @@ class Case:
         patch: side of its patches.
         alpha, clusters: settings that fit it.
         prefixes: its class, distillation and register tokens.
+        suffixes: its detection tokens.
         pickles: whether the plain model can be pickled once it has run.
         compiled: whether it is compiled as well, which takes seconds: not where the plain model
             cannot be, or another kind goes the same way.
@@ -44,6 +57,7 @@ class Case:
     size = (32, 40)
     patch = 4
     prefixes = 1
+    suffixes = 0
     pickles = True
     compiled = True
     alpha, clusters = 1, (4, 3)
@@ -70,6 +84,19 @@ class Case:
     def block(self, model: Any, number: int, x: Tensor, cells: tuple[int, int] | None) -> Tensor:
         return model.blocks[number](x)
 
+    def between(self, model: Any, number: int, x: Tensor, weights: Tensor | None) -> Tensor:
+        """What reaches the block after this one, from its output.
+
+        Reduced tokens are of so much of each of the image's tokens: (n, H * W), or so for each
+        image.
+        """
+        return x
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefixes, the image's tokens, suffixes."""
+        p, end = self.prefixes, x.shape[1] - self.suffixes
+        return x[:, :p], x[:, p:end], x[:, end:]
+
     def run(self, model: Any, x: Tensor) -> Tensor:
         """The model as its users call it; the last output, unpooled."""
         return model(x)
@@ -85,13 +112,16 @@ class Case:
         for number in range(reduction.alpha):
             tokens = self.block(model, number, tokens, None)
             outputs.append(tokens)
-        p = self.prefixes
-        low, clustering = reduce(tokens[:, p:].unflatten(1, self.grid), reduction)
+            tokens = self.between(model, number, tokens, None)
+        first, image, last = self.split(tokens)
+        low, clustering = reduce(image.unflatten(1, self.grid), reduction)
         cells = (low.shape[1], low.shape[2])
-        tokens = torch.cat([tokens[:, :p], low.flatten(1, 2)], 1)
+        weights = weights_of_centres(self.grid, cells)
+        tokens = torch.cat([first, low.flatten(1, 2), last], 1)
         for number in range(reduction.alpha, count):
             tokens = self.block(model, number, tokens, cells)
-            low = tokens[:, p:].unflatten(1, cells)
-            full = reconstruct(low, clustering).flatten(1, 2)
-            outputs.append(torch.cat([tokens[:, :p], full], 1))
+            first, low, last = self.split(tokens)
+            full = reconstruct(low.unflatten(1, cells), clustering).flatten(1, 2)
+            outputs.append(torch.cat([first, full, last], 1))
+            tokens = self.between(model, number, tokens, weights)
         return outputs

@@ -156,6 +156,23 @@ class Data2VecCase(DPTCase):
         return model.layernorm(x)
 
 
+class YolosCase(DPTCase):
+    suffixes = 5
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(x)
+
+    def between(self, model: Any, number: int, x: Tensor, weights: Tensor | None) -> Tensor:
+        positions = model.encoder.interpolation
+        if positions is None or number == len(model.encoder.layer) - 1:
+            return x
+        first, image, last = self.split(positions(self.size)[number].expand(len(x), -1, -1))
+        return x + torch.cat([first, image if weights is None else weights @ image, last], 1)
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return model.layernorm(x)
+
+
 class SiglipCase(TransformersCase):
     prefixes = 0
 
@@ -280,6 +297,11 @@ def transformers_dinov2(name: str = "Dinov2Model", **changes: Any) -> Any:
     return from_transformers(name, None, **{"mlp_ratio": 2, **changes})
 
 
+def yolos(name: str = "YolosModel", pooling: bool | None = False, **changes: Any) -> Any:
+    settings = {"image_size": [24, 32], "num_detection_tokens": 5, **changes}
+    return from_transformers(name, pooling, **settings)
+
+
 def vitpose(**changes: Any) -> Any:
     settings = {"image_size": [64, 80], "patch_size": [8, 8], "mlp_ratio": 2, **changes}
     return from_transformers("VitPoseBackbone", None, **settings)
@@ -325,6 +347,7 @@ CASES: dict[str, Case] = {
     ),
     "transformers vitpose": VitPoseCase(vitpose),
     "transformers dpt": DPTCase(transformers_dpt),
+    "transformers yolos": YolosCase(yolos),
     "transformers beit, no bias": TransformersBeitCase(
         lambda: transformers_beit(use_absolute_position_embeddings=True)
     ),
