@@ -165,7 +165,8 @@ def count_blocks(
     Returns:
         (tokens, multiply-adds) of each block by name, and the multiply-adds of the whole encoder.
     """
-    copied: Any = on_meta(encoder).eval()
+    copied: Any = on_meta(encoder)
+    copied.eval()  # returns nothing in official Swin
     if plain:
         restore(copied)
     blocks = copied.reducible_blocks() if family is None else family.blocks(copied)

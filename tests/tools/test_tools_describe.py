@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import official_shaped
 import pytest
 import torch
 from family_cases import CASES
@@ -59,6 +60,18 @@ def test_describe_knows_our_own_swin() -> None:
     assert [b.reduced_tokens for b in found.blocks] == [2304, 576, 144, 64, 64, 64, 36]
     assert found.multiply_adds == plain.multiply_adds > found.reduced_multiply_adds
     assert model.reduction == clustered(3, (4, 4))
+
+
+class FreezingSwin(official_shaped.SwinTransformer):
+    """Keeps its own `train`, which returns nothing, as official ones do."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_describe_knows_encoders_that_train_in_their_own_way() -> None:
+    found = describe(FreezingSwin(), (192, 192))
+    assert found.blocks == describe(official_shaped.SwinTransformer(), (192, 192)).blocks
 
 
 def test_describe_takes_the_size_that_the_encoder_was_made_for() -> None:
