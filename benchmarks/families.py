@@ -154,4 +154,11 @@ NOTES = {
         (1024, 1024),
         f"{_SQUARE}; {_STAGE}",
     ),
+    "Video-Swin-Transformer SwinTransformer3D": Notes(
+        "Video Swin, and other copies of the file",
+        "Video Swin-B, 16 frames",
+        (224, 224),
+        _STAGE,
+        "in each frame",
+    ),
 }

@@ -140,4 +140,5 @@ MODELS: dict[str, Callable[[], nn.Module] | str] = {
     "DINOv3 DinoVisionTransformer": "transformers DINOv3ViTModel",
     "Detectron2 ViT": "transformers VitDetModel and VitDetBackbone",
     "Mask2Former and Detectron2 SwinTransformer": "transformers SwinModel",
+    "Video-Swin-Transformer SwinTransformer3D": "torchvision SwinTransformer3d",
 }

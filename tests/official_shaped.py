@@ -7,6 +7,7 @@ of our own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,19 +28,23 @@ class Mlp(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Among the tokens of windows (windows, N, C); a mask is (windows of an image, N, N)."""
+    """Among the tokens of windows (windows, N, C); a mask is (windows of an image, N, N).
+
+    Windows have rows and columns, or frames before them; the last ones may be missing.
+    """
 
     relative_position_index: Tensor
 
-    def __init__(self, dim: int, window_size: tuple[int, int], num_heads: int) -> None:
+    def __init__(self, dim: int, window_size: tuple[int, ...], num_heads: int) -> None:
         super().__init__()
         self.window_size, self.num_heads = window_size, num_heads
-        rows, columns = window_size
-        offsets = (2 * rows - 1) * (2 * columns - 1)
+        offsets = math.prod(2 * side - 1 for side in window_size)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
-        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        apart = places[:, None] - places + torch.tensor([rows - 1, columns - 1])
-        index = apart[..., 0] * (2 * columns - 1) + apart[..., 1]
+        places = torch.cartesian_prod(*map(torch.arange, window_size))
+        apart = places[:, None] - places + torch.tensor(window_size) - 1
+        behind = [window_size[i + 1 :] for i in range(len(window_size))]
+        steps = torch.tensor([math.prod(2 * side - 1 for side in sides) for sides in behind])
+        index = (apart * steps).sum(-1)
         self.register_buffer("relative_position_index", index)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.attn_drop, self.proj_drop, self.softmax = nn.Dropout(0), nn.Dropout(0), nn.Softmax(-1)
@@ -50,10 +55,8 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(x).view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv
         logits = query @ key.transpose(-2, -1) * self.scale
-        area = self.window_size[0] * self.window_size[1]
-        index = self.relative_position_index.flatten()
-        bias = self.relative_position_bias_table[index].view(area, area, -1).permute(2, 0, 1)
-        logits = logits + bias
+        index = self.relative_position_index[:length, :length]
+        logits = logits + self.relative_position_bias_table[index].permute(2, 0, 1)
         if mask is not None:
             logits = logits.unflatten(0, (-1, len(mask))) + mask[:, None]
             logits = logits.flatten(0, 1)

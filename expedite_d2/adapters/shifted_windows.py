@@ -30,6 +30,20 @@ class Windows(NamedTuple):
     sides: tuple[int, ...]
     shifts: tuple[int, ...]
 
+    def of_frames(self, call: BlockCall, side: int, shift: int) -> Windows:
+        """Returns the windows of a clip, whose frames attend to each other as before.
+
+        Windows that are larger than the clip or map are as small as this, without padding.
+
+        Args:
+            call: of a block that takes (B, T, h, w, C).
+            side: frames in a window.
+            shift: by how many frames the block shifts its windows.
+        """
+        frames = call.x.shape[1]
+        sides = (min(side, frames), *map(min, self.sides, call.cells))
+        return Windows(sides, (shift if frames > side else 0, *self.shifts))
+
     def mask(self, cells: Sequence[int], x: Tensor) -> Tensor | None:
         """Returns what is added to the logits of the windows of one map.
 
@@ -74,12 +88,12 @@ def table_bias(
     return bias_of_pairs(table, relative_position_index(lengths or cells, table.device))
 
 
-def table_between(attention: Any, cells: Size) -> dict[str, Any]:
+def table_between(attention: Any, cells: Sequence[int]) -> dict[str, Any]:
     """Returns what official Swin's attention looks its biases up in, for windows of clusters.
 
     Args:
         attention: see `table_at`.
-        cells: rows and columns of clusters in a window.
+        cells: clusters along each axis of a window.
 
     Returns:
         Values of the attention's attributes by name.
@@ -92,7 +106,7 @@ def table_between(attention: Any, cells: Size) -> dict[str, Any]:
     }
 
 
-def with_table(attention: Override, cells: Size, *args: Any, **kwargs: Any) -> Any:
+def with_table(attention: Override, cells: Sequence[int], *args: Any, **kwargs: Any) -> Any:
     """Runs an attention that looks up its biases as official Swin's does."""
     return attention.original_with(table_between(attention.owner, cells), *args, **kwargs)
 
@@ -101,6 +115,12 @@ def is_shifted(call: BlockCall, window: Size) -> Sequence[bool]:
     """Whether a block shifts its windows along rows and columns, wherever it runs."""
     block: Any = call.block.owner
     return (bool(block.shift_size),) * 2
+
+
+def is_shifted_beyond(shifts: Sequence[int], call: BlockCall, window: Size) -> Sequence[bool]:
+    """Whether a block shifts by some rows and columns: not along those that one window covers."""
+    sizes = zip(shifts, call.state.grid, window, strict=True)
+    return [shift > 0 and length > side for shift, length, side in sizes]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,12 @@ from expedite_d2.adapters.family import BlockCall, Size
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
 from expedite_d2.adapters.relative_position import continuous_bias
-from expedite_d2.adapters.shifted_windows import ShiftedWindows, Windows, table_bias
+from expedite_d2.adapters.shifted_windows import (
+    ShiftedWindows,
+    Windows,
+    is_shifted_beyond,
+    table_bias,
+)
 from expedite_d2.adapters.tokens import TokenClip
 from expedite_d2.adapters.windows import in_windows
 
@@ -31,22 +36,14 @@ def _run_in(call: BlockCall, windows: Windows) -> Tensor:
 
 
 def _run_clip_in(call: BlockCall, windows: Windows) -> Tensor:
-    """Frames attend to each other as before; windows of rows and columns hold clusters.
-
-    Windows that are larger than the clip or map are as small as this, without padding.
-    """
-    block: Any = call.block.owner
-    frames, most = call.x.shape[1], block.attn.window_size[0]
-    sides = (min(most, frames), *map(min, windows.sides, call.cells))
-    moved = block.attn.shift_size[0] if frames > most else 0
-    return _run_in(call, Windows(sides, (moved, *windows.shifts)))
+    attention: Any = call.block.owner.attn
+    side, shift = attention.window_size[0], attention.shift_size[0]
+    return _run_in(call, windows.of_frames(call, side, shift))
 
 
 def _shifts(call: BlockCall, window: Size) -> Sequence[bool]:
-    # Nothing is shifted along rows, or columns, that one window covers.
     block: Any = call.block.owner
-    sizes = zip(block.attn.shift_size[-2:], call.state.grid, window, strict=True)
-    return [shift > 0 and length > side for shift, length, side in sizes]
+    return is_shifted_beyond(block.attn.shift_size[-2:], call, window)
 
 
 def _bias(attention: Any, cells: Size, lengths: Sequence[int]) -> Tensor:

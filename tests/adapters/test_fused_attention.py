@@ -126,7 +126,7 @@ def test_vitdets_attention_maps_are_those_of_clusters() -> None:
     torch.testing.assert_close(out.last_hidden_state, same, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["official swin", "transformers maskformer swin"])
+@pytest.mark.parametrize("kind", ["official swin", "video swin", "transformers maskformer swin"])
 @pytest.mark.parametrize("training", [False, True])
 def test_windows_are_fused_on_clusters(
     kind: str, training: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch

@@ -96,7 +96,7 @@ def test_timm_may_change_its_size_afterwards() -> None:
 def test_families_tell_which_attention_writes_out_its_matrix() -> None:
     expected = {"transformers swin": False, "transformers swin, eager": True}
     eager = ["official swin", "transformers maskformer swin", "transformers swin v2"]
-    eager += ["torchvision swin", "torchvision swin3d", "timm swin v2"]
+    eager += ["torchvision swin", "torchvision swin3d", "timm swin v2", "video swin"]
     for name, writes in {**expected, **dict.fromkeys(eager, True)}.items():
         family, encoder = find_encoder(CASES[name].make())
         assert family is not None and family.eager(encoder) is writes

@@ -1,4 +1,4 @@
-"""Expediting Swins whose blocks take maps or clips, torchvision's and timm's.
+"""Expediting Swins whose blocks take maps or clips: torchvision's, timm's, official for videos.
 
 Against this package's own Swin with the same weights, and against the libraries' own functions and
 blocks on clusters, with biases computed pair by pair.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+import video_swin_shaped
 from family_cases import CASES
 from family_cases.case import images, randomised
 from family_cases.swin import timm_swin, torchvision_swin
@@ -169,7 +171,10 @@ def torchvision_block(block: Any, x: Tensor, cells: tuple[int, int], shifted: bo
         window, shift = [frames, *cells], [frames // 2 * shifted, *shift]
         window, shift = clips._get_window_and_shift_size(shift, list(x.shape[1:4]), window)
     extra = {"logit_scale": attention.logit_scale} if hasattr(attention, "logit_scale") else {}
-    pairs = bias_by_pairs(attention, [*attention.window_size[:-2], *cells], window)
+    whole, length = [*attention.window_size[:-2], *cells], math.prod(window)
+    # The official one for videos reads the biases of a cut window in the rows of a whole one.
+    official = isinstance(block, video_swin_shaped.SwinTransformerBlock3D)
+    pairs = bias_by_pairs(attention, whole, whole if official else window)[:, :length, :length]
 
     def attend(x: Tensor) -> Tensor:
         return function(
@@ -248,6 +253,51 @@ def test_torchvision_equals_its_own_function(name: str, size: tuple[int, int]) -
     # The second version computes coordinates in float32.
     tolerance = 1e-10 if name == "torchvision swin" else 1e-5
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of torchvision's Swin for videos, in official ones."""
+    renamed = {}
+    for name, value in state.items():
+        first, number, *rest = name.split(".")
+        if first == "features":
+            stage, merges = divmod(int(number), 2)
+            name = ".".join(["layers", str(stage), "downsample" if merges else "blocks", *rest])
+        renamed[name.replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")] = value
+    return renamed
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    [None, clustered(3, (4, 3)), clustered(0, (3, 5), mode="replace"), clustered(2, (0.5, 0.5))],
+    ids=["plain", "odd block", "first stage", "whole stage"],
+)
+@pytest.mark.parametrize("size", [(6, 96, 128), (5, 101, 130), (2, 104, 150)], ids=str)
+def test_official_clips_are_those_of_torchvision(size: Any, reduction: Reduction | None) -> None:
+    theirs = torchvision_swin(torchvision.models.video.SwinTransformer3d, [2, 6, 6]).double()
+    model = video_swin_shaped.SwinTransformer3D().double().eval()
+    model.load_state_dict(official_names(theirs.state_dict()))
+    if reduction is not None:
+        expedite(theirs, reduction)
+        expedite(model, reduction)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).flatten(1), theirs(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("frames", [3, 2, 1])
+@stage_sizes
+def test_official_clips_equal_torchvisions_function(frames: int, size: tuple[int, int]) -> None:
+    model = randomised(video_swin_shaped.SwinTransformer3D, depths=[1, 1, 3]).double()
+    reduction, stage = clustered(3, (3, 4)), model.layers[2]
+    tokens = torch.randn(2, frames, *size, 64, dtype=torch.float64)
+    first = partial(stage.blocks[0], mask_matrix=None)  # does not shift
+    with torch.no_grad():
+        blocks = [first, *stage.blocks[1:]]
+        expected = by_hand(torchvision_block, blocks, tokens, (6, 6), reduction)
+        out = expedite(model, reduction).layers[2](tokens.permute(0, 4, 1, 2, 3))
+    out = out.permute(0, 2, 3, 4, 1)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("frames", [3, 2, 1])

@@ -8,6 +8,7 @@ import official_shaped
 import timm
 import torch
 import torchvision
+import video_swin_shaped
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
@@ -86,6 +87,11 @@ class ClipCase(TorchvisionCase):
     def run(self, model: Any, x: Tensor) -> Tensor:
         # As many frames as a window has, as those of the family's `run`.
         return model(torch.stack([x.roll(3 * frame, 3) for frame in range(4)], 2))
+
+
+class VideoSwinCase(ClipCase):
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return [block for stage in model.layers for block in stage.blocks]
 
 
 class TimmCase(TorchvisionCase):
@@ -176,6 +182,11 @@ CASES: dict[str, Case] = {
     ),
     "torchvision swin3d": ClipCase(
         lambda: torchvision_swin(torchvision.models.video.SwinTransformer3d, [2, 6, 6])
+    ),
+    "video swin": VideoSwinCase(
+        lambda: calmed(randomised(video_swin_shaped.SwinTransformer3D)),
+        others=[(96, 96), (70, 134)],
+        compiled=False,
     ),
     "timm swin": TimmCase(lambda: timm_swin(SwinTransformer, dynamic_img_size=True)),
     "timm swin v2": TimmCase(
