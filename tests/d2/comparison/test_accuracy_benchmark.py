@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engine_cases import few_scenes
+from rooms import few_rooms
 
 from benchmarks import accuracy, accuracy_page
 
@@ -67,6 +68,27 @@ def test_distance_of_depth_to_the_plain_models(
     plain, *reduced = run(tmp_path, "report", *words)
     assert plain["metrics"]["distance"] == 0
     assert all(row["metrics"]["distance"] > 0 for row in reduced)
+
+
+def test_photographs_are_oblong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "CALIBRATED", 2)
+    recipes = accuracy.CHOSEN["sequence"]
+    few = {method: recipes[method] for method in ("clustering", "grouped attention")}
+    monkeypatch.setattr(accuracy, "CHOSEN", {"sequence": few})
+    with few_rooms(tmp_path, ["0900", "0901", "0902"]):
+        words = ("--systems", *accuracy.ROOMS, "--budgets", "0.5")
+        found = run(tmp_path, "report", *words)
+    smaller = {row["system"]: row for row in found if row["method"] == "resized image"}
+    assert smaller["segmenter_rooms"]["size"] == [288, 384]
+    assert smaller["dpt_rooms"]["size"] == [288, 384]
+    assert all(row["share"] <= 0.5 for row in smaller.values())
+    for row in found:
+        own = {"mIoU", "agreement"} if "mIoU" in row["metrics"] else {"RMSE", "AbsRel"}
+        assert own <= {*row["metrics"]} == {*row["intervals"]}
+        assert row["images"] == 2 and row["dataset"].endswith("_test")
+    page = tmp_path / "page.md"
+    accuracy_page.main(["--results", str(tmp_path), "--output", str(page)])
+    assert "agreement with plain, %" in page.read_text()
 
 
 def test_no_results_are_an_error(tmp_path: Path) -> None:

@@ -9,48 +9,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rooms import SIZE, few_rooms
 
 from expedite_d2.d2 import CfgNode, DatasetCatalog, MetadataCatalog
 from expedite_d2.d2.data import DepthTrainMapper, TestMapper, TrainMapper
 from expedite_d2.d2.data.images import read_classes
-from expedite_d2.d2.data.nyuv2_labeled import SPLITS, TUNE_FRAMES, register_nyuv2_labeled
+from expedite_d2.d2.data.nyuv2_labeled import SPLITS, TUNE_FRAMES
 from expedite_d2.d2.evaluation.depth import DepthEvaluator, crop_window
 from expedite_d2.d2.evaluation.semantic import SemanticEvaluator
-
-SIZE = (480, 640)
-NAMES = [
-    f"nyuv2_labeled_{kind}_{split}"
-    for kind in ("depth", "sem_seg", "sem_seg_40")
-    for split in SPLITS
-]
-
-
-def forget() -> None:
-    for name in NAMES:
-        if name in DatasetCatalog.list():
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """As many frames as the split needs, two of which have files; registered for one test."""
-    path = tmp_path / "nyuv2_labeled"
-    train = [f"{number:04d}" for number in range(1, TUNE_FRAMES + 3)]
-    for kind in ("images", "depth", "labels40"):
-        (path / kind).mkdir(parents=True)
-    (path / "train.txt").write_text("\n".join(train) + "\n")
-    (path / "test.txt").write_text("0900\n")
-    columns = np.indices(SIZE)[1]
-    for frame in (*train, "0900"):
-        Image.new("RGB", SIZE[::-1], (9, 9, 9)).save(path / "images" / f"{frame}.jpg")
-        Image.fromarray((columns % 256).astype(np.uint8)).save(path / "depth" / f"{frame}.png")
-        Image.fromarray((columns % 40).astype(np.uint8)).save(path / "labels40" / f"{frame}.png")
-    forget()
-    register_nyuv2_labeled(tmp_path)
-    yield path
-    forget()
-    register_nyuv2_labeled()
+    """Of two frames to train with, those of "tune" and one to test with."""
+    with few_rooms(tmp_path, ["0900"]) as path:
+        yield path
 
 
 def test_the_splits_share_no_frame(folder: Path) -> None:
@@ -69,6 +42,7 @@ def test_depth_is_in_metres_to_train_and_to_evaluate(folder: Path, cfg: CfgNode)
     cfg.INPUT.RANDOM_FLIP = "none"
     cfg.INPUT.CROP.ENABLED = False
     cfg.INPUT.COLOR_AUG_SSD = False
+    cfg.MODEL.DPT.TEST_SIZE = [480, 640]
     sample = DepthTrainMapper(cfg)(entry, np.random.default_rng(0))
     np.testing.assert_allclose(sample["depth"], expected, rtol=1e-5)
     evaluator = DepthEvaluator("nyuv2_labeled_depth_test")
