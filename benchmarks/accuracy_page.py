@@ -73,15 +73,17 @@ def results(rows: Sequence[Row], latencies: Mapping[str, Row], system: str) -> s
     """A table of one system."""
     found = [row for row in rows if row["system"] == system]
     plain = next(row for row in found if row["method"] == "plain")
+    clocked = any(_identity(row) in latencies for row in found)
     lines = []
     for row in sorted(found, key=lambda row: -row.get("budget", 1.0)):
-        timed = latencies.get(_identity(row))
         line: dict[str, Any] = {
             "budget, %": f"{100 * row['budget']:.0f}" if "budget" in row else "",
             "method": name_of(row),
             "multiply-adds of the blocks, %": f"{100 * row['share']:.1f}",
-            "encoder's speed-up": f"{speedup(timed):.2f}" if timed else "",
         }
+        if clocked:
+            timed = latencies.get(_identity(row))
+            line["encoder's speed-up"] = f"{speedup(timed):.2f}" if timed else ""
         for metric, value in row["metrics"].items():
             share = kept(metric, value, plain["metrics"][metric])
             interval = row.get("intervals", {}).get(metric)
