@@ -148,11 +148,25 @@ def _words(steps: Sequence[str]) -> str:
 
 
 def plot(rows: Sequence[Row], latencies: Mapping[str, Row], system: str, path: Path) -> None:
-    """Accuracy kept against multiply-adds and against the encoder's measured latency."""
+    """Accuracy kept against multiply-adds; beside it against the encoder's measured latency.
+
+    Where that was not measured, nearness to plain against multiply-adds.
+    """
     found = [row for row in rows if row["system"] == system]
     plain = next(row for row in found if row["method"] == "plain")
     metric = SYSTEMS[system].metrics[0][1]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    clocked = any(_identity(row) in latencies for row in found)
+    nearness = [name for name in TO_PLAIN if name in plain["metrics"] and not clocked][-1:]
+    columns = 1 + clocked + len(nearness)
+    figure, grid = plt.subplots(
+        1,
+        columns,
+        figsize=(5.5 * columns, 4.4),
+        sharey=clocked,
+        layout="constrained",
+        squeeze=False,
+    )
+    panels = grid[0]
     for method, (colour, marker) in STYLES.items():
         for maps in (False, True):
             points = [r for r in found if r["method"] == method and bool(r.get("maps")) is maps]
@@ -169,17 +183,25 @@ def plot(rows: Sequence[Row], latencies: Mapping[str, Row], system: str, path: P
                 "fillstyle": "none" if maps else "full",
                 "label": name_of(points[0]),
             }
-            panels[0].plot([100 * row["share"] for row in points], shares, **style)
+            left = [100 * row["share"] for row in points]
+            panels[0].plot(left, shares, **style)
             timed = [latencies.get(_identity(row)) for row in points]
-            if all(timed):
+            if clocked and all(timed):
                 panels[1].plot([100 / speedup(row) for row in timed if row], shares, **style)
-    panels[0].set_xlabel("multiply-adds of the blocks, % of the plain encoder's")
-    panels[1].set_xlabel("latency of the encoder, % of the plain one's")
-    panels[0].set_ylabel(f"{metric} kept, %")
+            for name in nearness:
+                panels[1].plot(left, [row["metrics"][name] for row in points], **style)
     for panel in panels:
-        panel.axhline(99, color="lightgray", zorder=0)
+        panel.set_xlabel("multiply-adds of the blocks, % of the plain encoder's")
         panel.grid(alpha=0.2)
-    panels[0].legend(fontsize=8)
+    for panel in panels[: 1 + clocked]:
+        panel.axhline(99, color="lightgray", zorder=0)
+    panels[0].set_ylabel(f"{metric} kept, %")
+    if clocked:
+        panels[1].set_xlabel("latency of the encoder, % of the plain one's")
+    for name in nearness:
+        panels[1].set_ylabel(TO_PLAIN[name])
+    handles = panels[0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, fontsize=8, ncols=len(handles), loc="outside lower center")
     figure.suptitle(TITLES[system])
     with replacing(path) as partial:
         figure.savefig(partial, dpi=100)
