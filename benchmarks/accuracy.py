@@ -75,8 +75,8 @@ SCENES = {
 }
 # On photographs of rooms, which do not come with the project.
 ROOMS = {
-    "segmenter_rooms": _segmenter("nyuv2_labeled"),
-    "dpt_rooms": _dpt("nyuv2_labeled", "RMSE", "AbsRel"),
+    "segmenter_rooms": _segmenter("rooms"),
+    "dpt_rooms": _dpt("rooms", "RMSE", "AbsRel"),
 }
 SYSTEMS = SCENES | ROOMS
 # Images that maps and temperature are calibrated on.

@@ -77,7 +77,7 @@ class Judge:
         self.evaluators = list(evaluators)
         self.evaluators.append(Nearness(self.evaluators[0].dataset_name))
         self.metrics = metrics
-        self.plain: list[dict[Hashable, Any]] = []
+        self.plain: list[dict[str, float]] = []  # metrics of the plain model's resamples
 
     def __call__(self, model: nn.Module, images: Sequence[Any]) -> dict[str, dict[str, Any]]:
         """Evaluates a model.
@@ -92,35 +92,36 @@ class Judge:
             nearness.
         """
         found = inference_on_dataset(model, images, self.evaluators)
-        records = [evaluator.records for evaluator in self.evaluators]
-        self.plain = self.plain or records
-        return {"metrics": self._named(found), "intervals": self._intervals(records)}
+        resamples = self._resamples()
+        self.plain = self.plain or resamples
+        return {"metrics": self._named(found), "intervals": self._intervals(resamples)}
 
     def _named(self, found: Results) -> dict[str, float]:
         wanted = {metric: found[task][metric] for task, metric in self.metrics if task in found}
         values = wanted | found["plain"]
         return {metric: value for metric, value in values.items() if value is not None}
 
-    def _intervals(self, records: Sequence[Mapping[Hashable, Any]]) -> dict[str, list[float]]:
-        keys = list(records[0])
+    def _resamples(self) -> list[dict[str, float]]:
+        """Metrics of what was evaluated last, on images drawn from its own, the same each time."""
+        # That of instances matches anew over all images: too slow.
+        evaluators = [one for one in self.evaluators if not isinstance(one, InstanceEvaluator)]
+        keys = list(evaluators[0].records)
         generator = np.random.default_rng(0)
-        draws: dict[str, list[float]] = {}
+        resamples = []
         for _ in range(DRAWS):
             drawn = [keys[number] for number in generator.integers(len(keys), size=len(keys))]
-            plain, reduced = (self._resampled(side, drawn) for side in (self.plain, records))
+            found: Results = {}
+            for evaluator in evaluators:
+                sample: dict[Hashable, Any] = dict(enumerate(map(evaluator.records.get, drawn)))
+                found.update(evaluator.summarise(sample))
+            resamples.append(self._named(found))
+        return resamples
+
+    def _intervals(self, resamples: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+        draws: dict[str, list[float]] = {}
+        for plain, reduced in zip(self.plain, resamples, strict=True):
             for metric, value in reduced.items():
                 share = kept(metric, value, plain[metric])
                 draws.setdefault(metric, []).append(value if share is None else share)
         ends = (2.5, 97.5)
         return {metric: np.percentile(values, ends).tolist() for metric, values in draws.items()}
-
-    def _resampled(
-        self, records: Sequence[Mapping[Hashable, Any]], drawn: Sequence[Hashable]
-    ) -> dict[str, float]:
-        found: Results = {}
-        for evaluator, of_image in zip(self.evaluators, records, strict=True):
-            # That of instances matches anew over all images: too slow.
-            if not isinstance(evaluator, InstanceEvaluator):
-                sample: dict[Hashable, Any] = dict(enumerate(of_image[key] for key in drawn))
-                found.update(evaluator.summarise(sample))
-        return self._named(found)

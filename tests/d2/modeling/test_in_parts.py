@@ -32,6 +32,22 @@ def test_parts_are_the_whole_at_inference_alone(monkeypatch: pytest.MonkeyPatch)
     assert sizes == [21]  # whose gradients keep all of it anyway
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("version", [1, 2])
+def test_blocks_in_parts_are_whole_blocks(
+    version: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(version=version, drop_path_rate=0.5).double().train(training)
+    outputs = []
+    for numbers in (2**21, 500):
+        monkeypatch.setattr(module, "_AT_A_TIME", numbers)
+        torch.manual_seed(1)  # of the paths that are dropped in training, each for a whole map
+        with torch.no_grad():
+            outputs.append(model(images(70, 134).double()))
+    for name, value in outputs[0].items():
+        torch.testing.assert_close(outputs[1][name], value, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_padding_may_be_projected_or_not(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = tiny(version=version), images(70, 134)
