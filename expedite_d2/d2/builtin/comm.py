@@ -43,6 +43,19 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
             _local_group = group
 
 
+def leave() -> None:
+    """Leave the process group; ``launch`` calls it in every process at its end.
+
+    A group that is still held here would keep its threads, and one that lets go of a tensor while
+    the interpreter exits aborts the process.
+    """
+    global _local_group
+    _local_group = None
+    create_local_process_group.cache_clear()
+    _cpu_group.cache_clear()
+    dist.destroy_process_group()
+
+
 def get_local_process_group() -> dist.ProcessGroup:
     """The group of this machine's processes."""
     assert _local_group is not None, "no local process group: call create_local_process_group first"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from expedite_d2.d2.provider import comm
+from expedite_d2.d2.provider import PROVIDER, comm
 from expedite_d2.errors import KINDS, sentence_of
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -182,4 +182,7 @@ def _run(
     # A rank that is late with loading must not count against the timeout of the first exchange.
     comm.synchronize()
     main_func(*args)
-    dist.destroy_process_group()
+    if PROVIDER == "builtin":
+        comm.leave()
+    else:
+        dist.destroy_process_group()

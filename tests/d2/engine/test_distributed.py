@@ -247,6 +247,31 @@ def test_launch_keeps_its_port_until_the_workers_are_there(monkeypatch: pytest.M
         launch(print, 2, dist_url="auto")
 
 
+@pytest.mark.skipif(PROVIDER == "detectron2", reason="Detectron2's comm keeps its groups")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+def test_no_thread_of_a_group_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_gloo() -> int:
+        names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        return sum("gloo" in name for name in names)
+
+    torchrun = {
+        "TORCHELASTIC_RUN_ID": "none",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+    }
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    during: list[int] = []
+    launch(lambda: during.append(of_gloo()), 1)
+    assert during[0] > 0
+    assert of_gloo() == 0
+
+
 def test_launch_leaves_the_number_of_processes_to_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(ValueError, match="torchrun starts the processes: give it --nproc-per-node"):
