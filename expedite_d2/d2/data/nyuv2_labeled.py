@@ -6,9 +6,9 @@ Layout below ``DETECTRON2_DATASETS``::
       images/ID.jpg  depth/ID.png  labels40/ID.png       ID: 0001 to 1449
       train.txt (795)  test.txt (654)                    the official split, one ID a line
 
-All is mirrored left to right. A depth PNG of value v means (v + 0.5) * 9.99547 / 255 metres; labels
-are 0 for what does not count, or a class of NYU-40 from 1 to 39 ("otherprop", 40, counts as 0). The
-13 classes are unions of these.
+`benchmarks/rooms_data.py` makes it of what is public. All is mirrored left to right. A depth PNG of
+value v means (v + 0.5) * 9.99547 / 255 metres; labels are 0 for what does not count, or a class of
+NYU-40 from 1 to 39 ("otherprop", 40, counts as 0). The 13 classes are unions of these.
 
 The last 80 frames of the training split, which are of other rooms, are the split ``tune``: settings
 are chosen on them, and nothing is trained on them.
