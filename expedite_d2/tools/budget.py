@@ -1,7 +1,8 @@
 """Settings that meet a budget: the share that is left of an encoder's multiply-adds.
 
 A recipe says how tokens are reduced, and leaves one quantity open that the budget decides. Which
-recipe suits which encoder and budget was measured (docs/accuracy.md) and stands in `RECIPES`.
+recipe suits which encoder and budget was measured (docs/accuracy.md) and stands in `MERGING` and
+`OTHERS`.
 """
 
 from __future__ import annotations
@@ -82,13 +83,17 @@ class Advice(NamedTuple):
 
 
 _QUARTERS = (0.0, 0.25, 0.5, 0.75)
-# What did best on the images that choose: the first recipe counts that is for a budget, that the
-# encoder takes, and that reaches the budget. Only where blocks take a sequence without relative
-# positions can tokens merge. Detail maps add to all but grouped attention.
-RECIPES = (
-    Advice(0.6, Merges(_QUARTERS)),
+# What did best on the images that choose: photographs of rooms for the encoders whose tokens can
+# merge, because their blocks take a sequence without relative positions; scenes for the others. The
+# first recipe counts that is for a budget, that the encoder takes, and that reaches the budget.
+MERGING = (
+    Advice(0.65, Clusters(0.5833)),
+    Advice(0.45, Merges(_QUARTERS, rounds=1)),
     Advice(0.0, Merges(_QUARTERS, rounds=2)),
     Advice(0.0, Merges(_QUARTERS)),
+    Advice(0.0, Clusters(0.5)),
+)
+OTHERS = (
     Advice(0.65, Clusters(0.6667)),
     Advice(0.0, Clusters(0.5)),
 )
@@ -177,6 +182,24 @@ class Costs:
         return self.possible[low]
 
 
+def recipes(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[Advice, ...]:
+    """Returns the recipes for an encoder, as `MERGING` or `OTHERS` has them.
+
+    Args:
+        model: the encoder, or a model that holds it; it is not changed.
+        size: see `Costs`.
+
+    Raises:
+        ValueError: no known encoder.
+    """
+    merged = Costs(model, Merges(_QUARTERS), size)
+    try:
+        merged.share(0)
+    except ValueError:
+        return OTHERS
+    return MERGING
+
+
 def meet_budget(
     model: nn.Module, recipe: Recipe, budget: float, size: tuple[int, int] | None = None
 ) -> Reduction:
@@ -202,11 +225,10 @@ def choose(
         ValueError: no known encoder.
         OutOfReach: a budget that cannot be reached; the message has the least that can.
     """
-    find_encoder(model)
     wanted = BUDGET if budget is None else budget
     nearest: OutOfReach | None = None
     refused: ValueError | None = None
-    for least, recipe in RECIPES:
+    for least, recipe in recipes(model, size):
         if wanted < least:
             continue
         try:

@@ -16,7 +16,7 @@ from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.errors import needs_extra
 from expedite_d2.ops._checks import real
 from expedite_d2.reducers import Reduction
-from expedite_d2.tools.budget import BUDGET, RECIPES, Costs, OutOfReach
+from expedite_d2.tools.budget import BUDGET, Costs, OutOfReach, recipes
 from expedite_d2.tools.calibrate import calibrate
 from expedite_d2.tools.latency import Latency, time_call
 from expedite_d2.tools.outputs import Select, call, checked, distance, evaluating, outputs_of
@@ -133,7 +133,7 @@ def _plan(
     plan: list[tuple[Costs, float]] = []
     refused: ValueError | None = None
     leasts: list[float] = []
-    for recipe in dict.fromkeys(advice.recipe for advice in RECIPES):
+    for recipe in dict.fromkeys(advice.recipe for advice in recipes(model, size)):
         costs = Costs(model, recipe, size)
         try:
             least = costs.share(0)

@@ -63,11 +63,18 @@ def swin() -> ExpeditedSwinTransformer:
 @pytest.mark.parametrize("budget", [0.85, 0.7])
 def test_a_budget_is_met(budget: float) -> None:
     vit = expedite(timm_vit().eval(), budget=budget, size=(192, 192))
-    assert isinstance(vit.reduction.steps[0], Merge)
-    assert budget - 0.1 < share(vit, (192, 192)) <= budget
+    assert isinstance(vit.reduction.steps[0], Cluster)
+    assert budget - 0.2 < share(vit, (192, 192)) <= budget
     assert vit(torch.randn(2, 3, 192, 176)).isfinite().all()
     own = expedite(swin(), budget=budget, size=(192, 192))
     assert isinstance(own.reduction.steps[0], Cluster) and share(own, (192, 192)) <= budget
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.64, 1), (0.5, 1), (0.4, 2)])
+def test_below_two_thirds_tokens_merge_and_attention_sees_groups(budget: float, rounds: int) -> None:
+    vit = expedite(timm_vit().eval(), budget=budget, size=(192, 192))
+    assert [step.rounds for step in vit.reduction.steps] == [rounds] * 4
+    assert budget - 0.2 < share(vit, (192, 192)) <= budget
 
 
 def test_without_a_budget_it_is_seven_tenths_and_never_nothing() -> None:

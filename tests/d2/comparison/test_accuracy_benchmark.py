@@ -72,9 +72,9 @@ def test_distance_of_depth_to_the_plain_models(
 
 def test_photographs_are_oblong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "CALIBRATED", 2)
-    recipes = accuracy.CHOSEN["sequence"]
+    recipes = accuracy.CHOSEN["photographs"]
     few = {method: recipes[method] for method in ("clustering", "grouped attention")}
-    monkeypatch.setattr(accuracy, "CHOSEN", {"sequence": few})
+    monkeypatch.setattr(accuracy, "CHOSEN", {"photographs": few})
     with few_rooms(tmp_path, ["0900", "0901", "0902"]):
         words = ("--systems", *accuracy.ROOMS, "--budgets", "0.5")
         found = run(tmp_path, "report", *words)

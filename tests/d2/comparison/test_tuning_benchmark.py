@@ -10,7 +10,7 @@ import pytest
 from engine_cases import few_scenes
 
 from benchmarks import tuning
-from expedite_d2.tools.budget import RECIPES
+from expedite_d2.tools.budget import MERGING
 
 pytestmark = pytest.mark.usefixtures("unchanged_logger")
 
@@ -20,14 +20,14 @@ def test_settings_near_a_budget_are_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, file = sys.modules["expedite_d2.tools.tune"], tmp_path / "tuning.json"
-    monkeypatch.setattr(module, "RECIPES", (RECIPES[0], RECIPES[3]))
+    monkeypatch.setattr(module, "recipes", lambda *_: (MERGING[0], MERGING[3]))
     with few_scenes(tmp_path / "scenes"):
         tuning.main(["--quick", "--device", "cpu", "--systems", "segmenter", "--output", str(file)])
     written = json.loads(file.read_text())
     assert written["benchmark"] == "tuning" and written["tuned"] == 3
     plain, *tried = written["results"]
     assert plain["metrics"]["mIoU"] > 0 and "budget" not in plain
-    assert [row["settings"].split()[0] for row in tried] == ["merges", "clusters"]
+    assert [row["settings"].split()[0] for row in tried] == ["clusters", "merges"]
     assert all(0.62 < row["share"] <= 0.7 and row["dataset"] == "scenes_val" for row in tried)
     (chosen,) = [row for row in tried if row["chosen"]]
     assert chosen["error"] == min(row["error"] for row in tried)
