@@ -14,7 +14,7 @@ from settings_cases import clustered
 from expedite_d2 import describe, expedite, expedited, is_expedited, restore
 from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
 from expedite_d2.d2.modeling.backbone.vit import ExpeditedViT
-from expedite_d2.reducers import Cluster, Merge
+from expedite_d2.reducers import Cluster
 from expedite_d2.tools import budget as budgets
 
 
@@ -71,7 +71,7 @@ def test_a_budget_is_met(budget: float) -> None:
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [(0.64, 1), (0.5, 1), (0.4, 2)])
-def test_below_two_thirds_tokens_merge_and_attention_sees_groups(budget: float, rounds: int) -> None:
+def test_below_two_thirds_attention_sees_groups(budget: float, rounds: int) -> None:
     vit = expedite(timm_vit().eval(), budget=budget, size=(192, 192))
     assert [step.rounds for step in vit.reduction.steps] == [rounds] * 4
     assert budget - 0.2 < share(vit, (192, 192)) <= budget
