@@ -121,10 +121,12 @@ def swept(rows: Sequence[Row], system: str) -> str:
     def share(row: Row) -> float:
         return kept(metric, row["metrics"][metric], plain["metrics"][metric]) or 0.0
 
+    near = [name for name in TO_PLAIN if name in plain["metrics"]]
+
     def goodness(row: Row) -> float:
-        for name in [name for name in TO_PLAIN if name in row["metrics"]][-1:]:
-            return row["metrics"][name] * (1 if name == "agreement" else -1)
-        return share(row)
+        if not near:
+            return share(row)
+        return row["metrics"][near[-1]] * (1 if near[-1] == "agreement" else -1)
 
     reduced = [row for row in found if row["method"] != "plain"]
     lines = [
