@@ -365,9 +365,9 @@ def test_what_rotary_encoders_refuse() -> None:
 def test_budgets_count_eomt_without_masks() -> None:
     model = eomt("EomtDinov3", num_hidden_layers=6)
     model.attn_mask_probs.fill_(1)  # which nothing asks for where there are no values
-    reduction = choose(model, 0.8)
+    reduction = choose(model, 0.6)
     assert reduction.steps[-1].at < 5
     description = describe(expedite(model, reduction))
-    assert description.share < 0.85
+    assert description.share < 0.6
     tokens = [block.reduced_tokens for block in description.blocks]
     assert tokens[-1] == 72 and all(count < 60 for count in tokens[:-1])

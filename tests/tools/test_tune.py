@@ -65,7 +65,9 @@ def test_every_kind_of_settings_is_tried_at_every_share(tuned: Any) -> None:
 def test_no_settings_are_tried_twice(tuned: Any) -> None:
     _, _, tuning = tuned
     groups = [row.reduction for row in tuning.rows if row.kind == "merges and groups"]
-    assert len(groups) == len(set(groups)) == 2  # the grouped attention of this model leaves < 0.5
+    assert len(groups) == len(set(groups))
+    fours = [reduction for reduction in groups if reduction.steps[0].rounds == 2]
+    assert len(fours) == 2  # for 80 to 40 %: such groups leave less than half of this model
 
 
 def test_rows_tell_what_the_settings_cost_and_change(tuned: Any) -> None:
