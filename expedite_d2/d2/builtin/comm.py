@@ -46,8 +46,8 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
 def leave() -> None:
     """Leave the process group; ``launch`` calls it in every process at its end.
 
-    A group that is still held here would keep its threads, and one that lets go of a tensor while
-    the interpreter exits aborts the process.
+    A group that is still held here would keep its threads, which must not run on while the
+    interpreter exits.
     """
     global _local_group
     _local_group = None
