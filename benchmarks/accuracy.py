@@ -65,7 +65,7 @@ def _dpt(data: str, *metrics: str) -> System:
 
 SCENES = {
     "segmenter": _segmenter("scenes"),
-    "dpt": _dpt("scenes", "RMSE"),
+    "dpt": _dpt("scenes", "RMSE", "AbsRel", "d1"),
     "mask2former": System(
         "scenes/panoptic/mask2former_swin_mini.yaml", (("panoptic_seg", "PQ"), ("sem_seg", "mIoU"))
     ),

@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from benchmarks.accuracy import SYSTEMS, speedup
 from benchmarks.common import ROOT
-from benchmarks.paired import ERRORS, kept
+from benchmarks.paired import kept
 from expedite_d2.errors import cli
 from expedite_d2.files import replacing
 
@@ -90,7 +90,7 @@ def results(rows: Sequence[Row], latencies: Mapping[str, Row], system: str) -> s
             if share is None:
                 line[TO_PLAIN[metric]] = _with_interval(value, interval, _digits(metric))
             else:
-                line[metric] = f"{value:.{3 if metric in ERRORS else 2}f}"
+                line[metric] = f"{value:.{3 if value < 10 else 2}f}"
                 line[f"{metric} kept, %"] = _with_interval(share, interval, 1)
         lines.append(line)
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
