@@ -88,6 +88,18 @@ NOTES = {
     "transformers IJepaModel": Notes("I-JEPA", "I-JEPA ViT-H/14"),
     "transformers SiglipVisionModel": Notes("SigLIP, SigLIP 2", "SigLIP so400m/14"),
     "transformers CLIPVisionModel": Notes("CLIP", "CLIP ViT-L/14"),
+    "transformers CLIPSegVisionModel": Notes("CLIPSeg", "CLIPSeg, ViT-B/16"),
+    "transformers OwlViTVisionTransformer and Owlv2VisionTransformer": Notes(
+        "OWL-ViT, OWLv2", "OWLv2 ViT-L/14"
+    ),
+    "transformers PixioModel": Notes("Pixio, DPT on Pixio", "Pixio-H/16"),
+    "transformers Tipsv2VisionModel": Notes("TIPSv2, TIPSv2-DPT", "TIPSv2 ViT-L/14"),
+    "transformers RadioModel": Notes(
+        "C-RADIO", "C-RADIOv4-H", (512, 512), "images of one size, no packed patches"
+    ),
+    "transformers Sapiens2Model": Notes(
+        "Sapiens2: pose, segmentation, normals, pointmaps, matting", "Sapiens2-0.4B"
+    ),
     "transformers DPTModel": Notes("DPT (ViT and hybrid), MiDaS", "DPT-Large"),
     "transformers VitPoseBackbone": Notes(
         "ViTPose, ViTPose++", "ViTPose-H", restrictions=_CONFIGURED

@@ -111,6 +111,18 @@ MODELS: dict[str, Callable[[], nn.Module] | str] = {
     "transformers CLIPVisionModel": _transformers(
         "CLIPVisionModel", **_LARGE, image_size=336, patch_size=14
     ),
+    "transformers CLIPSegVisionModel": _transformers(
+        "CLIPSegVisionModel", **_BASE | {"intermediate_size": 3072}, image_size=352, patch_size=16
+    ),
+    "transformers OwlViTVisionTransformer and Owlv2VisionTransformer": _transformers(
+        "Owlv2VisionModel", **_LARGE, image_size=1008, patch_size=14
+    ),
+    "transformers PixioModel": _transformers("PixioModel"),
+    "transformers Tipsv2VisionModel": _transformers(
+        "Tipsv2VisionModel", **_LARGE, image_size=448, patch_size=14
+    ),
+    "transformers RadioModel": _transformers("RadioModel"),
+    "transformers Sapiens2Model": _transformers("Sapiens2Model", image_size=[1024, 768]),
     "transformers DPTModel": _transformers("DPTModel", **_LARGE, image_size=384),
     "transformers VitPoseBackbone": _transformers("VitPoseBackbone", **_HUGE),
     "transformers BeitModel": _transformers("BeitModel", **_BEIT_LARGE),

@@ -44,6 +44,14 @@ def configured_grid(encoder: Any) -> Size:
     return height // rows, width // columns
 
 
+def _radio_grid(encoder: Any, pixel_values: Tensor, image_grid_hw: Tensor | None = None) -> Size:
+    if image_grid_hw is not None:
+        raise ValueError(
+            "an expedited RadioModel takes images of one size, got packed patches (image_grid_hw)"
+        )
+    return _grid(encoder, pixel_values)
+
+
 class _CallersMask(Gate):
     """Refuses a mask from the caller, once, before the encoder makes its own mask of it.
 
@@ -128,6 +136,20 @@ CLIP = replace(
     tokens=TokenSequence(),
     grid=replace(_GRID, then=lambda encoder: [encoder.pre_layrnorm]),
 )
+CLIPSEG = replace(CLIP, name="transformers CLIPSegVisionModel", classes=("CLIPSegVisionModel",))
+OWL = replace(
+    CLIP,
+    name="transformers OwlViTVisionTransformer and Owlv2VisionTransformer",
+    classes=("OwlViTVisionTransformer", "Owlv2VisionTransformer"),
+    grid=replace(_GRID, then=lambda encoder: [encoder.pre_layernorm]),
+)
+PIXIO = replace(
+    VIT,
+    name="transformers PixioModel",
+    classes=("PixioModel",),
+    tokens=TokenSequence(lambda encoder: encoder.config.n_cls_tokens),
+    run=lambda encoder, images: encoder(images),
+)
 DINOV2 = replace(
     VIT,
     name="transformers Dinov2Model",
@@ -141,6 +163,18 @@ DINOV2_WITH_REGISTERS = replace(
     name="transformers Dinov2WithRegistersModel",
     classes=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
     tokens=TokenSequence(lambda encoder: 1 + encoder.config.num_register_tokens),
+)
+TIPSV2 = replace(
+    DINOV2_WITH_REGISTERS,
+    name="transformers Tipsv2VisionModel",
+    classes=("Tipsv2VisionModel", "Tipsv2VisionBackbone"),
+)
+RADIO = replace(
+    DINOV2,
+    name="transformers RadioModel",
+    classes=("RadioModel",),
+    tokens=TokenSequence(lambda encoder: encoder.config.num_summary_tokens),
+    grid=replace(_GRID, read=_radio_grid),
 )
 DPT = replace(
     VIT,
@@ -218,6 +252,7 @@ BEIT = replace(
     run=lambda encoder, images: encoder(images),
 )
 
-_PLAIN = (VIT, MSN, DEIT, IJEPA, SIGLIP, CLIP, DINOV2, DINOV2_WITH_REGISTERS, DPT, VITPOSE)
-for _family in (*_PLAIN, BEIT):
+_PLAIN = (VIT, MSN, DEIT, IJEPA, PIXIO, SIGLIP, CLIP, CLIPSEG, OWL, DPT, VITPOSE)
+_DINOV2 = (DINOV2, DINOV2_WITH_REGISTERS, TIPSV2, RADIO)
+for _family in (*_DINOV2, *_PLAIN, BEIT):
     register_family(_family)

@@ -1,7 +1,8 @@
-"""transformers' DINOv3, alone or in a model for a task."""
+"""transformers' DINOv3 and Sapiens2, alone or in a model for a task."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -35,5 +36,12 @@ DINOV3 = register_family(
         image_size=lambda encoder: sides(encoder.config.image_size),
         attention=lambda layer: (layer.norm1, layer.attention),
         eager=is_eager,
+    )
+)
+SAPIENS2 = register_family(
+    replace(
+        DINOV3,
+        name="transformers Sapiens2Model",
+        classes=("Sapiens2Model", "Sapiens2Backbone"),
     )
 )

@@ -196,9 +196,34 @@ class ClipCase(SiglipCase):
         return x
 
 
+class OwlCase(ClipCase):
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.pre_layernorm(model.embeddings(x, interpolate_pos_encoding=True))
+
+
+class PixioCase(TransformersCase):
+    prefixes = 3
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(x)
+
+    def run(self, model: Any, x: Tensor) -> Tensor:
+        return model(x).last_hidden_state
+
+
 class Dinov2Case(DPTCase):
     def embed(self, model: Any, x: Tensor) -> Tensor:
         return model.embeddings(x)
+
+
+class RadioCase(Dinov2Case):
+    prefixes = 3
+
+    def embed(self, model: Any, x: Tensor) -> Tensor:
+        return model.embeddings(model.input_conditioner(x))
+
+    def normalised(self, model: Any, x: Tensor) -> Tensor:
+        return x
 
 
 class VitPoseCase(Dinov2Case):
@@ -297,6 +322,16 @@ def transformers_dinov2(name: str = "Dinov2Model", **changes: Any) -> Any:
     return from_transformers(name, None, **{"mlp_ratio": 2, **changes})
 
 
+def owl(name: str) -> Any:
+    """The vision encoder of an OWL, which is no model with a configuration of its own."""
+    return from_transformers(f"{name}VisionModel", None).vision_model
+
+
+def radio(**changes: Any) -> Any:
+    settings = {"max_img_size": 64, "num_cls_tokens": 2, "num_registers": 1, **changes}
+    return from_transformers("RadioModel", None, **{"mlp_ratio": 2.0, **settings})
+
+
 def yolos(name: str = "YolosModel", pooling: bool | None = False, **changes: Any) -> Any:
     settings = {"image_size": [24, 32], "num_detection_tokens": 5, **changes}
     return from_transformers(name, pooling, **settings)
@@ -345,6 +380,16 @@ CASES: dict[str, Case] = {
     "transformers dinov2, registers": Dinov2Case(
         lambda: transformers_dinov2("Dinov2WithRegistersModel", num_register_tokens=2), prefixes=3
     ),
+    "transformers tipsv2": Dinov2Case(
+        lambda: transformers_dinov2("Tipsv2VisionModel", num_register_tokens=2), prefixes=3
+    ),
+    "transformers clipseg": ClipCase(lambda: from_transformers("CLIPSegVisionModel", None)),
+    "transformers owl": OwlCase(lambda: owl("OwlViT")),
+    "transformers owl 2": OwlCase(lambda: owl("Owlv2"), compiled=False),
+    "transformers pixio": PixioCase(
+        lambda: from_transformers("PixioModel", None, n_cls_tokens=3, mlp_ratio=2)
+    ),
+    "transformers radio": RadioCase(radio),
     "transformers vitpose": VitPoseCase(vitpose),
     "transformers dpt": DPTCase(transformers_dpt),
     "transformers yolos": YolosCase(yolos),

@@ -151,6 +151,16 @@ def transformers_dinov3(name: str = "DINOv3ViTModel", **changes: Any) -> Any:
     return from_transformers(name, None, **settings)
 
 
+def sapiens2(name: str = "Sapiens2Model", **changes: Any) -> Any:
+    """With fewer keys than queries in two of its four blocks."""
+    settings: dict[str, Any] = {
+        "num_key_value_attention_heads": 1,
+        "num_first_full_attention_layers": 1,
+        "num_last_full_attention_layers": 1,
+    }
+    return transformers_dinov3(name, **{**settings, **changes})
+
+
 def timm_eva(**changes: Any) -> Any:
     settings: dict[str, Any] = {
         **{"img_size": 24, "patch_size": 4, "dynamic_img_size": True, "use_rot_pos_emb": True},
@@ -179,6 +189,7 @@ def rf_detr(**changes: Any) -> Any:
 
 CASES: dict[str, Case] = {
     "transformers dinov3": Dinov3Case(transformers_dinov3),
+    "transformers sapiens2": Dinov3Case(sapiens2),
     "dinov3": OfficialDinov3Case(lambda: randomised(DinoVisionTransformer)),
     "timm eva02": EvaCase(eva02),
     "timm eva, dinov3": EvaCase(
