@@ -32,7 +32,7 @@ from expedite_d2.d2.data import build_test_loader
 from expedite_d2.d2.engine import build_trained_model
 from expedite_d2.d2.evaluation import build_evaluators
 from expedite_d2.errors import cli
-from expedite_d2.tools.budget import Clusters, Merges, Recipe, meet_budget
+from expedite_d2.tools.budget import Clusters, Costs, Merges, Recipe
 
 
 class System(NamedTuple):
@@ -187,7 +187,7 @@ class Runner:
         settings = self.settings(recipe, budget)
         if maps:
             settings = calibrate(expedite(self.model, settings), self.calibrated)
-            over = describe(self.model, self.size).share - budget
+            over = describe(self.model, self.size).share_of_blocks - budget
             if over > TOLERANCE:
                 settings = self.settings(recipe, budget - over)
                 settings = calibrate(expedite(self.model, settings), self.calibrated)
@@ -198,13 +198,14 @@ class Runner:
     def settings(self, recipe: Recipe, budget: float) -> Reduction:
         """The settings of a recipe at a budget; clusters, whose alpha is whole, near to it."""
         near = budget + TOLERANCE if isinstance(recipe, Clusters) else budget
-        return meet_budget(self.plain, recipe, budget_of(self.plain, near, self.size), self.size)
+        return Costs(self.plain, self.size).meet(recipe, budget_of(self.plain, near, self.size))
 
     def reduced(self, settings: Reduction) -> dict[str, Any]:
         """A row of settings; the model is plain again then."""
         expedite(self.model, settings)
         steps = [str(step) for step in settings.steps]
-        row = {"steps": steps, "share": describe(self.model, self.size).share, **self.measure()}
+        share = describe(self.model, self.size).share_of_blocks
+        row = {"steps": steps, "share": share, **self.measure()}
         restore(self.model)
         return row
 

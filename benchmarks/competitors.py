@@ -35,7 +35,7 @@ from benchmarks.tome import block_multiplyadds, equal_schedule, merging
 from expedite_d2 import Reduction, describe
 from expedite_d2.errors import cli
 from expedite_d2.reducers import Merge
-from expedite_d2.tools.budget import Clusters, meet_budget
+from expedite_d2.tools.budget import Clusters, Costs
 
 CHOSEN = ("segmenter_half", "panoptic_half")
 # Sides of one-shot clusters, as shares of the image's; the budget decides how many blocks run on
@@ -101,7 +101,7 @@ def one_shot(baseline: Any, size: Size, share: float) -> Method:
     found = []
     for side in SIDES:
         with contextlib.suppress(ValueError):  # a grid that is too large for the share
-            settings = meet_budget(baseline.backbone, Clusters(side), share, size)
+            settings = Costs(baseline.backbone, size).meet(Clusters(side), share)
             model = with_settings(baseline, settings)
             found.append(Method(model, size, gflops(model, size)))
     if not found:

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "images": len(images),
                     "setting": name,
                     "library": library,
-                    "share": describe(model, (height, width)).share,
+                    "share": describe(model, (height, width)).share_of_blocks,
                     "maps": bool(reduction and reduction.correction),
                     "metrics": {metric: found[task][metric] for task, metric in METRICS},
                 }

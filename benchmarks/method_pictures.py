@@ -28,7 +28,7 @@ from expedite_d2.d2.visualize import draw_clusters
 from expedite_d2.errors import cli
 from expedite_d2.files import replacing
 from expedite_d2.reducers import Clustering, Merging, Points, State, state_of
-from expedite_d2.tools.budget import meet_budget
+from expedite_d2.tools.budget import Costs
 
 CONFIG = ROOT / "configs/scenes/semantic/segmenter_vit_mini.yaml"
 IMAGE = 35
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipes = {method: CHOSEN["sequence"][method][BUDGET] for method in CHOSEN["sequence"]}
 
     def reduced(method: str, maps: bool = False) -> tuple[Tensor, State]:
-        expedite(model, meet_budget(model, recipes[method], budget, size))
+        expedite(model, Costs(model, size).meet(recipes[method], budget))
         if maps:
             calibrate(model, list(build_test_loader(cfg, "scenes_tune"))[:CALIBRATED])
         out, state = last_block(model, batch)

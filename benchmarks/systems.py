@@ -146,7 +146,7 @@ def add_detail_maps(backbone: Any, size: tuple[int, int]) -> None:
     maps = {}
     for number in numbers:
         steps = sum(step.at <= number for step in subject.reduction.steps)
-        width = outputs[number].shape[-1]
+        width = outputs[number][0].shape[-1]
         maps[number] = (0.1 * width**-0.5 * torch.randn(steps, width, width), torch.zeros(width))
     subject = Subject(backbone)
     weights = fingerprint(subject.encoder)

@@ -52,7 +52,9 @@ def fit(
     family.positions.check(encoder, reduction)
     full = _full(family, encoder, span, outputs, len(blocks))
     if reduction.correction is not None:
-        reduction.correction.check_places({number: _width(blocks[number]) for number in full})
+        reduction.correction.check_places(
+            {number: last_linear(blocks[number]).out_features for number in full}
+        )
     return Hourglass(encoder, family, reduction, span, full)
 
 
@@ -79,7 +81,7 @@ def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, sp
         warnings.warn(
             f"{rows}x{columns} clusters are no fewer than the {tokens} tokens of the images that "
             f"{name} was made for: only larger ones run faster",
-            stacklevel=5,
+            stacklevel=6,
         )
         return
     share = len(span) / len(family.blocks(encoder))
@@ -115,7 +117,7 @@ def _warn_of_little_gain(name: str, spared: float, advice: str) -> None:
     if spared < LEAST_GAIN:
         warnings.warn(
             f"these settings spare {name} {100 * spared:.1f} % of what its blocks do: {advice}",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
@@ -142,6 +144,16 @@ def _full(
     return frozenset({*numbers, span[-1]}) if numbers else ()  # type: ignore[arg-type]
 
 
-def _width(block: nn.Module) -> int:
-    """Returns the number of channels of a block: what the last layer of its MLP gives."""
-    return [module for module in block.modules() if isinstance(module, nn.Linear)][-1].out_features
+def last_linear(block: nn.Module) -> nn.Linear:
+    """Returns the last layer of a block's MLP.
+
+    Raises:
+        ValueError: the block has no linear layer.
+    """
+    layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f"blocks must hold layers torch.nn.Linear, got a {type(block).__name__} without: "
+            "expedite a model before it is quantized"
+        )
+    return layers[-1]

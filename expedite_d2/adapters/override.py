@@ -188,6 +188,9 @@ class _AttributeView:
         self._module = module
         self._changes = changes
 
+    # Methods that call super() look whether it is of their class.
+    __class__ = property(lambda self: type(self._module))  # type: ignore[assignment]
+
     def __getattr__(self, name: str) -> Any:
         if name in self._changes:
             return self._changes[name]

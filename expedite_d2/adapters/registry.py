@@ -34,9 +34,9 @@ def register_family(family: Family) -> Family:
     """
     if not isinstance(family, Family):
         raise ValueError(f"register_family takes a Family, got {family!r}")
+    global _FAMILIES
     known = {name: other for name, other in _FAMILIES.items() if name != family.name}
-    _FAMILIES.clear()
-    _FAMILIES.update({family.name: family, **known})
+    _FAMILIES = {family.name: family, **known}  # at once: other threads may be looking
     return family
 
 
@@ -75,7 +75,7 @@ def find_encoder(model: nn.Module) -> tuple[Family | None, Any]:
         raise ValueError(why_not(model, families()))
     if len(found) > 1:
         raise ValueError(
-            f"{type(model).__name__} holds {len(found)} encoders, expedite one of them: "
-            f"{', '.join(found)}"
+            f"{type(model).__name__} holds {len(found)} encoders, of which encoder= of expedite "
+            f"names one: {', '.join(found)}"
         )
     return next(iter(found.values()))

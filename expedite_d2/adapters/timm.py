@@ -42,7 +42,9 @@ def grid_of_patches(encoder: Any, x: Tensor) -> Size:
 
 
 def _is_eager(encoder: Any) -> bool:
-    return not getattr(encoder.blocks[0].attn, "fused_attn", True)
+    # Parallel blocks hold no attention of their own, or are one.
+    block = encoder.blocks[0]
+    return not getattr(getattr(block, "attn", block), "fused_attn", True)
 
 
 VISION_TRANSFORMER = Family(

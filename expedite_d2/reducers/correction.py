@@ -144,9 +144,13 @@ class Correction:
 
 
 def fingerprint(encoder: nn.Module) -> Tensor | None:
-    """Returns the mean magnitude of each weight, (tensors,) float64; None on `meta`."""
+    """Returns the mean magnitude of each weight that is not empty, (tensors,) float64.
+
+    None on `meta`.
+    """
     state = encoder.state_dict()
-    weights = [state[name].detach() for name in sorted(state) if state[name].is_floating_point()]
+    tensors = [state[name].detach() for name in sorted(state)]
+    weights = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     if any(weight.is_meta for weight in weights):
         return None
     return torch.tensor([weight.double().abs().mean().item() for weight in weights]).double()

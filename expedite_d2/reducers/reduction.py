@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -62,6 +62,15 @@ class Reduction:
     steps: tuple[Step, ...]
     reconstruction: Reconstruction = "residual"
     correction: Correction | None = None
+
+    if TYPE_CHECKING:  # it takes more than what it keeps
+
+        def __init__(
+            self,
+            steps: Step | Merge | Iterable[Step | Merge],
+            reconstruction: Reconstruction = "residual",
+            correction: Correction | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         steps: Any = self.steps

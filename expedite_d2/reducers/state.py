@@ -6,6 +6,7 @@ nest, run in threads, be recomputed or be compiled. The result of an operation d
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -101,6 +102,10 @@ class State(NamedTuple):
         """Returns the state of an image's tokens before the first step."""
         return cls(Grid(rows, columns), Grid(rows, columns))
 
+    def __reduce__(self) -> Any:
+        """Leaves nothing of it in files of tensors, which `torch.load` then reads."""
+        return OrderedDict, ()
+
     def reconstruct(self, low: Tensor, details: Sequence[DetailMap] | None = None) -> Tensor:
         """Undoes the steps, the last one first.
 
@@ -124,4 +129,5 @@ def attach(x: Tensor, state: State) -> Tensor:
 
 def state_of(x: Tensor) -> State | None:
     """Returns the state that accompanies a tensor, or None."""
-    return getattr(x, _ATTRIBUTE, None)
+    state = getattr(x, _ATTRIBUTE, None)
+    return state if isinstance(state, State) else None  # not what a copied tensor has left of it

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from expedite_d2.adapters.core import prepare
+from expedite_d2.adapters.core import prepare, restore
 from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.reducers import Cluster, Merge, Reduction
 from expedite_d2.tools.cost import on_meta
@@ -113,11 +113,10 @@ class OutOfReach(ValueError):
 
 
 class Costs:
-    """What the settings of one recipe leave of an encoder's multiply-adds.
+    """What settings leave of an encoder's multiply-adds, counted on a copy without memory.
 
     Args:
         model: the encoder, or a model that holds it, expedited or not; it is not changed.
-        recipe: how its tokens are reduced.
         size: height and width in pixels of the image for which they are counted; by default as
             for `describe`.
 
@@ -125,86 +124,71 @@ class Costs:
         ValueError: no known encoder.
     """
 
-    def __init__(
-        self, model: nn.Module, recipe: Recipe, size: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, size: tuple[int, int] | None = None) -> None:
         self._family, encoder = find_encoder(model)
-        self._encoder: Any = on_meta(encoder)
+        self._encoder: Any = restore(on_meta(encoder))
         self._plain = describe(self._encoder, size)
-        self._shares: dict[int, float] = {}
-        self.recipe = recipe
-        self.possible = recipe.settings(self._plain.blocks)
+        self._shares: dict[Reduction, float] = {}
 
-    def share(self, number: int) -> float:
-        """Returns the share that is left by the possible settings of a number.
+    def share(self, reduction: Reduction) -> float:
+        """Returns the share that is left by settings.
 
         Raises:
             ValueError: settings that the encoder does not take.
         """
-        if number not in self._shares:
-            self._shares[number] = self.share_of(self.possible[number])
-        return self._shares[number]
+        if reduction not in self._shares:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of settings on the way that save next to nothing
+                prepare(self._encoder, reduction)
+            left = count_blocks(self._encoder, self._family, self._plain.size)[1]
+            self._shares[reduction] = left / self._plain.multiply_adds
+        return self._shares[reduction]
 
-    def share_of(self, reduction: Reduction) -> float:
-        """Returns the share that is left by any settings."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of settings on the way that save next to nothing
-            prepare(self._encoder, reduction)
-        left = count_blocks(self._encoder, self._family, self._plain.size)[1]
-        return left / self._plain.multiply_adds
+    def least(self, recipe: Recipe) -> float:
+        """Returns the least share that settings of a recipe leave.
 
-    def meet(self, budget: float) -> Reduction:
-        """Returns the settings that cost the most within a budget.
+        Raises:
+            ValueError: a recipe that the encoder does not take.
+        """
+        return self.share(recipe.settings(self._plain.blocks)[0])
+
+    def meet(self, recipe: Recipe, budget: float) -> Reduction:
+        """Returns the settings of a recipe that cost the most within a budget.
 
         Args:
+            recipe: how tokens are reduced.
             budget: share of the encoder's multiply-adds that may be left, between 0 and 1.
 
         Raises:
             ValueError: a recipe that the encoder does not take.
             OutOfReach: a budget that the recipe does not reach.
         """
-        least = self.share(0)
+        possible = recipe.settings(self._plain.blocks)
+        least = self.share(possible[0])
         if not least <= budget < 1:
             raise OutOfReach(
                 f"budget must be at least {least:.3f} and less than 1 for "
-                f"{type(self._encoder).__name__} and {self.recipe}, got {budget}",
-                self.possible[0],
+                f"{type(self._encoder).__name__} and {recipe}, got {budget}",
+                possible[0],
                 least,
             )
-        low, high = 0, len(self.possible)  # possible[low] meets the budget, possible[high] does not
+        low, high = 0, len(possible)  # possible[low] meets the budget, possible[high] does not
         while high - low > 1:
             middle = (low + high) // 2
             try:
-                fits = self.share(middle) <= budget
+                fits = self.share(possible[middle]) <= budget
             except ValueError:  # so many tokens are kept that none of a small image's would merge
                 fits = False
             low, high = (middle, high) if fits else (low, middle)
-        return self.possible[low]
+        return possible[low]
 
-
-def recipes(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[Advice, ...]:
-    """Returns the recipes for an encoder, as `MERGING` or `OTHERS` has them.
-
-    Args:
-        model: the encoder, or a model that holds it; it is not changed.
-        size: see `Costs`.
-
-    Raises:
-        ValueError: no known encoder.
-    """
-    merged = Costs(model, Merges(_QUARTERS), size)
-    try:
-        merged.share(0)
-    except ValueError:
-        return OTHERS
-    return MERGING
-
-
-def meet_budget(
-    model: nn.Module, recipe: Recipe, budget: float, size: tuple[int, int] | None = None
-) -> Reduction:
-    """Finds the settings of a recipe that cost the most within a budget: see `Costs`."""
-    return Costs(model, recipe, size).meet(budget)
+    def recipes(self) -> tuple[Advice, ...]:
+        """Returns the recipes for the encoder, as `MERGING` or `OTHERS` has them."""
+        try:
+            self.least(Merges(_QUARTERS))
+        except ValueError:
+            return OTHERS
+        return MERGING
 
 
 def choose(
@@ -216,7 +200,7 @@ def choose(
         model: the encoder, or a model that holds it; it is not changed.
         budget: share of the encoder's multiply-adds that may be left; by default 0.7 or, with a
             warning, the nearest above it that can be reached.
-        size: see `meet_budget`.
+        size: see `Costs`.
 
     Returns:
         The settings.
@@ -226,13 +210,14 @@ def choose(
         OutOfReach: a budget that cannot be reached; the message has the least that can.
     """
     wanted = BUDGET if budget is None else budget
+    costs = Costs(model, size)
     nearest: OutOfReach | None = None
     refused: ValueError | None = None
-    for least, recipe in recipes(model, size):
+    for least, recipe in costs.recipes():
         if wanted < least:
             continue
         try:
-            return meet_budget(model, recipe, wanted, size)
+            return costs.meet(recipe, wanted)
         except OutOfReach as error:
             if nearest is None or error.share < nearest.share:
                 nearest = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -50,16 +51,19 @@ def calibrate(
         temperature: whether to measure the temperature of a Cluster: c / T, T being the mean over
             all images of their spreads.
         correction: whether to fit detail maps. They are kept if they bring the model's outputs
-            nearer to those of the plain model on every fourth image, which they are not fitted to.
-            The reconstruction "replace" has none, and grouped attention (rounds > 0) gets none.
+            nearer to those of the plain model on every fourth image, which they are not fitted to:
+            with fewer than four images there are none. The reconstruction "replace" has none, and
+            grouped attention (rounds > 0) gets none.
         outputs: picks what is compared of what the model returns: tensors, in any nesting. By
-            default all of it but hidden states and attentions.
+            default all of it but hidden states, attentions and pooled features; of a model without
+            a head its last hidden state.
 
     Returns:
         The new settings of the encoder.
 
     Raises:
-        ValueError: no expedited encoder or several, no images, or none that was reduced.
+        ValueError: no expedited encoder or several; no images, or none that was reduced; paths,
+            images without a batch axis or with labels; outputs that cannot be compared.
     """
     encoder = _expedited_encoder(model)
     subject = Subject(encoder)
@@ -125,6 +129,12 @@ def _corrected(
     settings = subject.reduction
     if not subject.numbers:  # nothing is reconstructed: the model's head runs on clusters
         return settings
+    if len(images) < HELD_OUT:
+        warnings.warn(
+            f"detail maps need at least {HELD_OUT} images, got {len(images)}: none is fitted",
+            stacklevel=3,
+        )
+        return settings
     held_out = images[HELD_OUT - 1 :: HELD_OUT]
     fitted = [image for i, image in enumerate(images) if i % HELD_OUT != HELD_OUT - 1]
     maps = DetailMaps(subject, subject.read(partial(call, model, fitted[0])))
@@ -140,7 +150,7 @@ def _corrected(
         for number, reduction in enumerate((settings, corrected)):
             subject.reduction = reduction
             distances[number] += distance(outputs_of(model, encoder, image, select), expected)
-    return corrected if held_out and distances[1] < distances[0] else settings
+    return corrected if distances[1] < distances[0] else settings
 
 
 def _expedited_encoder(model: nn.Module) -> Any:

@@ -19,10 +19,12 @@ from typing import Any
 from torch import nn
 
 from expedite_d2.reducers import Reduction
+from expedite_d2.tools.budget import BUDGET
 from expedite_d2.tools.describe import Description, describe
 from expedite_d2.tools.expedite import expedite
 from expedite_d2.tools.named_models import named_model, pictures
 from expedite_d2.tools.tune import tune
+from expedite_d2.tools.tuning import Tuning
 
 #: How many pictures of a folder `tune` reads, unless it is told.
 IMAGES = 24
@@ -51,7 +53,7 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_mutually_exclusive_group()
     settings.add_argument(
-        "--budget", type=float, metavar="B", help="share of the multiply-adds; default: 0.7"
+        "--budget", type=float, metavar="B", help=f"share of the multiply-adds; default: {BUDGET}"
     )
     settings.add_argument("--settings", type=Path, metavar="FILE", help="a file of settings")
 
@@ -101,15 +103,10 @@ def _tune(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--count", type=int, default=IMAGES, metavar="N", help=f"pictures (default {IMAGES})"
     )
-    goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--budget", type=float, metavar="B", help="share of the multiply-adds: 0.7")
-    goal.add_argument(
-        "--max-error", type=float, metavar="E", help="largest distance of the outputs"
-    )
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="a YAML file for the settings")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of all of them")
+    add_outcome(parser)
     args = parser.parse_args(argv)
+    check_outcome(args)
     model = named_model(args.model, weights=True).to(args.device)
     images = pictures(args.model, model, args.images, args.count, args.size)
     tuning = tune(
@@ -118,11 +115,54 @@ def _tune(argv: Sequence[str]) -> None:
         args.budget,
         max_error=args.max_error,
     )
+    report(tuning, args, f"expedite(model, Reduction.load({str(args.output)!r}))")
+
+
+def add_outcome(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which settings `tune` looks for, and what it writes."""
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--budget",
+        type=float,
+        metavar="B",
+        help=f"share of the encoder's multiply-adds that may be left (default {BUDGET})",
+    )
+    goal.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="instead the largest error of the results, such as 0.05: the fastest settings within "
+        "it are the best",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="a YAML file for the best settings"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of error against speed-up")
+
+
+def check_outcome(args: argparse.Namespace) -> None:
+    """Raises where a file cannot be written to, before minutes are spent on what it will hold."""
+    for option, path in (("--output", args.output), ("--plot", args.plot)):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{option} must be in a folder that exists, got {path}")
+
+
+def report(tuning: Tuning, args: argparse.Namespace, use: str) -> None:
+    """Prints what was measured, and writes what was asked for.
+
+    Args:
+        tuning: the outcome.
+        args: with the options of `add_outcome`.
+        use: how the file of the best settings is used.
+
+    Raises:
+        ValueError: no settings are good enough.
+    """
     print(tuning)
-    if args.output is not None:
-        tuning.save(args.output)
-        print(
-            f"settings written to {args.output}: expedite(model, Reduction.load({args.output!s}))"
-        )
     if args.plot is not None:
         tuning.plot(args.plot)
+        print(f"plotted in {args.plot}")
+    best = tuning.best  # there may be none, also where nothing is to be written
+    if args.output is not None:
+        best.save(args.output)
+        print(f"best settings written to {args.output}: {use}")

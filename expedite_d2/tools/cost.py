@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -60,10 +61,6 @@ class MultiplyAdds:
             raise ValueError(f"the model that was counted has no module {module!r}")
         return dict(self.modules[module])
 
-    def by_module(self) -> dict[str, int]:
-        """Returns the total of each module, which includes its submodules."""
-        return {name: self.total(name) for name in self.modules}
-
 
 @torch.no_grad()
 def count_multiply_adds(
@@ -102,13 +99,28 @@ def count_multiply_adds(
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model with its tensors on ``meta``, where they take no memory."""
+    """Returns a copy of a model with its tensors on ``meta``, where they take no memory.
+
+    It has no hooks that are functions of others than the model's library: copies share functions,
+    and those would be given tensors without values.
+    """
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         for parameter in model.parameters()
     }
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    library = _package(type(model))
+    for module in copied.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if isinstance(hook, FunctionType) and _package(hook) != library:
+                    del hooks[number]
+    return copied
+
+
+def _package(owner: Any) -> str:
+    return owner.__module__.partition(".")[0]
 
 
 class _Root(nn.Module):

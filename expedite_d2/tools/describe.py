@@ -13,6 +13,7 @@ from torch import nn
 
 from expedite_d2.adapters.core import expedited_encoders, restore
 from expedite_d2.adapters.family import Family
+from expedite_d2.adapters.fit import last_linear
 from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.ops._checks import integer
 from expedite_d2.reducers import Reduction
@@ -67,6 +68,11 @@ class Description:
 
     @property
     def share(self) -> float:
+        """The share of the encoder's multiply-adds that is left, which a budget bounds."""
+        return self.reduced_multiply_adds / max(self.multiply_adds, 1)
+
+    @property
+    def share_of_blocks(self) -> float:
         """The share of the blocks' multiply-adds that is left, with what the reduction costs."""
         blocks = sum(block.multiply_adds for block in self.blocks)
         return 1 - (self.multiply_adds - self.reduced_multiply_adds) / max(blocks, 1)
@@ -87,10 +93,9 @@ class Description:
                 f"{block.name:<{wide}}  {block.tokens:>7} {block.reduced_tokens:>8}  "
                 f"{block.multiply_adds / 1e9:>12.3f} {block.reduced_multiply_adds / 1e9:>8.3f}"
             )
-        share = self.reduced_multiply_adds / max(self.multiply_adds, 1)
         lines.append(
             f"{'the encoder':<{wide}}  {'':>7} {'':>8}  {self.multiply_adds / 1e9:>12.3f} "
-            f"{self.reduced_multiply_adds / 1e9:>8.3f}  ({100 * share:.1f} %)"
+            f"{self.reduced_multiply_adds / 1e9:>8.3f}  ({100 * self.share:.1f} %)"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -121,7 +126,9 @@ def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Descripti
     height, width = size
     reduction: Reduction | None = encoder.reduction if expedited else None
     plain, total = count_blocks(encoder, family, size, plain=True)
-    fewer, reduced_total = count_blocks(encoder, family, size)
+    fewer, reduced_total = (
+        (plain, total) if reduction is None else count_blocks(encoder, family, size)
+    )
     blocks = tuple(
         Block(name, tokens, fewer[name][0], cost, fewer[name][1])
         for name, (tokens, cost) in plain.items()
@@ -181,8 +188,7 @@ def count_blocks(
 
     for block in blocks:
         # The last layer of the MLP: the block's own input and output may be at full resolution.
-        last = [module for module in block.modules() if isinstance(module, nn.Linear)][-1]
-        last.register_forward_pre_hook(note(names[id(block)]))
+        last_linear(block).register_forward_pre_hook(note(names[id(block)]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an image that is too small shows in the table
         counts = count_multiply_adds(

@@ -106,12 +106,12 @@ class Subject:
                 override.active = True
 
     @contextmanager
-    def outputs(self, numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """A context that keeps the outputs of blocks, by their numbers."""
-        kept: dict[int, Tensor] = {}
+    def outputs(self, numbers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
+        """A context that keeps the outputs of blocks by their numbers, one for each pass."""
+        kept: dict[int, list[Tensor]] = {number: [] for number in numbers}
 
         def keep(number: int, module: nn.Module, args: Any, out: Any) -> None:
-            kept[number] = first_of(out)
+            kept[number].append(first_of(out))
 
         hooks = [self.blocks[n].register_forward_hook(partial(keep, n)) for n in numbers]
         try:
@@ -134,7 +134,7 @@ class Subject:
 class _Readers(TorchFunctionMode):
     """Notes which of some tensors are arguments of a computation."""
 
-    def __init__(self, tensors: dict[int, Tensor]) -> None:
+    def __init__(self, tensors: dict[int, list[Tensor]]) -> None:
         super().__init__()
         self.tensors = tensors
         self.read: set[int] = set()
@@ -144,7 +144,9 @@ class _Readers(TorchFunctionMode):
     ) -> Any:
         if getattr(func, "__name__", "") != "__get__":  # of an attribute, such as the shape
             given = {id(leaf) for leaf in tree_leaves((args, kwargs or {}))}
-            self.read |= {number for number, x in self.tensors.items() if id(x) in given}
+            for number, tensors in self.tensors.items():
+                if any(id(tensor) in given for tensor in tensors):
+                    self.read.add(number)
         return func(*args, **(kwargs or {}))
 
 
@@ -162,7 +164,10 @@ class DetailMaps:
         self.images = 0
 
     def add(self, run: Callable[[], object]) -> None:
-        """Runs the model on an image, plain and expedited, and adds the tokens of the encoder."""
+        """Runs the model on an image, plain and expedited, and adds the tokens of the encoder.
+
+        The encoder may run several times on an image, such as once for each sliding window.
+        """
         subject = self.subject
         operator = torch.ops.expedite_d2.token_reconstruct.default
         observed = ObservedOperator(operator, lambda call, out: (call, out))
@@ -172,13 +177,15 @@ class DetailMaps:
             run()
         undone = [(call, out) for call, out in observed.kept if call["tokens"] is not None]
         places = [step.at for step in subject.reduction.steps]
-        for number in subject.numbers:
-            steps = sum(at <= number for at in places)
-            calls, undone = undone[:steps], undone[steps:]
-            if len(calls) < steps:  # an image too small to be reduced
-                return
-            if number in self.regressions:
-                self._add(number, calls, subject.tokens(full[number]))
+        steps = {number: sum(at <= number for at in places) for number in subject.numbers}
+        passes = len(full[subject.numbers[-1]])
+        if len(undone) != passes * sum(steps.values()):  # an image too small to be reduced
+            return
+        for turn in range(passes):
+            for number, count in steps.items():
+                calls, undone = undone[:count], undone[count:]
+                if number in self.regressions:
+                    self._add(number, calls, subject.tokens(full[number][turn]))
         self.images += 1
 
     def _add(self, number: int, calls: list[tuple[dict[str, Any], Tensor]], full: Tensor) -> None:

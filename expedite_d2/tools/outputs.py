@@ -13,10 +13,13 @@ from torch.utils._pytree import tree_leaves
 #: Picks, of what a model returns, the tensors that count.
 Select = Callable[[Any], Any]
 
-# Parts of the names by which transformers returns what lies within a model, beside its results.
-_WITHIN = ("hidden_state", "attentions")
-# Keywords by which transformers' models take the truth.
+# Parts of the names by which transformers returns what lies within a model, beside its results; and
+# the names of those that are the results of a model without a head.
+_WITHIN = ("hidden_state", "attentions", "pooler_output")
+_FEATURES = ("last_hidden_state", "pooler_output")
+# Keywords by which transformers' models take the truth; SAM's "input_labels" are of its prompts.
 _LABELS = ("labels", "label_ids")
+_PROMPTS = "input_"
 
 
 def checked(images: Iterable[Any]) -> Iterator[Any]:
@@ -49,7 +52,8 @@ def _check(image: Any) -> None:
             "image and its labels, which are not needed"
         )
     if isinstance(image, Mapping):
-        labels = [name for name in image if str(name).endswith(_LABELS)]
+        names = [str(name) for name in image if not str(name).startswith(_PROMPTS)]
+        labels = [name for name in names if name.endswith(_LABELS)]
         if labels:
             raise ValueError(f"images must come without labels, got {', '.join(labels)}")
 
@@ -70,8 +74,11 @@ def outputs_of(
         model: the model.
         encoder: its encoder.
         image: an input of the model.
-        select: picks what counts of what the model returns; by default all but hidden states and
-            attentions, if there is anything else.
+        select: picks what counts of what the model returns; by default all but hidden states,
+            attentions and pooled features; of a model without a head its last hidden state, too.
+
+    Raises:
+        ValueError: `select` picks nothing.
     """
     features: list[Any] = []
     hook = encoder.register_forward_hook(lambda module, args, out: features.append(out))
@@ -80,10 +87,15 @@ def outputs_of(
     finally:
         hook.remove()
     if select is not None:
-        return _floats(select(returned))
+        selected = _floats(select(returned))
+        if not selected:
+            raise ValueError("outputs must pick floating point tensors, got none")
+        return selected
     if isinstance(returned, Mapping):
         results = [v for k, v in returned.items() if not any(part in str(k) for part in _WITHIN)]
-        return _floats(results) or _floats(list(returned.values())) or _floats(features)
+        headless = [returned.get(name) for name in _FEATURES]
+        every = list(returned.values())
+        return _floats(results) or _floats(headless) or _floats(every) or _floats(features)
     return _floats(returned) or _floats(features)
 
 
@@ -93,11 +105,20 @@ def _floats(outputs: Any) -> list[Tensor]:
 
 
 def distance(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Returns the relative distance (L2) of outputs to others, of shapes alike in pairs.
+    """Returns the relative distance (L2) of outputs to others, over those whose shapes agree.
 
     That of anything to zeros, such as a map on which nothing was detected, is 1.
+
+    Raises:
+        ValueError: no shapes agree, as those of detected boxes, whose number varies.
     """
     pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
+    if not pairs or len(outputs) != len(expected):
+        shapes = [[list(x.shape) for x in some] for some in (outputs, expected)]
+        raise ValueError(
+            f"the model's outputs cannot be compared, whose shapes are {shapes[0]} and plain "
+            f"{shapes[1]}: pick some of a fixed shape by outputs=, such as scores before detection"
+        )
     difference = sum((a.double() - b.double()).square().sum().item() for a, b in pairs)
     scale = sum(b.double().square().sum().item() for _, b in pairs)
     return (difference / scale) ** 0.5 if scale else float(difference > 0)

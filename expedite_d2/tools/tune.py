@@ -16,8 +16,8 @@ from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.errors import needs_extra
 from expedite_d2.ops._checks import real
 from expedite_d2.reducers import Reduction
-from expedite_d2.tools.budget import BUDGET, Costs, OutOfReach, recipes
-from expedite_d2.tools.calibrate import calibrate
+from expedite_d2.tools.budget import BUDGET, Costs, OutOfReach, Recipe
+from expedite_d2.tools.calibrate import HELD_OUT, calibrate
 from expedite_d2.tools.latency import Latency, time_call
 from expedite_d2.tools.outputs import Select, call, checked, distance, evaluating, outputs_of
 from expedite_d2.tools.tuning import Row, Tuning
@@ -49,8 +49,8 @@ def tune(
 
     Args:
         model: the encoder, or a model that holds it.
-        images: inputs of the model without labels, one per call; about 24, at least 3. A mapping is
-            its keywords.
+        images: inputs of the model without labels, one per call; about 24, at least 3, and 5 for
+            detail maps. A mapping is its keywords.
         budget: share of the encoder's multiply-adds that may be left, between 0 and 1; 0.7 by
             default. The settings within it of the least error are the best.
         max_error: instead of a budget, the largest error; the fastest settings within it are the
@@ -58,15 +58,16 @@ def tune(
         size: height and width in pixels for which costs are counted; by default those of the first
             image that is a tensor, or else as for `expedite`.
         outputs: picks what is compared of what the model returns: tensors, in any nesting. By
-            default all of it but hidden states and attentions.
+            default all of it but hidden states, attentions and pooled features; of a model without
+            a head its last hidden state.
         progress: whether to show a bar, which needs tqdm.
 
     Returns:
         What was measured. An interrupted tune (Ctrl-C) returns what it has measured until then.
 
     Raises:
-        ValueError: no encoder of a known family, several, too few images, images with labels, or
-            a budget that cannot be reached.
+        ValueError: no encoder of a known family, several, too few images, images with labels,
+            outputs that cannot be compared, or a budget that cannot be reached.
         RuntimeError: out of memory.
     """
     adapters.expect_module(model)
@@ -81,24 +82,22 @@ def tune(
     shares: dict[Reduction, float] = {}  # by the settings before they were calibrated
     try:
         adapters.restore(model)
-        plan = _plan(model, budget, size or _size_of(given[0]))
+        costs = Costs(model, size or _size_of(given[0]))
+        plan = _plan(costs, budget)
         with evaluating(model), _shown(plan, progress) as shown:
             encoder = find_encoder(model)[1]
             plain = [
                 [out.cpu() for out in outputs_of(model, encoder, image, outputs)]
                 for image in judged
             ]
-            for costs, most in shown:
-                first = costs.meet(most)
+            for recipe, most in shown:
+                first = costs.meet(recipe, most)
                 if shares.get(first, 1) <= most:  # a greater share came to the same settings
                     continue
-                try:
-                    settings = _calibrated(model, costs, most, fitted, outputs)
-                except OutOfReach:  # with what detail maps cost
-                    continue
+                settings = _calibrated(model, costs, recipe, most, fitted, outputs)
                 error = _error(model, encoder, judged, plain, outputs)
                 times = _times(model, settings, judged)
-                shares[first] = costs.share_of(settings)
+                shares[first] = costs.share(settings)
                 rows.append(Row(settings, shares[first], error, *times))
     except KeyboardInterrupt:
         if not rows:
@@ -125,23 +124,20 @@ def _check(budget: float | None, max_error: float | None) -> None:
         raise ValueError(f"max_error must be a number greater than 0, got {max_error!r}")
 
 
-def _plan(
-    model: nn.Module, budget: float | None, size: tuple[int, int] | None
-) -> list[tuple[Costs, float]]:
+def _plan(costs: Costs, budget: float | None) -> list[tuple[Recipe, float]]:
     """Returns the recipes and the shares of the multiply-adds for which settings are tried."""
     budgets = sorted({budget or BUDGET, *SHARES}, reverse=True)
-    plan: list[tuple[Costs, float]] = []
+    plan: list[tuple[Recipe, float]] = []
     refused: ValueError | None = None
     leasts: list[float] = []
-    for recipe in dict.fromkeys(advice.recipe for advice in recipes(model, size)):
-        costs = Costs(model, recipe, size)
+    for recipe in dict.fromkeys(advice.recipe for advice in costs.recipes()):
         try:
-            least = costs.share(0)
+            least = costs.least(recipe)
         except ValueError as error:  # the encoder does not take such steps
             refused = error
             continue
         leasts.append(least)
-        plan += [(costs, most) for most in budgets if most >= least]
+        plan += [(recipe, most) for most in budgets if most >= least]
     if not leasts:
         assert refused is not None
         raise refused
@@ -155,18 +151,23 @@ def _plan(
 
 
 def _calibrated(
-    model: nn.Module, costs: Costs, most: float, images: list[Any], select: Select | None
+    model: nn.Module,
+    costs: Costs,
+    recipe: Recipe,
+    most: float,
+    images: list[Any],
+    select: Select | None,
 ) -> Reduction:
-    """Expedites a model with calibrated settings of a cost, that of their detail maps included.
-
-    Raises:
-        OutOfReach: no settings cost so little.
-    """
-    spare = 0.0
+    """Expedites a model with calibrated settings of a cost, that of their detail maps included."""
+    maps, spare = len(images) >= HELD_OUT, 0.0
     while True:
-        adapters.expedite(model, costs.meet(most - spare))
-        settings = calibrate(model, images, outputs=select)
-        over = costs.share_of(settings) - most
+        try:
+            chosen = costs.meet(recipe, most - spare)
+        except OutOfReach:  # with what detail maps cost
+            chosen, maps = costs.meet(recipe, most), False
+        adapters.expedite(model, chosen)
+        settings = calibrate(model, images, correction=maps, outputs=select)
+        over = costs.share(settings) - most
         if over <= 0:
             return settings
         spare += over

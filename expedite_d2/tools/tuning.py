@@ -69,7 +69,11 @@ class Tuning:
 
     @property
     def row(self) -> Row:
-        """The row of the best settings: see `best`."""
+        """The row of the best settings.
+
+        Raises:
+            ValueError: see `best`.
+        """
         if self.max_error is not None:
             near = [row for row in self.rows if row.error <= self.max_error]
             if not near:
@@ -112,11 +116,16 @@ class Tuning:
         """Writes the best settings to a YAML file, with their tensors beside it.
 
         `Reduction.load` reads it, as does the config key `MODEL.EXPEDITE.SETTINGS`.
+
+        Raises:
+            ValueError: see `best`.
         """
         self.best.save(path)
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draws error against speed-up, with the front and the best settings, to a PNG or PDF.
+        """Draws error against speed-up, with the front, to a PNG or PDF.
+
+        A ring is around the best settings, if any are good enough.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -134,10 +143,9 @@ class Tuning:
                 place = (row.speedup, 100 * row.error)
                 axes.annotate(text, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.plot(*_places(self.front), color="0.7", zorder=1, label="front")
-        best = self.row
-        axes.scatter(
-            *_places([best]), s=160, facecolors="none", edgecolors="black", label="best", zorder=4
-        )
+        with suppress(ValueError):  # none is good enough
+            ring = {"facecolors": "none", "edgecolors": "black", "label": "best"}
+            axes.scatter(*_places([self.row]), s=160, zorder=4, **ring)
         axes.axvline(1, color="0.85", zorder=0)
         axes.set_xlabel(f"times as fast as the plain {self.model}, on {self.device}")
         axes.set_ylabel("distance of the outputs to the plain model's, %")

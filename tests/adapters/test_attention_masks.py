@@ -13,7 +13,7 @@ from family_cases import CASES, SEQUENCES
 from family_cases.case import Case, images
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 
 
 def bools(*shape: int, seen: bool = True) -> Tensor:

@@ -14,7 +14,7 @@ from family_cases import CASES
 from family_cases.case import Case, images
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, families, is_expedited, restore
+from expedite_d2 import expedite, families, is_expedited, restore
 from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.reducers import Cluster, Merge, Reduction
 

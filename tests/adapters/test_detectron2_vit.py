@@ -14,7 +14,7 @@ from settings_cases import clustered
 from torch import Tensor, nn
 from windows_by_hand import in_windows, slow_attention
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.reducers import Reduction, clustering_of, reconstruct, reduce
 from expedite_d2.tools.calibrate import calibrate
 

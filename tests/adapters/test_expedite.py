@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from family_cases import CASES, SEQUENCES
-from family_cases.case import Case
+from family_cases.case import Case, images
 from family_cases.plain import timm_vit, transformers_vit
 from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.adapters.override import first_of
 from expedite_d2.reducers import Reduction, clustering_of, reconstruct
+from expedite_d2.reducers.state import state_of
 from expedite_d2.tools.calibrate import calibrate
 
 families = pytest.mark.parametrize("case", SEQUENCES.values(), ids=SEQUENCES)
@@ -173,6 +175,17 @@ def test_outputs_say_which_blocks_are_reconstructed() -> None:
     assert clustering_of(seen[0]) is None and clustering_of(x) is None
 
 
+def test_what_blocks_return_can_be_saved_and_loaded() -> None:
+    model, file = expedite(transformers_vit(), alpha=1, clusters=(3, 3)), io.BytesIO()
+    with torch.no_grad():
+        states = model(images(24, 24), output_hidden_states=True).hidden_states
+    assert state_of(states[2]) is not None
+    torch.save(states, file)
+    file.seek(0)
+    for read, state in zip(torch.load(file), states, strict=True):
+        assert torch.equal(read, state) and state_of(read) is None
+
+
 @pytest.mark.parametrize("alpha", [0, 2])
 def test_transformers_records_full_resolution(alpha: int) -> None:
     model, x = transformers_vit(), torch.randn(2, 3, 24, 24)
@@ -235,7 +248,7 @@ def test_expedite_finds_the_encoder_inside() -> None:
     ("model", "settings", "message"),
     [
         (nn.Linear(2, 2), {}, "Linear holds no encoder that can be expedited: it has no att"),
-        (nn.ModuleList([timm_vit(), timm_vit()]), {}, "holds 2 encoders, expedite one .*: 0, 1"),
+        (nn.ModuleList([timm_vit(), timm_vit()]), {}, "holds 2 encoders, of which .*: 0, 1"),
         (timm_vit(), {"alpha": 4}, "alpha must be less than the 4 blocks of VisionTr.*, got 4"),
         (timm_vit(), {"alpha": -1}, r"at \(alpha\) must be an integer >= 0, got -1"),
         (timm_vit(), {"clusters": (0, 3)}, r"grid \(clusters\) must be two sizes"),

@@ -20,7 +20,8 @@ from family_cases.swin import CASES as SWINS
 from official_shaped import Detectron2ViT
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, swin, transformers_swin
+from expedite_d2 import expedite
+from expedite_d2.adapters import swin, transformers_swin
 from expedite_d2.adapters.decomposed import attend
 from expedite_d2.adapters.registry import find_encoder
 

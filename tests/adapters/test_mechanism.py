@@ -18,7 +18,7 @@ from settings_cases import clustered
 from torch import Tensor, nn
 from torch.nn.parallel import replicate as torch_replicate
 
-from expedite_d2.adapters import expedite, is_expedited, restore
+from expedite_d2 import expedite, is_expedited, restore
 from expedite_d2.adapters.override import Override
 from expedite_d2.reducers import Merge, Reduction
 
@@ -250,12 +250,13 @@ def test_settings_that_spare_nearly_nothing_are_told() -> None:
         ((timm_vit(), 9), r"reduction must be a Reduction \(alpha .* by keyword\), got 9"),
         ((timm_vit(), (8, 8)), "reduction must be a Reduction"),
         ((timm_vit(), clustered(1, (4, 3)).cluster), r"Reduction\(Cluster\(...\)\), got Cluster"),
-        ((timm_vit(),), "expedite needs a reduction, or alpha and clusters"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expedite(*arguments)
+    with pytest.raises(ValueError, match="expedite needs a reduction, or alpha and clusters"):
+        expedite(timm_vit(), topk=3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from family_cases.case import Case
 from family_cases.plain import timm_beit, timm_vit
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.reducers import Merge, Points, Reduction, State
 
 KINDS = ["timm vit", "timm vit, registers and pre-norm", "timm vit, distilled"]

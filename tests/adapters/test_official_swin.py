@@ -12,7 +12,7 @@ import torch
 from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
 from expedite_d2.reducers import Reduction
 from expedite_d2.tools.calibrate import calibrate

@@ -14,7 +14,7 @@ from official_shaped import DinoVisionTransformer
 from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.reducers import Cluster, Merge, Reduction, clustering_of, reconstruct
 
 SETTINGS = [clustered(1, (3, 4)), Reduction(Merge((1, 2), 0.7)), Reduction(Merge(1, 0.8, rounds=2))]

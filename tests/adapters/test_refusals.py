@@ -12,7 +12,7 @@ import torchvision
 import transformers
 from torch import nn
 
-from expedite_d2.adapters import expedite, families
+from expedite_d2 import expedite, families
 from expedite_d2.adapters.refusals import REFUSALS
 from expedite_d2.adapters.registry import find_encoder
 

@@ -11,7 +11,7 @@ from family_cases.case import images
 from family_cases.rotary import rf_detr
 from torch import Tensor
 
-from expedite_d2.adapters import expedite
+from expedite_d2 import expedite
 from expedite_d2.reducers import Merge, Reduction, state_of
 from expedite_d2.tools.describe import describe
 

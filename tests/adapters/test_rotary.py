@@ -17,7 +17,7 @@ from family_cases.rotary import EomtCase, eomt, timm_eva, transformers_dinov3
 from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.adapters.override import first_of
 from expedite_d2.reducers import Merge, Reduction, state_of
 from expedite_d2.tools.budget import choose

@@ -17,7 +17,7 @@ from settings_cases import clustered
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.adapters.registry import find_encoder
 from expedite_d2.ops import token_spread
 from expedite_d2.reducers import Merge, Reduction

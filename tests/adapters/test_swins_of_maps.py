@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer as maps
 from torchvision.models.video import swin_transformer as clips
 
-from expedite_d2.adapters import expedite
+from expedite_d2 import expedite
 from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
 from expedite_d2.reducers import Reduction, clustering_of, reconstruct, reduce
 

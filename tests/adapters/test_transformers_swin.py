@@ -38,7 +38,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinBackbone
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.adapters.core import expedited_encoders
 from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
 from expedite_d2.reducers import Reduction

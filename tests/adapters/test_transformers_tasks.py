@@ -13,7 +13,7 @@ from family_cases.plain import CONFIG, radio
 from settings_cases import clustered
 from torch import Tensor
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.reducers import Merge, Reduction
 
 SETTINGS = [clustered(1, (3, 4)), Reduction(Merge((1, 2), 0.7)), Reduction(Merge(1, 0.8, rounds=2))]

@@ -27,7 +27,7 @@ from transformers.models.sam_hq.configuration_sam_hq import SamHQConfig
 from transformers.models.sam_hq.modeling_sam_hq import SamHQModel
 from transformers.models.vitdet.modeling_vitdet import VitDetBackbone
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.reducers import clustering_of, reconstruct
 from expedite_d2.tools import describe
 from expedite_d2.tools.calibrate import calibrate, distance

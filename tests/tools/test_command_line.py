@@ -114,6 +114,14 @@ def test_tuned_settings_go_back_to_the_command_line(
         (["tune", "--model", "GOOD", "--images", "DIRECTORY/empty"], "got none in"),
         (["tune", "--model", "GOOD", "--images", "FOLDER", "--count", "0"], "at least 1, got 0"),
         (["tune", "--model", "GOOD", "--images", "FOLDER", "--count", "2"], "at least 3 images"),
+        (
+            ["tune", "--model", "GOOD", "--images", "FOLDER", "--plot", "nowhere/front.png"],
+            "--plot must be in a folder that exists, got nowhere/front.png",
+        ),
+        (
+            ["tune", "--model", "GOOD", "--images", "FOLDER", "--max-error", "1e-9"],
+            "max_error must be at least",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from family_cases import CASES
 from family_cases.case import Case, images
 from family_cases.plain import timm_vit
+from family_cases.rotary import transformers_dinov3
 from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.reducers import Merge, Reduction
 from expedite_d2.reducers.correction import maps_at
 from expedite_d2.tools.calibrate import calibrate
-from expedite_d2.tools.detail_maps import Regression, Subject
+from expedite_d2.tools.detail_maps import DetailMaps, Regression, Subject
 from expedite_d2.tools.outputs import distance
 
 
@@ -96,6 +98,43 @@ def test_maps_are_fitted_where_somebody_reads() -> None:
     assert read == [2, 3]
 
 
+class InHalves(nn.Module):
+    """A model that runs its encoder twice on an image, on its upper and its lower half."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.encoder(half) for half in x.chunk(2, dim=2)])
+
+
+def test_every_pass_over_an_image_is_fitted_to() -> None:
+    whole = [image[None] for image in images(64, 40, batch=8)]
+    halves = [half for image in whole for half in image.chunk(2, dim=2)]
+    model, other = (expedite(timm_vit(), clustered(1, (3, 3))) for _ in range(2))
+    found, expected = DetailMaps(Subject(model), [3]), DetailMaps(Subject(other), [3])
+    twice = InHalves(model)
+    with torch.no_grad():
+        for image in whole:
+            found.add(partial(twice, image))
+        for half in halves:
+            expected.add(partial(other, half))
+    assert (found.images, expected.images) == (8, 16)
+    torch.testing.assert_close(found.solve().maps[3], expected.solve().maps[3])
+
+
+def test_settings_know_weights_that_are_empty() -> None:
+    model = transformers_dinov3(num_register_tokens=0)
+    settings = calibrate(
+        expedite(model, clustered(1, (3, 3))),
+        [image[None] for image in images(32, 40, batch=8)],
+        outputs=lambda out: out.last_hidden_state,
+    )
+    assert settings.correction is not None
+    assert expedite(model, settings).reduction == settings
+
+
 def test_regression_of_one_block_finds_what_it_does_to_the_detail() -> None:
     """A block that is linear in each token: B is its matrix, but for the ridge."""
     model = timm_vit(depth=1)
@@ -121,7 +160,9 @@ def test_no_map_where_none_helps() -> None:
         expedite(model, reduction)
         assert calibrate(model, x, temperature=False) == reduction
     expedite(model, clustered(1, (3, 3)))
-    assert calibrate(model, x[:1], temperature=False).correction is None  # none is held out
+    with pytest.warns(UserWarning, match="need at least 4 images, got 3: none is fitted") as told:
+        assert calibrate(model, x[:3], temperature=False).correction is None  # none is held out
+    assert told[0].filename == __file__
     assert calibrate(model, x, correction=False).correction is None
 
 

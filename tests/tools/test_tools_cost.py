@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from family_cases.plain import from_transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from expedite_d2.adapters import expedite
+from expedite_d2 import expedite
 from expedite_d2.tools import count_multiply_adds, on_meta
+from expedite_d2.tools.cost import MultiplyAdds
 
 
 class Call(nn.Module):
@@ -221,6 +223,10 @@ MODELS = {
 }
 
 
+def totals(counts: MultiplyAdds) -> dict[str, int]:
+    return {name: counts.total(name) for name in counts.modules}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_are_the_same_without_memory_and_in_inference_mode(name):
     model, images = MODELS[name](), torch.ones(1, 3, 64, 64)
@@ -231,7 +237,7 @@ def test_counts_are_the_same_without_memory_and_in_inference_mode(name):
         with torch.inference_mode():
             inference = count_multiply_adds(on_meta(model), images.to("meta"))
     assert real == empty
-    assert real.by_module() == inference.by_module()
+    assert totals(real) == totals(inference)
     assert real.total() > 0
 
 
@@ -241,7 +247,7 @@ def test_counts_are_the_same_without_memory_and_in_inference_mode(name):
 def test_counts_are_the_same_on_a_gpu(name):
     model, images = MODELS[name]().cuda(), torch.ones(1, 3, 64, 64, device="cuda")
     empty = count_multiply_adds(on_meta(model), images.to("meta"))
-    assert count_multiply_adds(model, images).by_module() == empty.by_module()
+    assert totals(count_multiply_adds(model, images)) == totals(empty)
 
 
 def test_products_are_those_of_torchs_own_counter():
@@ -286,9 +292,24 @@ class Twice(nn.Module):
         return self.stem(x)
 
 
+def test_only_the_librarys_own_hooks_see_tensors_without_values() -> None:
+    model, seen = from_transformers("ViTModel"), []
+    with torch.no_grad():
+        model(torch.ones(1, 3, 24, 24), output_hidden_states=True)  # puts hooks of its own there
+    own = len(model.layers[0]._forward_hooks)
+    model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.cpu()))
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].cpu()))
+    empty = on_meta(model)
+    images = torch.ones(1, 3, 24, 24, device="meta")
+    assert len(empty(images, output_hidden_states=True).hidden_states) == 5
+    assert own and len(empty.layers[0]._forward_hooks) == own and not seen
+    expedite(model)
+    assert not seen and len(model.layers[0]._forward_hooks) == own + 1
+
+
 def test_counts_of_submodules():
     counts = count_multiply_adds(Twice(), torch.ones(5, 3))
-    assert counts.by_module() == {
+    assert totals(counts) == {
         "": 2 * 5 * 24 + 75,
         "stem": 2 * 5 * 24,
         "stem.0": 2 * 5 * 12,

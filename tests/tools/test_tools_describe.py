@@ -9,11 +9,12 @@ import pytest
 import torch
 from family_cases import CASES
 from family_cases.case import Case
-from family_cases.plain import transformers_vit
+from family_cases.plain import timm_vit, transformers_vit
 from settings_cases import clustered
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
 from expedite_d2.tools import count_multiply_adds, describe
 
@@ -47,6 +48,20 @@ def test_describe_lists_tokens_and_costs_by_block(case: Case) -> None:
     text = str(found)
     assert "Cluster(at=" in text and f"{case.size[0]}x{case.size[1]}" in text
     assert len(text.splitlines()) == 4 + len(found.blocks) + len(found.notes)
+
+
+@pytest.mark.parametrize("block", [ParallelScalingBlock, ParallelThingsBlock])
+def test_describe_knows_blocks_without_an_attention_of_their_own(block: Any) -> None:
+    found = describe(expedite(timm_vit(block_fn=block), size=(64, 64)), (64, 64))
+    assert found.share < 0.95 and not found.notes
+
+
+def test_a_quantized_model_is_refused() -> None:
+    model = timm_vit()
+    for block in model.blocks:
+        block.attn, block.mlp = nn.Identity(), nn.Identity()  # quantized layers are no nn.Linear
+    with pytest.raises(ValueError, match="must hold layers torch.nn.Linear, .* it is quantized"):
+        expedite(model)
 
 
 def test_describe_knows_our_own_swin() -> None:

@@ -10,6 +10,7 @@ import torch
 from family_cases import CASES
 from family_cases.plain import timm_beit, timm_vit
 from settings_cases import clustered
+from torch import nn
 
 from expedite_d2 import describe, expedite, expedited, is_expedited, restore
 from expedite_d2.d2.modeling.backbone.swin import ExpeditedSwinTransformer
@@ -101,6 +102,29 @@ def test_what_cannot_be_reached_names_the_least_that_can() -> None:
 def test_encoders_that_cannot_merge_are_clustered() -> None:
     model = expedite(timm_beit(), budget=0.8)
     assert isinstance(model.reduction.steps[0], Cluster)
+
+
+def test_one_of_several_encoders_is_named() -> None:
+    model = nn.ModuleDict({"left": timm_vit(), "right": timm_vit()})
+    with pytest.raises(ValueError, match="2 encoders, of which encoder= .* names one: left, right"):
+        expedite(model, alpha=1, clusters=(3, 3))
+    assert expedite(model, encoder="right", alpha=1, clusters=(3, 3)) is model
+    assert is_expedited(model.right) and not is_expedited(model.left)
+    with expedited(model, encoder="left", budget=0.7, size=(96, 96)):
+        assert is_expedited(model.left)
+    assert is_expedited(model.right) and not is_expedited(model.left)
+    for name in ("middle", 1):
+        with pytest.raises(ValueError, match="must be the name of a module of ModuleDict, got "):
+            expedite(model, encoder=name)  # type: ignore[arg-type]
+
+
+def test_warnings_are_told_of_the_line_that_expedites() -> None:
+    with pytest.warns(UserWarning, match="what its blocks do") as told:
+        expedite(timm_vit(), alpha=3, clusters=(6, 5))
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="no fewer than the 6x6 tokens") as told:
+        expedite(timm_vit(), alpha=1, clusters=(6, 6))
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from expedite_d2 import expedite, expedited, is_expedited, restore
 from expedite_d2.reducers import Cluster, Merge, Reduction
 from expedite_d2.tools import describe
+from expedite_d2.tools.budget import Costs, Merges
 from expedite_d2.tools.latency import Latency
-from expedite_d2.tools.outputs import call, distance, outputs_of
+from expedite_d2.tools.outputs import call, checked, distance, outputs_of
 from expedite_d2.tools.tune import JUDGES, SHARES, tune
+from expedite_d2.tools.tune import _calibrated as calibrated
 from expedite_d2.tools.tuning import Row, Tuning, in_words
 
 SIZE = (64, 64)
@@ -122,12 +124,14 @@ def test_a_largest_error_takes_the_fastest() -> None:
         _ = Tuning("M", "cpu", ROWS, max_error=0.001).best
 
 
-def test_the_default_budget_is_that_of_expedite() -> None:
+def test_the_default_budget_is_that_of_expedite(tmp_path: Path) -> None:
     assert Tuning("M", "cpu", ROWS).row is ROWS[2]
     tuning = Tuning("M", "cpu", ROWS, budget=0.3)
     with pytest.raises(ValueError, match="budget must be at least 0.400, .* got 0.3"):
         _ = tuning.best
     assert len(str(tuning).splitlines()) == 2 + len(ROWS)  # what was measured is told all the same
+    tuning.plot(tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_front_leaves_out_what_another_beats() -> None:
@@ -230,6 +234,39 @@ def test_outputs_are_results_before_what_lies_within() -> None:
         )
         assert chosen.shape[-1] == 16
         assert torch.equal(call(model, images(*SIZE))["logits"], model(images(*SIZE))["logits"])
+
+
+def test_a_model_without_a_head_is_judged_by_its_last_hidden_state() -> None:
+    model, x = CASES["transformers vit"].make(), images(24, 24, batch=1)
+    with torch.no_grad():
+        last, *pooled = outputs_of(model, model, x)
+        assert torch.equal(last, model(x).last_hidden_state) and not pooled
+        with pytest.raises(ValueError, match="outputs must pick floating point tensors, got none"):
+            outputs_of(model, model, x, lambda out: None)
+
+
+def test_outputs_of_unlike_shapes_are_no_distance_of_zero() -> None:
+    boxes, fewer = torch.ones(5, 4), torch.ones(3, 4)
+    for found in ([fewer], [], [boxes, fewer]):
+        with pytest.raises(ValueError, match=r"whose shapes are .* and plain \[\[5, 4\]\]: pick"):
+            distance(found, [boxes])
+    scores = torch.ones(2)
+    assert distance([2 * scores, fewer], [scores, boxes]) == 1  # what can be compared
+
+
+def test_prompts_are_no_labels() -> None:
+    image = {"pixel_values": torch.rand(1, 3, 8, 8), "input_labels": torch.ones(1, 1, 1)}
+    assert list(checked([image])) == [image]
+
+
+def test_a_budget_is_met_without_maps_where_these_cost_too_much() -> None:
+    model, given = CASES["timm vit"].make(), list(images(*SIZE, batch=8).split(1))
+    costs, recipe = Costs(model, SIZE), Merges((0.25, 0.5))
+    least = costs.least(recipe)
+    settings = [calibrated(model, costs, recipe, most, given, None) for most in (least, 0.7)]
+    shares = [costs.share(reduction) for reduction in settings]
+    assert shares[0] == least and least < shares[1] <= 0.7
+    assert settings[0].correction is None and settings[1].correction is not None
 
 
 def test_distances_are_relative_also_to_nothing() -> None:

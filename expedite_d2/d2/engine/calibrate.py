@@ -11,6 +11,7 @@ from pathlib import Path
 from expedite_d2.d2.config import load_config
 from expedite_d2.d2.config.command_line import config_parser
 from expedite_d2.d2.engine.defaults import build_trained_model, first_images
+from expedite_d2.d2.modeling.backbone.settings import reduction_from_config
 from expedite_d2.d2.progress import progress
 from expedite_d2.d2.provider import CfgNode
 from expedite_d2.reducers import Cluster, Reduction
@@ -59,13 +60,19 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
+    given = reduction_from_config(cfg)
+    if args.output is None and given is not None and not isinstance(given.steps[0], Cluster):
+        raise ValueError(
+            "calibrate needs --output for settings that merge tokens, which have no temperature to "
+            "print"
+        )
     settings, images, dataset = measure(cfg, args.images, correction=args.output is not None)
     (step, *_) = settings.steps
     if isinstance(step, Cluster):
         print(f"temperature {step.temperature:.6g}, measured on {images} images of {dataset}")
+        if args.output is None:
+            print(f"to store it: MODEL.EXPEDITE.TEMPERATURE {step.temperature:.6g}")
     if args.output is None:
-        temperature = settings.cluster.temperature
-        print(f"to store it: MODEL.EXPEDITE.TEMPERATURE {temperature:.6g}")
         return
     settings.save(args.output)
     maps = "without detail maps" if settings.correction is None else "with detail maps"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from expedite_d2.d2.config.command_line import config_parser
 from expedite_d2.d2.engine.defaults import build_trained_model, first_images
 from expedite_d2.d2.evaluation.dense_scores import dense_scores
 from expedite_d2.d2.provider import CfgNode
-from expedite_d2.tools.budget import BUDGET
+from expedite_d2.tools.command_line import add_outcome, check_outcome, report
 from expedite_d2.tools.tune import tune
 from expedite_d2.tools.tuning import Tuning
 
@@ -83,45 +82,15 @@ def main(argv: Sequence[str]) -> None:
         help=f"how many unlabelled images (default {IMAGES}): two thirds of them are calibrated "
         "on, the others judge",
     )
-    goal = parser.add_mutually_exclusive_group()
-    goal.add_argument(
-        "--budget",
-        type=float,
-        help=f"share of the encoder's multiply-adds that may be left (default {BUDGET})",
-    )
-    goal.add_argument(
-        "--max-error",
-        type=float,
-        metavar="E",
-        help="instead the largest error of the results, such as 0.05: the fastest settings within "
-        "it are the best",
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="a YAML file for the best settings"
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of error against speed-up")
+    add_outcome(parser)
     args = parser.parse_args(argv)
-    _check_folder("--output", args.output)
-    _check_folder("--plot", args.plot)
+    check_outcome(args)
     cfg = load_config(args.config_file, args.opts)
     tuning = measure(cfg, args.images, args.budget, args.max_error)
-    print(tuning)
-    best = tuning.best  # there may be none, also where nothing is to be written
-    if args.output is not None:
-        best.save(args.output)
-        keys = f"MODEL.EXPEDITE.SETTINGS {args.output}"
-        if not cfg.MODEL.EXPEDITE.ENABLED:
-            keys = f"MODEL.EXPEDITE.ENABLED True {keys}"
-        print(f"best settings written to {args.output}: {keys}")
-    if args.plot is not None:
-        tuning.plot(args.plot)
-        print(f"plotted in {args.plot}")
-
-
-def _check_folder(option: str, path: Path | None) -> None:
-    """Raises where a file cannot be written to, before minutes are spent on what it will hold."""
-    if path is not None and not path.parent.is_dir():
-        raise FileNotFoundError(f"{option} must be in a folder that exists, got {path}")
+    keys = f"MODEL.EXPEDITE.SETTINGS {args.output}"
+    if not cfg.MODEL.EXPEDITE.ENABLED:
+        keys = f"MODEL.EXPEDITE.ENABLED True {keys}"
+    report(tuning, args, keys)
 
 
 def _classes(cfg: CfgNode) -> int:

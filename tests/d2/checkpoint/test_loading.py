@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import expedite_d2.d2.modeling  # noqa: F401 (registers the architectures)
-from expedite_d2.adapters import expedite, restore
+from expedite_d2 import expedite, restore
 from expedite_d2.d2 import build_model
 from expedite_d2.d2.checkpoint import load_weights
 from expedite_d2.d2.checkpoint.files import backbone_of

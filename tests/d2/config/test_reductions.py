@@ -127,7 +127,7 @@ def test_detail_maps_come_with_the_settings_and_are_checked_with_the_weights(
 @pytest.mark.parametrize("name", HALF)
 def test_half_configs_leave_half_of_the_blocks_multiply_adds(name: str) -> None:
     cfg = load_config(CONFIGS / f"{name}_half.yaml", ["MODEL.DEVICE", "meta"])
-    assert 0.49 < describe(build_model(cfg), HALF[name]).share < 0.515
+    assert 0.49 < describe(build_model(cfg), HALF[name]).share_of_blocks < 0.515
     plain = load_config(CONFIGS / f"{name}.yaml", ["MODEL.DEVICE", "meta"])
     plain.MODEL.EXPEDITE = cfg.MODEL.EXPEDITE
     assert plain == cfg

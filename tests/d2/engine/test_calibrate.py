@@ -88,6 +88,13 @@ def test_calibrate_command_takes_test_set_without_training_set(loaded: list[str]
     assert loaded == ["scenes_val"]
 
 
+def test_calibrate_command_says_that_merges_have_no_temperature(loaded: list[str]) -> None:
+    opts = ["MODEL.EXPEDITE.METHOD", "merge", "MODEL.EXPEDITE.MERGE_AT", "[1]"]
+    with pytest.raises(ValueError, match="needs --output for settings that merge tokens"):
+        command.main(["--config-file", CONFIG, *opts])
+    assert not loaded
+
+
 @pytest.mark.parametrize(
     ("opts", "images", "message"),
     [

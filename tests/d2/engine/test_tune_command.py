@@ -85,7 +85,7 @@ def test_settings_are_written_and_a_config_takes_them(
     settings, plot = tmp_path / "best.yaml", tmp_path / "front.png"
     argv = ["--config-file", config, "--budget", "0.75", "--output", str(settings)]
     command.main([*argv, "--plot", str(plot), "DATASETS.TEST", "('scenes_val',)"])
-    first, *_, told, plotted = capsys.readouterr().out.splitlines()
+    first, *_, plotted, told = capsys.readouterr().out.splitlines()
     assert first == "Model on cpu, * is the best" and plotted == f"plotted in {plot}"
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert told.startswith(f"best settings written to {settings}: MODEL.EXPEDITE.")
@@ -95,7 +95,7 @@ def test_settings_are_written_and_a_config_takes_them(
     assert reduction_from_config(load_config(config, keys)) == found
     model = Model(False)
     model.backbone.reduction = found
-    assert 0.5 < describe(model, PADDED).share < 0.75
+    assert 0.5 < describe(model, PADDED).share_of_blocks < 0.75
     assert loaded == ["scenes_train"]
 
 
@@ -113,8 +113,7 @@ def test_costs_are_counted_at_the_size_that_the_encoder_sees(loaded: list[str]) 
     assert not model.backbone._forward_pre_hooks
     row = command.measure(load_config(PLAIN), 3).rows[0]
     model.backbone.reduction = row.reduction
-    told = describe(model, PADDED)
-    assert row.share == pytest.approx(told.reduced_multiply_adds / told.multiply_adds)
+    assert row.share == pytest.approx(describe(model, PADDED).share)
 
 
 def test_a_largest_error_takes_the_fastest(loaded: list[str]) -> None:
