@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             vmax=float(error.quantile(0.98)),
         )
         panel.set_title(f"clustering's error {title}\nmean {errors.mean():.3f}", fontsize=10)
-    figure.colorbar(shown, ax=panels[3:], shrink=0.8)
+    figure.colorbar(shown, ax=panels[3:], shrink=0.8, label="distance to the plain token")
     for panel in panels:
         panel.set_axis_off()
     args.output.parent.mkdir(parents=True, exist_ok=True)

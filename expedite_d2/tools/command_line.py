@@ -2,7 +2,7 @@
 
     expedite-d2 describe --model NAME [--size H W] [--budget B | --settings FILE]
     expedite-d2 cost --model NAME [--size H W] [--budget B | --settings FILE] [--json]
-    expedite-d2 tune --model NAME --images FOLDER [--budget B | --max-error E]
+    expedite-d2 tune --model NAME --input FOLDER [--images N] [--budget B | --max-error E]
         [--output SETTINGS.yaml] [--plot FRONT.png]
 
 NAME is a model of timm, or a directory of transformers.
@@ -45,7 +45,7 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="image in pixels",
+        help="image in pixels; default: that of the model's configuration, or 512 512",
     )
     return parser
 
@@ -93,22 +93,27 @@ def _cost(argv: Sequence[str]) -> None:
     height, width = found.size
     print(f"{found.encoder}, G multiply-adds at {height}x{width}")
     print(
-        f"plain      {plain:10.1f}\nexpedited  {expedited:10.1f}  ({100 * expedited / plain:.1f} %)"
+        f"plain      {plain:10.4g}\nexpedited  {expedited:10.4g}  ({100 * expedited / plain:.1f} %)"
     )
 
 
 def _tune(argv: Sequence[str]) -> None:
     parser = _parser("tune", "Settings that change a model's outputs least, found without labels.")
-    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="of pictures")
+    parser.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="of pictures")
     parser.add_argument(
-        "--count", type=int, default=IMAGES, metavar="N", help=f"pictures (default {IMAGES})"
+        "--images",
+        type=int,
+        default=IMAGES,
+        metavar="N",
+        help=f"how many of them (default {IMAGES}): two thirds of them are calibrated on, the "
+        "others judge",
     )
     parser.add_argument("--device", default="cpu", help="default: cpu")
     add_outcome(parser)
     args = parser.parse_args(argv)
     check_outcome(args)
     model = named_model(args.model, weights=True).to(args.device)
-    images = pictures(args.model, model, args.images, args.count, args.size)
+    images = pictures(args.model, model, args.input, args.images, args.size)
     tuning = tune(
         model,
         [{name: value.to(args.device) for name, value in image.items()} for image in images],

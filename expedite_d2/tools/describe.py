@@ -97,6 +97,8 @@ class Description:
             f"{'the encoder':<{wide}}  {'':>7} {'':>8}  {self.multiply_adds / 1e9:>12.3f} "
             f"{self.reduced_multiply_adds / 1e9:>8.3f}  ({100 * self.share:.1f} %)"
         )
+        if self.reduction is not None:
+            lines[-1] += f", of its blocks alone {100 * self.share_of_blocks:.1f} %"
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

@@ -88,12 +88,12 @@ def pictures(
             pictures are prepared.
     """
     if count < 1:
-        raise ValueError(f"--count must be at least 1, got {count}")
+        raise ValueError(f"--images must be at least 1, got {count}")
     if not folder.is_dir():
-        raise ValueError(f"--images must be a folder of pictures, got {folder}")
+        raise ValueError(f"--input must be a folder of pictures, got {folder}")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)[:count]
     if not paths:
-        raise ValueError(f"--images must be a folder of pictures, got none in {folder}")
+        raise ValueError(f"--input must be a folder of pictures, got none in {folder}")
     with needs_extra("d2"):
         from PIL import Image
     opened = [Image.open(path).convert("RGB") for path in paths]

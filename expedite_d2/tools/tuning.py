@@ -138,19 +138,19 @@ class Tuning:
         for number, kind in enumerate(kinds):
             rows = [row for row in self.rows if row.kind == kind]
             axes.scatter(*_places(rows), color=f"C{number}", label=kind, zorder=3)
-            for row in rows:
-                text = f"{100 * row.share:.0f} %"
-                place = (row.speedup, 100 * row.error)
-                axes.annotate(text, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        for row in self.front:  # those of all settings would lie on one another
+            text, place = f"{100 * row.share:.0f} %", (row.speedup, 100 * row.error)
+            axes.annotate(text, place, xytext=(6, -10), textcoords="offset points", fontsize=8)
         axes.plot(*_places(self.front), color="0.7", zorder=1, label="front")
         with suppress(ValueError):  # none is good enough
             ring = {"facecolors": "none", "edgecolors": "black", "label": "best"}
             axes.scatter(*_places([self.row]), s=160, zorder=4, **ring)
         axes.axvline(1, color="0.85", zorder=0)
         axes.set_xlabel(f"times as fast as the plain {self.model}, on {self.device}")
-        axes.set_ylabel("distance of the outputs to the plain model's, %")
+        axes.set_ylabel("error: distance of the outputs to the plain model's, %")
+        axes.margins(x=0.08)
         axes.set_ylim(bottom=0)
-        axes.set_title("multiply-adds of the encoder that are left, in %", fontsize=9)
+        axes.set_title("beside the front: share of the encoder's multiply-adds left", fontsize=9)
         axes.legend()
         with replacing(path) as partial:
             figure.savefig(partial, dpi=120, format=Path(path).suffix[1:] or "png")

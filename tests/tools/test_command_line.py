@@ -85,7 +85,7 @@ def test_tuned_settings_go_back_to_the_command_line(
 ) -> None:
     output, plot = tmp_path / "best.yaml", tmp_path / "front.png"
     main(
-        ["tune", "--model", str(directory), "--images", str(folder), "--budget", "0.6"]
+        ["tune", "--model", str(directory), "--input", str(folder), "--budget", "0.6"]
         + ["--output", str(output), "--plot", str(plot)]
     )
     text = capsys.readouterr().out
@@ -110,16 +110,16 @@ def test_tuned_settings_go_back_to_the_command_line(
         (["cost", "--model", "resnet18"], "it has no attention, and so no tokens to reduce"),
         (["describe", "--model", "vit_tiny_patch16_224", "--budget", "2"], "between 0 and 1"),
         (["describe", "--model", "vit_tiny_patch16_224", "--settings", "no.yaml"], "no.yaml"),
-        (["tune", "--model", "GOOD", "--images", "nowhere"], "must be a folder of pictures"),
-        (["tune", "--model", "GOOD", "--images", "DIRECTORY/empty"], "got none in"),
-        (["tune", "--model", "GOOD", "--images", "FOLDER", "--count", "0"], "at least 1, got 0"),
-        (["tune", "--model", "GOOD", "--images", "FOLDER", "--count", "2"], "at least 3 images"),
+        (["tune", "--model", "GOOD", "--input", "nowhere"], "must be a folder of pictures"),
+        (["tune", "--model", "GOOD", "--input", "DIRECTORY/empty"], "got none in"),
+        (["tune", "--model", "GOOD", "--input", "FOLDER", "--images", "0"], "at least 1, got 0"),
+        (["tune", "--model", "GOOD", "--input", "FOLDER", "--images", "2"], "at least 3 images"),
         (
-            ["tune", "--model", "GOOD", "--images", "FOLDER", "--plot", "nowhere/front.png"],
+            ["tune", "--model", "GOOD", "--input", "FOLDER", "--plot", "nowhere/front.png"],
             "--plot must be in a folder that exists, got nowhere/front.png",
         ),
         (
-            ["tune", "--model", "GOOD", "--images", "FOLDER", "--max-error", "1e-9"],
+            ["tune", "--model", "GOOD", "--input", "FOLDER", "--max-error", "1e-9"],
             "max_error must be at least",
         ),
     ],
@@ -151,5 +151,5 @@ def test_a_directory_without_a_processor_is_told(
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     with pytest.raises(SystemExit):
-        main(["tune", "--model", str(tmp_path), "--images", str(folder)])
+        main(["tune", "--model", str(tmp_path), "--input", str(folder)])
     assert "must hold a preprocessor_config.json" in capsys.readouterr().err

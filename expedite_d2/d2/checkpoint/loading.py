@@ -12,7 +12,7 @@ from expedite_d2.d2.checkpoint.addresses import local_path
 from expedite_d2.d2.checkpoint.agreement import check_agreement
 from expedite_d2.d2.checkpoint.dpt import DPT_FORMATS
 from expedite_d2.d2.checkpoint.files import read_checkpoint
-from expedite_d2.d2.checkpoint.matching import Match, first, match
+from expedite_d2.d2.checkpoint.matching import Match, first, is_training_only, match
 from expedite_d2.d2.checkpoint.names import FORMATS, Format
 from expedite_d2.d2.checkpoint.segmenter import SEGMENTER_FORMATS
 from expedite_d2.d2.checkpoint.tables import pretraining_windows
@@ -70,6 +70,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike, strict: bool = True)
         raise ValueError(f"{path} has other kinds of numbers: {first(numbers, '; ')}")
     model.load_state_dict(fitting, strict=False)
     count = f"{len(fitting)} of the model's {len(own)} names matched"
+    idle = sum(name not in fitting and is_training_only(name) for name in own)
+    if idle:
+        count += f", and {idle} serve training alone"
     logger.info("loaded %s (%s weights): %s", path, fmt.title, count)
     _tell(path, met)
     if windows is not None:

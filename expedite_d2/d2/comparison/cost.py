@@ -72,7 +72,8 @@ def _table(result: dict[str, Any]) -> str:
     for name in ("baseline", "expedited"):
         if name in result:
             gflops = result[name]["gflops"]
-            lines.append(f"{name:<32}{gflops['backbone']:>10.1f}{gflops['model']:>10.1f}")
+            backbone, whole = (f"{gflops[part]:>10.4g}" for part in ("backbone", "model"))
+            lines.append(f"{name:<32}{backbone}{whole}")
     if "ratio" in result:
         ratio = result["ratio"]
         lines.append(

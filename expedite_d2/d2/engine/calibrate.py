@@ -50,7 +50,12 @@ def measure(
 def main(argv: Sequence[str]) -> None:
     """Print the temperature, or write all settings to a file, and tell the key that takes them."""
     parser = config_parser("calibrate", "Measure settings of a model on a few images.")
-    parser.add_argument("--images", type=int, default=IMAGES, help=f"how many (default {IMAGES})")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=IMAGES,
+        help=f"how many (default {IMAGES}) of the first training set, or of the first test set",
+    )
     parser.add_argument(
         "--output",
         type=Path,

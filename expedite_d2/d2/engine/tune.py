@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> None:
         "--images",
         type=int,
         default=IMAGES,
-        help=f"how many unlabelled images (default {IMAGES}): two thirds of them are calibrated "
-        "on, the others judge",
+        help=f"how many images (default {IMAGES}) of the first training set, or else of the first "
+        "test set, without their labels: two thirds of them are calibrated on, the others judge",
     )
     add_outcome(parser)
     args = parser.parse_args(argv)
