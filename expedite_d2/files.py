@@ -29,8 +29,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         path: the file to write; its directory exists.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: it does not, or `path` is one.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"a file must be written to a folder that exists, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"a file must not have the name of a folder, got {path}")
     with tempfile.TemporaryDirectory(prefix=_prefix(path.name), dir=path.parent) as directory:
         partial = Path(directory) / path.name
         yield partial

@@ -26,11 +26,14 @@ def group_attention(family: Family, blocks: Sequence[nn.Module], number: int) ->
     Raises:
         ValueError: the block has no norm of its own before the attention.
     """
-    place = family.attention(blocks[number])
+    try:
+        place = family.attention(blocks[number])
+    except AttributeError:  # somebody has wrapped the block
+        place = None
     if place is None:
         raise ValueError(
-            f"rounds must be 0 for {family.name}: block {number} has no norm of its own before the "
-            "attention, or runs attention and MLP in parallel"
+            f"rounds must be 0 for {family.name}: block {number}, {type(blocks[number]).__name__}, "
+            "has no norm of its own before the attention, or runs attention and MLP in parallel"
         )
     norm, attention = place
     return [_OfMeans(norm, "forward"), _AtGroups(attention, "forward")]

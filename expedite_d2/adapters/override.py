@@ -114,8 +114,8 @@ class Override:
     def _torchscript_modifier(self) -> Any:
         # torch.jit.script reads it of every method before the source.
         raise ValueError(
-            f"an expedited {type(self.owner).__name__} cannot be scripted: use torch.export or "
-            "torch.compile, or script the model before it is expedited"
+            f"an expedited {type(self.owner).__name__} cannot be scripted or traced by torch.jit: "
+            "use torch.export or torch.compile"
         )
 
 
@@ -187,9 +187,6 @@ class _AttributeView:
     def __init__(self, module: nn.Module, changes: dict[str, Any]) -> None:
         self._module = module
         self._changes = changes
-
-    # Methods that call super() look whether it is of their class.
-    __class__ = property(lambda self: type(self._module))  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         if name in self._changes:

@@ -159,13 +159,20 @@ def fingerprint(encoder: nn.Module) -> Tensor | None:
 def attach_correction(encoder: nn.Module, correction: Correction | None) -> None:
     """Puts the maps into an encoder, in place of those that are there.
 
-    Weights that are loaded later are checked then.
+    Weights that are loaded later are checked then, and the maps follow them to their device.
     """
-    for name in [name for name in encoder._buffers if name.startswith(_BUFFER)]:
-        delattr(encoder, name)
+    _fill(encoder, correction)
     hooks: dict[int, Any] = encoder._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is _check_loaded]:
         del hooks[key]
+    if correction is not None:
+        encoder.register_load_state_dict_post_hook(_check_loaded)
+
+
+def _fill(encoder: nn.Module, correction: Correction | None) -> None:
+    """Makes buffers of the maps, beside the parameters and of their type."""
+    for name in [name for name in encoder._buffers if name.startswith(_BUFFER)]:
+        delattr(encoder, name)
     if correction is None:
         return
     like = next(encoder.parameters())
@@ -173,7 +180,6 @@ def attach_correction(encoder: nn.Module, correction: Correction | None) -> None
         for name, tensor in (("weight", weights), ("bias", bias)):
             held = tensor.to(like.device, like.dtype, copy=True)
             encoder.register_buffer(f"{_BUFFER}{name}{number}", held, persistent=False)
-    encoder.register_load_state_dict_post_hook(_check_loaded)
 
 
 def maps_at(encoder: nn.Module, number: int) -> list[DetailMap] | None:
@@ -189,3 +195,4 @@ def _check_loaded(encoder: Any, keys: Any) -> None:
     correction = encoder.reduction.correction
     if correction is not None:
         correction.check(encoder)
+        _fill(encoder, correction)

@@ -76,7 +76,7 @@ def from_yaml(text: str, folder: Path | None = None) -> Reduction:
 
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"settings are not YAML: {error}") from error
     keys = {"version", "steps", "reconstruction", "correction"}
     content = _known("the settings", content, keys)

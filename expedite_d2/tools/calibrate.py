@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -110,7 +111,10 @@ def _temperature(observed: ObservedOperator, images: int) -> float:
             f"calibrate needs an image with more tokens than clusters, got none among {images}"
         )
     spreads = torch.cat([spread for _, spread in observed.kept])
-    return observed.kept[0][0] / spreads.double().mean().item()
+    spread = spreads.double().mean().item()
+    if not math.isfinite(spread):
+        raise ValueError("images must give finite tokens, got NaN or infinity")
+    return observed.kept[0][0] / spread
 
 
 def _takes_correction(settings: Reduction) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from expedite_d2.reducers import Reduction
@@ -24,7 +25,7 @@ from expedite_d2.tools.describe import Description, describe
 from expedite_d2.tools.expedite import expedite
 from expedite_d2.tools.named_models import named_model, pictures
 from expedite_d2.tools.tune import tune
-from expedite_d2.tools.tuning import Tuning
+from expedite_d2.tools.tuning import Tuning, check_picture
 
 #: How many pictures of a folder `tune` reads, unless it is told.
 IMAGES = 24
@@ -112,11 +113,15 @@ def _tune(argv: Sequence[str]) -> None:
     add_outcome(parser)
     args = parser.parse_args(argv)
     check_outcome(args)
-    model = named_model(args.model, weights=True).to(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu or cuda, got {args.device!r}") from error
+    model = named_model(args.model, weights=True).to(device)
     images = pictures(args.model, model, args.input, args.images, args.size)
     tuning = tune(
         model,
-        [{name: value.to(args.device) for name, value in image.items()} for image in images],
+        [{name: value.to(device) for name, value in image.items()} for image in images],
         args.budget,
         max_error=args.max_error,
     )
@@ -150,6 +155,8 @@ def check_outcome(args: argparse.Namespace) -> None:
     for option, path in (("--output", args.output), ("--plot", args.plot)):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{option} must be in a folder that exists, got {path}")
+    if args.plot is not None:
+        check_picture(args.plot)
 
 
 def report(tuning: Tuning, args: argparse.Namespace, use: str) -> None:

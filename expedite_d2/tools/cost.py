@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import expedite_d2.ops  # noqa: F401 (registers the operators' formulas)
@@ -101,26 +101,41 @@ def count_multiply_adds(
 def on_meta(model: nn.Module) -> nn.Module:
     """Returns a copy of a model with its tensors on ``meta``, where they take no memory.
 
-    It has no hooks that are functions of others than the model's library: copies share functions,
-    and those would be given tensors without values.
+    It has no hooks but those of the libraries that its modules come from, and of this package:
+    others would be given tensors without values.
     """
+    # Others than parameters and buffers are what pruning computes, or what somebody has kept there.
+    others = tree_leaves([dict(vars(module)) for module in model.modules()])
     memo: dict[int, Any] = {
+        id(tensor): tensor.detach().to("meta")
+        for tensor in (*model.buffers(), *others)
+        if isinstance(tensor, Tensor)
+    }
+    memo |= {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         for parameter in model.parameters()
     }
-    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    copied = copy.deepcopy(model, memo)
-    library = _package(type(model))
+    modules = list(model.modules())
+    hooks = [hook for module in modules for held in _hooks(module) for hook in held.values()]
+    known = {"expedite_d2", *(_package(type(module)) for module in modules)} - {"__main__"}
+    foreign = {id(hook): hook for hook in hooks if _package(hook) not in known}
+    copied = copy.deepcopy(model, memo | foreign)
     for module in copied.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number, hook in list(hooks.items()):
-                if isinstance(hook, FunctionType) and _package(hook) != library:
-                    del hooks[number]
+        for held in _hooks(module):
+            for number in [number for number, hook in held.items() if id(hook) in foreign]:
+                del held[number]
     return copied
 
 
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_pre_hooks, module._forward_hooks
+
+
 def _package(owner: Any) -> str:
-    return owner.__module__.partition(".")[0]
+    """The top-level package that a class, a function or the class of an object comes from."""
+    owner = getattr(owner, "func", owner)  # of a partial
+    module = getattr(owner, "__module__", None) or type(owner).__module__
+    return str(module).partition(".")[0]
 
 
 class _Root(nn.Module):

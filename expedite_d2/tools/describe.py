@@ -127,7 +127,12 @@ def describe(model: nn.Module, size: tuple[int, int] | None = None) -> Descripti
         raise ValueError(f"size must be two numbers of pixels, got {size!r}")
     height, width = size
     reduction: Reduction | None = encoder.reduction if expedited else None
-    plain, total = count_blocks(encoder, family, size, plain=True)
+    try:
+        plain, total = count_blocks(encoder, family, size, plain=True)
+    except (RuntimeError, AssertionError) as error:  # from the library: too small, or not its own
+        raise ValueError(
+            f"size must be one that {type(encoder).__name__} takes, got {height}x{width}: {error}"
+        ) from error
     fewer, reduced_total = (
         (plain, total) if reduction is None else count_blocks(encoder, family, size)
     )

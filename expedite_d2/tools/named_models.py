@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,14 @@ def _of_transformers(directory: Path, weights: bool) -> nn.Module:
             f"{path} must name a class of transformers {transformers.__version__} in its "
             f"architectures, got {names}"
         )
-    if weights:
-        return kind.from_pretrained(directory)
-    config = kind.config_class.from_pretrained(directory)
-    with torch.device("meta"):
-        return kind(config)
+    try:
+        if weights:
+            return kind.from_pretrained(directory)
+        config = kind.config_class.from_pretrained(directory)
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # of many kinds: of files, of their contents, of what does not fit
+        raise ValueError(f"--model {directory} cannot be read as a {names[0]}: {error}") from error
 
 
 def pictures(
@@ -84,8 +88,8 @@ def pictures(
         Keywords of the model for each picture, with a batch of one.
 
     Raises:
-        ValueError: no folder, no pictures, or a directory of transformers that does not tell how
-            pictures are prepared.
+        ValueError: no folder, no pictures or one that cannot be read, or a directory of
+            transformers that does not tell how pictures are prepared, or prepares no such size.
     """
     if count < 1:
         raise ValueError(f"--images must be at least 1, got {count}")
@@ -94,9 +98,7 @@ def pictures(
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)[:count]
     if not paths:
         raise ValueError(f"--input must be a folder of pictures, got none in {folder}")
-    with needs_extra("d2"):
-        from PIL import Image
-    opened = [Image.open(path).convert("RGB") for path in paths]
+    opened = [_opened(path) for path in paths]
     if Path(name).is_dir():
         return [_prepared(Path(name), picture, size) for picture in opened]
     with needs_extra("d2"):
@@ -106,6 +108,18 @@ def pictures(
         options["input_size"] = (3, *size)
     transform = create_transform(**options)
     return [{"x": transform(picture)[None]} for picture in opened]
+
+
+def _opened(path: Path) -> Any:
+    with needs_extra("d2"):
+        from PIL import Image
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"more than eight bits a channel ({picture.mode})")
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"--input has a picture that cannot be read, {path}: {error}") from error
 
 
 def _prepared(directory: Path, picture: object, size: tuple[int, int] | None) -> dict[str, Tensor]:
@@ -118,5 +132,16 @@ def _prepared(directory: Path, picture: object, size: tuple[int, int] | None) ->
             f"{directory} must hold a preprocessor_config.json, which says how pictures are "
             "prepared: save the model's processor there"
         ) from error
-    options = {} if size is None else {"size": {"height": size[0], "width": size[1]}}
-    return {"pixel_values": processor(picture, return_tensors="pt", **options)["pixel_values"]}
+    options: dict[str, Any] = {}
+    if size is not None:
+        options["size"] = {"height": size[0], "width": size[1]}
+        if hasattr(processor, "crop_size"):
+            options["crop_size"] = options["size"]
+    pixels = processor(picture, return_tensors="pt", **options)["pixel_values"]
+    made = tuple(pixels.shape[-2:])
+    if size is not None and made != tuple(size):
+        raise ValueError(
+            f"--size must be one that {type(processor).__name__} prepares, got {tuple(size)}, of "
+            f"which it made {made}"
+        )
+    return {"pixel_values": pixels}

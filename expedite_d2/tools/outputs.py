@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -42,6 +44,11 @@ def checked(images: Iterable[Any]) -> Iterator[Any]:
 
 
 def _check(image: Any) -> None:
+    if isinstance(image, (str, bytes, PathLike)) or type(image).__module__ == "numpy":
+        raise ValueError(
+            f"images must each be an input of the model, such as a tensor (B, 3, H, W), got a "
+            f"{type(image).__name__}"
+        )
     if isinstance(image, Tensor) and image.dim() not in (4, 5):  # 5: a video
         raise ValueError(
             f"images must each be (B, 3, H, W), got a tensor of shape {list(image.shape)}"
@@ -86,6 +93,8 @@ def outputs_of(
         returned = call(model, image)
     finally:
         hook.remove()
+    if select is not None and not callable(select):
+        raise ValueError(f"outputs must be a function of what the model returns, got {select!r}")
     if select is not None:
         selected = _floats(select(returned))
         if not selected:
@@ -107,10 +116,12 @@ def _floats(outputs: Any) -> list[Tensor]:
 def distance(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Returns the relative distance (L2) of outputs to others, over those whose shapes agree.
 
-    That of anything to zeros, such as a map on which nothing was detected, is 1.
+    That of anything to zeros, such as a map on which nothing was detected, is 1; that of what is
+    not finite is infinity.
 
     Raises:
-        ValueError: no shapes agree, as those of detected boxes, whose number varies.
+        ValueError: no shapes agree, as those of detected boxes, whose number varies; or the others
+            are not finite.
     """
     pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
     if not pairs or len(outputs) != len(expected):
@@ -121,6 +132,10 @@ def distance(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         )
     difference = sum((a.double() - b.double()).square().sum().item() for a, b in pairs)
     scale = sum(b.double().square().sum().item() for _, b in pairs)
+    if not math.isfinite(scale):
+        raise ValueError("outputs of the plain model must be finite, got NaN or infinity")
+    if not math.isfinite(difference):
+        return math.inf
     return (difference / scale) ** 0.5 if scale else float(difference > 0)
 
 

@@ -82,7 +82,7 @@ def tune(
     shares: dict[Reduction, float] = {}  # by the settings before they were calibrated
     try:
         adapters.restore(model)
-        costs = Costs(model, size or _size_of(given[0]))
+        costs = Costs(model, _size_of(given[0]) if size is None else size)
         plan = _plan(costs, budget)
         with evaluating(model), _shown(plan, progress) as shown:
             encoder = find_encoder(model)[1]
@@ -120,7 +120,7 @@ def _check(budget: float | None, max_error: float | None) -> None:
         raise ValueError("budget and max_error must not both be given")
     if budget is not None and ((share := real(budget)) is None or not 0 < share < 1):
         raise ValueError(f"budget must be a share between 0 and 1, got {budget!r}")
-    if max_error is not None and ((most := real(max_error)) is None or most <= 0):
+    if max_error is not None and ((most := real(max_error)) is None or not most > 0):
         raise ValueError(f"max_error must be a number greater than 0, got {max_error!r}")
 
 

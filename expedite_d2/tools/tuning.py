@@ -15,6 +15,9 @@ from expedite_d2.reducers import Cluster, Merge, Reduction
 from expedite_d2.tools.budget import BUDGET
 from expedite_d2.tools.latency import Latency
 
+# How the name of a plot may end.
+_PICTURES = (".png", ".pdf", ".svg")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -129,7 +132,9 @@ class Tuning:
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: the file's name ends in something else.
         """
+        check_picture(path)
         with needs_extra("tune"):
             from matplotlib.figure import Figure
         figure: Any = Figure(figsize=(7, 4.5), layout="constrained")
@@ -153,7 +158,7 @@ class Tuning:
         axes.set_title("beside the front: share of the encoder's multiply-adds left", fontsize=9)
         axes.legend()
         with replacing(path) as partial:
-            figure.savefig(partial, dpi=120, format=Path(path).suffix[1:] or "png")
+            figure.savefig(partial, dpi=120)
 
     def __str__(self) -> str:
         best: Row | None = None
@@ -173,6 +178,12 @@ class Tuning:
                 )
             )
         return f"{self.model} on {self.device}, * is the best\n" + _table(cells)
+
+
+def check_picture(path: str | PathLike[str]) -> None:
+    """Raises a ValueError for a file name that does not end as a picture's."""
+    if Path(path).suffix.lower() not in _PICTURES:
+        raise ValueError(f"the plot's name must end in {', '.join(_PICTURES)}, got {path}")
 
 
 def in_words(reduction: Reduction) -> str:

@@ -7,12 +7,13 @@ import functools
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from family_cases import CASES
 from family_cases.case import Case
 from family_cases.decomposed import MapCase
-from family_cases.plain import timm_vit, transformers_vit
+from family_cases.plain import timm_vit, transformers_dinov2, transformers_vit
 from family_cases.swin import SwinCase
 from settings_cases import clustered
 from torch import Tensor, nn
@@ -164,7 +165,7 @@ def test_fx_tracing_is_refused_in_a_sentence(alpha: int) -> None:
 
 def test_scripting_is_refused_in_a_sentence() -> None:
     model = expedite(timm_vit(dynamic_img_size=False), alpha=1, clusters=(4, 3))
-    with pytest.raises(ValueError, match="cannot be scripted: use torch.export or torch.compile"):
+    with pytest.raises(ValueError, match="or traced by torch.jit: use torch.export or"):
         torch.jit.script(model)
 
 
@@ -266,6 +267,34 @@ def test_settings_are_given_in_one_way(keywords: dict[str, Any]) -> None:
     (name,) = keywords
     with pytest.raises(ValueError, match=f"a reduction or keywords, got a reduction and {name}"):
         expedite(timm_vit(), clustered(1, (4, 3)), **keywords)
+
+
+@pytest.mark.parametrize("outputs", [3, "all", {"a": 1}, [9], [1.5]])
+def test_outputs_are_numbers_of_blocks(outputs: Any) -> None:
+    with pytest.raises(ValueError, match="outputs must be (a collection of )?numbers of blocks"):
+        expedite(timm_vit(), alpha=1, clusters=(4, 3), outputs=outputs)
+    model = expedite(timm_vit(), alpha=1, clusters=(4, 3), outputs=np.array([3]))
+    assert is_expedited(model)
+
+
+class Wrapped(nn.Module):
+    """Somebody's wrapper around a block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
+def test_wrapped_blocks_merge_without_groups() -> None:
+    model = transformers_dinov2()
+    model.encoder.layer = nn.ModuleList(map(Wrapped, model.encoder.layer))
+    with pytest.raises(ValueError, match="rounds must be 0 for .* block 1, Wrapped, has no norm"):
+        expedite(model, Reduction(Merge(1, 0.7, rounds=1)))
+    assert expedite(model, budget=0.5, size=(96, 96)).reduction.steps[0].rounds == 0
+    assert model(torch.randn(1, 3, 96, 96)).last_hidden_state.isfinite().all()
 
 
 @pytest.mark.parametrize("call", [restore, is_expedited])

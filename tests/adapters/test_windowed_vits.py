@@ -17,7 +17,6 @@ from family_cases.decomposed import (
     segment_anything,
     timm_sam,
 )
-from segment_anything.modeling.image_encoder import Block
 from settings_cases import clustered
 from torch import Tensor, nn
 from windows_by_hand import in_windows, slow_attention
@@ -182,21 +181,3 @@ def test_one_sam_is_the_same_in_three_libraries(reduction: Reduction) -> None:
     for expected, *rest in (plain, fast):
         for got, tolerance in zip(rest, (1e-10, 1e-10, 1e-5), strict=True):
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
-class Inheriting(Block):
-    """Somebody's block, which does what its base does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-def test_blocks_may_call_those_they_inherit_from() -> None:
-    x, outs = images(32, 32), []
-    for kind in (Block, Inheriting):
-        model = segment_anything()
-        for block in model.blocks:
-            block.__class__ = kind
-        with torch.no_grad():
-            outs.append(expedite(model, alpha=1, clusters=(4, 4))(x))
-    assert torch.equal(*outs)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from family_cases.plain import CONFIG
@@ -119,6 +121,14 @@ def test_tuned_settings_go_back_to_the_command_line(
             "--plot must be in a folder that exists, got nowhere/front.png",
         ),
         (
+            ["tune", "--model", "GOOD", "--input", "FOLDER", "--plot", "front.xyz"],
+            "the plot's name must end in .png, .pdf, .svg, got front.xyz",
+        ),
+        (["tune", "--model", "GOOD", "--input", "FOLDER", "--device", "tpux"], "got 'tpux'"),
+        (["tune", "--model", "DIRECTORY/cut", "--input", "FOLDER"], "cut cannot be read as a Dep"),
+        (["tune", "--model", "GOOD", "--input", "DIRECTORY/odd"], "odd/1.png: more than eight"),
+        (["tune", "--model", "GOOD", "--input", "DIRECTORY/bad"], "bad/2.jpg: "),
+        (
             ["tune", "--model", "GOOD", "--input", "FOLDER", "--max-error", "1e-9"],
             "max_error must be at least",
         ),
@@ -135,7 +145,13 @@ def test_mistakes_are_one_sentence(
     for name, text in {"broken": "{", "unknown": '{"architectures": ["None"]}'}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "odd", "bad"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(directory, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:99])
+    Image.fromarray(np.full((40, 52), 40000, np.uint16)).save(tmp_path / "odd" / "1.png")
+    (tmp_path / "bad" / "2.jpg").write_bytes(b"\xff\xd8\xff")
     places = {"DIRECTORY": tmp_path, "GOOD": directory, "FOLDER": folder}
     for name, place in places.items():
         arguments = [word.replace(name, str(place)) for word in arguments]

@@ -124,6 +124,19 @@ def test_every_pass_over_an_image_is_fitted_to() -> None:
     torch.testing.assert_close(found.solve().maps[3], expected.solve().maps[3])
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_maps_follow_weights_that_are_loaded_after_them(assign: bool) -> None:
+    model, x = expedite(timm_vit(), clustered(1, (3, 3))), images(32, 40, batch=8)
+    settings = calibrate(model, list(x.split(1)))
+    assert settings.correction is not None
+    other = expedite(timm_vit().to("meta"), settings)
+    if not assign:
+        other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=assign)
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+
+
 def test_settings_know_weights_that_are_empty() -> None:
     model = transformers_dinov3(num_register_tokens=0)
     settings = calibrate(

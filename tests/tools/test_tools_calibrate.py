@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases.plain import timm_vit
 from settings_cases import clustered
 from torch import Tensor, nn
 
-from expedite_d2 import ops
+from expedite_d2 import expedite, ops
 from expedite_d2.ops.observe import ObservedOperator
 from expedite_d2.reducers import Expeditable, Reduction, reconstruct, reduce
 from expedite_d2.tools.calibrate import calibrate
@@ -124,6 +125,14 @@ def test_calibrate_refuses_images_that_are_not_reduced() -> None:
     ):
         calibrate(model, small)
     assert model.backbone.reduction == clustered(3, (9, 9))
+
+
+def test_calibrate_refuses_images_that_are_not_finite() -> None:
+    model = expedite(timm_vit(), alpha=1, clusters=(3, 3))
+    before = model.reduction
+    with pytest.raises(ValueError, match="images must give finite tokens, got NaN or infinity"):
+        calibrate(model, [torch.full((1, 3, 32, 32), torch.nan)] * 4)
+    assert model.reduction == before
 
 
 def test_calibrate_sets_the_outermost_settings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ import torchvision
 import transformers
 from family_cases.plain import from_transformers
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from expedite_d2 import expedite
@@ -292,19 +294,40 @@ class Twice(nn.Module):
         return self.stem(x)
 
 
+class Recorder:
+    """Somebody's hook, which is an object and has a method that is one."""
+
+    def note(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        out.detach().numpy()
+
+    __call__ = note
+
+
 def test_only_the_librarys_own_hooks_see_tensors_without_values() -> None:
     model, seen = from_transformers("ViTModel"), []
     with torch.no_grad():
         model(torch.ones(1, 3, 24, 24), output_hidden_states=True)  # puts hooks of its own there
     own = len(model.layers[0]._forward_hooks)
-    model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.cpu()))
+    recorder = Recorder()
+    for hook in (lambda module, args, out: seen.append(out.cpu()), recorder, recorder.note):
+        model.layers[0].register_forward_hook(hook)
     model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].cpu()))
     empty = on_meta(model)
     images = torch.ones(1, 3, 24, 24, device="meta")
     assert len(empty(images, output_hidden_states=True).hidden_states) == 5
     assert own and len(empty.layers[0]._forward_hooks) == own and not seen
     expedite(model)
-    assert not seen and len(model.layers[0]._forward_hooks) == own + 1
+    assert not seen and len(model.layers[0]._forward_hooks) == own + 3
+
+
+def test_tensors_that_cannot_be_copied_are_counted_all_the_same() -> None:
+    model, images = from_transformers("ViTModel"), torch.ones(1, 3, 24, 24)
+    whole = count_multiply_adds(model, images).total()
+    prune.l1_unstructured(model.layers[0].mlp.fc1, "weight", amount=0.3)
+    model.layers[1].kept = model(images).last_hidden_state
+    model.layers[2].kept = [model.layers[1].kept]
+    assert model.layers[1].kept.requires_grad
+    assert count_multiply_adds(on_meta(model), images.to("meta")).total() == whole
 
 
 def test_counts_of_submodules():

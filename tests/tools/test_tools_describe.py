@@ -56,6 +56,14 @@ def test_describe_knows_blocks_without_an_attention_of_their_own(block: Any) -> 
     assert found.share < 0.95 and not found.notes
 
 
+@pytest.mark.parametrize("size", [(2, 2), (20, 20), (10**7, 10**7)], ids=str)
+def test_sizes_that_the_encoder_does_not_take_are_told(size: tuple[int, int]) -> None:
+    model = timm_vit(dynamic_img_size=False)
+    for call in (describe, lambda model, size: expedite(model, size=size)):
+        with pytest.raises(ValueError, match="size must be one that VisionTransformer takes, got"):
+            call(model, size)
+
+
 def test_a_quantized_model_is_refused() -> None:
     model = timm_vit()
     for block in model.blocks:

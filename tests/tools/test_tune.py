@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,9 @@ def test_the_settings_round_trip_and_the_plot_is_a_picture(tuned: Any, tmp_path:
     restore(model)
     tuning.plot(tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="must end in .png, .pdf, .svg, got .*front.xyz"):
+        tuning.plot(tmp_path / "front.xyz")
+    with pytest.raises(OSError, match="must be written to a folder that exists, got .*front.png"):
         tuning.plot(tmp_path / "nowhere" / "front.png")
 
 
@@ -205,10 +208,15 @@ def test_out_of_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         (pictures(1), {}, "tune needs at least 3 images, got 1"),
         ("photos", {}, "images must be a list of a model's inputs, got str"),
         (pictures(1)[0], {}, "images must be a list of a model's inputs, got dict"),
+        (["a.png"] * 3, {}, "images must each be an input of the model, .* got a str"),
+        ([torch.rand(1, 3, 8, 8).numpy()] * 3, {}, "images must each be .* got a ndarray"),
         ([torch.rand(3, 8, 8)], {}, r"images must each be \(B, 3, H, W\), got .* \[3, 8, 8\]"),
         ([(torch.rand(1, 3, 8, 8), 4)], {}, "got a tuple of 2: such as an image and its labels"),
         ([{"pixel_values": torch.rand(1, 3, 8, 8), "labels": 1}], {}, "without labels, got labels"),
         (pictures(3), {"budget": 1.5}, "budget must be a share between 0 and 1, got 1.5"),
+        (pictures(3), {"max_error": float("nan")}, "max_error must be a number .*, got nan"),
+        (pictures(3), {"size": ()}, r"size must be two numbers of pixels, got \(\)"),
+        (pictures(3), {"outputs": "logits"}, "outputs must be a function .*, got 'logits'"),
         (pictures(3), {"max_error": -1}, "max_error must be a number greater than 0, got -1"),
         (pictures(3), {"budget": 0.01}, r"budget must be at least 0\.\d+, .* got 0.01"),
         (pictures(3), {"budget": 0.5, "max_error": 0.1}, "must not both be given"),
@@ -273,6 +281,9 @@ def test_distances_are_relative_also_to_nothing() -> None:
     one, none = torch.tensor([3.0, 4.0]), torch.zeros(2)
     assert distance([one, 2 * one], [one, one]) == pytest.approx(0.5**0.5)
     assert distance([one], [none]) == 1 and distance([none], [none]) == 0
+    assert distance([one / none], [one]) == math.inf
+    with pytest.raises(ValueError, match="outputs of the plain model must be finite"):
+        distance([one], [one / none])
 
 
 def test_merges_are_named_by_their_steps() -> None:
