@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,51 +70,32 @@ class BlockCall(NamedTuple):
         return not isinstance(layout, Grid) or layout != self.state.grid
 
 
-class Positions(Protocol):
+class Positions:
     """How the blocks of a family know where a token is, and how they run on reduced tokens.
 
+    By itself: positions that were added to the tokens before the first block. Others inherit.
+
     Attributes:
+        kind: what they are, in a few words.
         needs_grid: whether reduced tokens must lie on a grid, as those of a Cluster do.
     """
 
-    needs_grid: bool
-
-    @property
-    def kind(self) -> str:
-        """What they are, in a few words."""
+    kind: str = "absolute"
+    needs_grid: bool = False
 
     def check(self, encoder: Any, reduction: Reduction) -> None:
         """Raises ValueError for settings that these positions do not support."""
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         """Returns the changes to the encoder that are needed beside those of the span's blocks."""
-
-    def prepare(self, call: BlockCall) -> BlockCall:
-        """Returns the call with positions for the layout, and in its state what later ones need."""
-
-    def run(self, call: BlockCall) -> Any:
-        """Runs one block on reduced tokens, and returns what it returns."""
-
-
-class NoPositions:
-    """Blocks without positions: these were added to the tokens before the first block."""
-
-    kind = "absolute"
-    needs_grid = False
-
-    def check(self, encoder: Any, reduction: Reduction) -> None:
-        """Accepts any settings."""
-
-    def overrides(self, hourglass: Hourglass) -> list[Override]:
-        """Returns no changes."""
         return []
 
     def prepare(self, call: BlockCall) -> BlockCall:
-        """Returns the call."""
+        """Returns the call with positions for the layout, and in its state what later ones need."""
         return call
 
     def run(self, call: BlockCall) -> Any:
-        """Runs the block unchanged."""
+        """Runs one block on reduced tokens, and returns what it returns."""
         if call.reduced:
             refuse_masks(*call.args, call.kwargs.get("attn_mask"))
             call = call.without_masks()
@@ -164,7 +145,7 @@ class Family:
     blocks: Callable[[Any], Sequence[nn.Module]]
     tokens: TokenSequence | TokenMap | TokenClip
     grid: GridFromCall | GridFromShape
-    positions: Positions = NoPositions()
+    positions: Positions = Positions()
     span: Callable[[Any, Sequence[nn.Module], int], int] = to_encoder_end
     window: Callable[[Any, int], Size | None] = lambda encoder, first: None
     inside: bool = True

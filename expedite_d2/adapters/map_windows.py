@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from expedite_d2.adapters.family import BlockCall, Family, NoPositions, Size, refuse_oblong
+from expedite_d2.adapters.family import BlockCall, Family, Positions, Size, refuse_oblong
 from expedite_d2.adapters.tokens import GridFromShape, TokenMap
 from expedite_d2.reducers import Reduction
 
@@ -28,7 +28,7 @@ class Spacing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MapWindows(NoPositions):
+class MapWindows(Positions):
     """Windows of clusters instead of tokens; other blocks attend among the clusters of all windows.
 
     The blocks pad their maps to whole windows by themselves. Where all attend among all tokens, one

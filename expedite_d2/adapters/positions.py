@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expedite_d2.adapters.family import BlockCall, NoPositions, Size, refuse_masks
+from expedite_d2.adapters.family import BlockCall, Positions, Size, refuse_masks
 from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Override
 
 
 @dataclass(frozen=True)
-class Table(NoPositions):
+class Table(Positions):
     """Biases of the logits for each pair of tokens: per block, shared by all, or both (BEiT).
 
     Attributes:

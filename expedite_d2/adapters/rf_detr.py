@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expedite_d2.adapters.family import Family, NoPositions, Size
+from expedite_d2.adapters.family import Family, Positions, Size
 from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
@@ -55,7 +55,7 @@ class _JoinGroups(Override):
         return attach(out, State(state.grid, state.layout._replace(groups=groups)))
 
 
-class _Windows(NoPositions):
+class _Windows(Positions):
     def overrides(self, hourglass: Hourglass) -> list[Override]:
         layers: Any = hourglass.family.blocks(hourglass.encoder)
         joining = [layers[n] for n in hourglass.span if layers[n].global_attention]

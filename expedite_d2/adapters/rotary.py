@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expedite_d2.adapters.family import BlockCall, NoPositions, Size, refuse_masks
+from expedite_d2.adapters.family import BlockCall, Positions, Size, refuse_masks
 from expedite_d2.ops.token_pool import token_pool
 from expedite_d2.reducers import Points, State
 from expedite_d2.reducers.merge import means_of_members
@@ -18,7 +18,7 @@ Rotations = tuple[Tensor, Tensor] | Tensor
 
 
 @dataclass(frozen=True)
-class Rotary(NoPositions):
+class Rotary(Positions):
     """Positions that rotate queries and keys, by a table that the encoder passes to each block.
 
     The table of the reduced tokens is made of that of the image's tokens, as it arrives: so it has

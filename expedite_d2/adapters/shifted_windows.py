@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from expedite_d2.adapters.attention import bias_of_pairs
-from expedite_d2.adapters.family import BlockCall, Family, NoPositions, Size, refuse_oblong
+from expedite_d2.adapters.family import BlockCall, Family, Positions, Size, refuse_oblong
 from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.relative_position import read_table
@@ -124,7 +124,7 @@ def is_shifted_beyond(shifts: Sequence[int], call: BlockCall, window: Size) -> S
 
 
 @dataclass(frozen=True)
-class ShiftedWindows(NoPositions):
+class ShiftedWindows(Positions):
     """Windows of clusters instead of tokens, and the relative positions within them.
 
     A block that shifts its windows now does so by half of the new side, with the mask of the new

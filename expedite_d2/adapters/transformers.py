@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expedite_d2.adapters.family import BlockCall, Family, NoPositions, Size, refuse_masks
+from expedite_d2.adapters.family import BlockCall, Family, Positions, Size, refuse_masks
 from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Gate, Override
 from expedite_d2.adapters.positions import Table
@@ -71,7 +71,7 @@ class _CallersMask(Gate):
             refuse_masks(mask.bool() if padding else mask)
 
 
-class _NoPositionsBesideMasks(NoPositions):
+class _BesideMasks(Positions):
     """Blocks without positions, which may be passed a mask that has no effect."""
 
     def overrides(self, hourglass: Hourglass) -> list[Override]:
@@ -82,7 +82,7 @@ class _NoPositionsBesideMasks(NoPositions):
         return call.block.original(call.x, *call.args, **call.kwargs)
 
 
-class _NoMasks(NoPositions):
+class _NoMasks(Positions):
     """Blocks without positions that take no mask: further tensors are about whole images."""
 
     def run(self, call: BlockCall) -> Tensor:
@@ -103,7 +103,7 @@ VIT = Family(
     blocks=lambda encoder: list(encoder.layers),
     tokens=TokenSequence(),
     grid=_GRID,
-    positions=_NoPositionsBesideMasks(),
+    positions=_BesideMasks(),
     image_size=lambda encoder: sides(encoder.config.image_size),
     run=lambda encoder, images: encoder(images, interpolate_pos_encoding=True),
     attention=lambda layer: (layer.layernorm_before, layer.attention),
@@ -181,7 +181,7 @@ DPT = replace(
     name="transformers DPTModel",
     classes=("DPTModel",),
     blocks=lambda encoder: list(encoder.encoder.layer),
-    positions=NoPositions(),  # its blocks take no mask at all
+    positions=Positions(),  # its blocks take no mask at all
     run=lambda encoder, images: encoder(images),
 )
 VITPOSE = replace(

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expedite_d2.adapters.family import NoPositions
+from expedite_d2.adapters.family import Positions
 from expedite_d2.adapters.hourglass import Hourglass
 from expedite_d2.adapters.override import Override
 from expedite_d2.adapters.registry import register_family
@@ -24,7 +24,7 @@ from expedite_d2.reducers.state import attach, state_of
 _NO_POSITIONS = SimpleNamespace(use_mid_position_embeddings=False)
 
 
-class _Between(NoPositions):
+class _Between(Positions):
     """Positions that are added to the tokens between the layers, in a model that has such.
 
     As with rotary positions, a cluster has those of the centre of its cell, read linearly between
