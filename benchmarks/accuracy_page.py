@@ -56,7 +56,7 @@ def read(files: Iterable[Path]) -> tuple[dict[str, list[dict[str, Any]]], list[d
     parts: dict[str, dict[str, dict[str, Any]]] = {"report": {}, "sweep": {}, "latency": {}}
     for run in runs:
         for row in run["results"]:
-            parts[run["part"]][_identity(row)] = row
+            parts[run["part"]][_identity(row)] = {**row, "device": run["device"]}
     return {part: list(rows.values()) for part, rows in parts.items()}, runs
 
 
@@ -230,7 +230,9 @@ def page(parts: Mapping[str, Sequence[Row]], runs: Sequence[Row], text: str, fol
         rows = [row for row in parts["report"] if row["system"] == system]
         if rows:
             plot(rows, latencies, system, folder / f"{system}.png")
-            images = f"The first {rows[0]['images']} images of `{rows[0]['dataset']}`:"
+            images = f"The first {rows[0]['images']} images of `{rows[0]['dataset']}`"
+            timed = {row["device"] for row in parts["latency"] if row["system"] == system}
+            images += f"; speed-ups on {' and '.join(sorted(timed))}:" if timed else ":"
             picture = f"![{TITLES[system]}]({folder.name}/{system}.png)"
             table = results(parts["report"], latencies, system)
             filled[system] = f"### {TITLES[system]}\n\n{images}\n\n{table}\n\n{picture}"
@@ -242,8 +244,7 @@ def page(parts: Mapping[str, Sequence[Row]], runs: Sequence[Row], text: str, fol
             if rows
             else ""
         )
-    last = runs[-1]
-    filled["machine"] = f"{last['device']}, torch {last['torch']}"
+    filled["torch"] = " and ".join(sorted({run["torch"] for run in runs}))
     return text.format_map(filled)
 
 
