@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from family_cases import CASES
+from family_cases.case import Case
 from family_cases.plain import timm_beit, timm_vit
 from settings_cases import clustered
 from torch import nn
@@ -78,13 +78,11 @@ def test_below_two_thirds_attention_sees_groups(budget: float, rounds: int) -> N
     assert budget - 0.2 < share(vit, (192, 192)) <= budget
 
 
-def test_without_a_budget_it_is_seven_tenths_and_never_nothing() -> None:
-    for case in CASES.values():
-        model = case.make()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            expedite(model, size=case.size)
-        assert is_expedited(model) and share(model, case.size) < 0.95
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_budget_it_is_seven_tenths_and_never_nothing(case: Case) -> None:
+    model = expedite(case.make(), size=case.size)
+    assert is_expedited(model) and share(model, case.size) < 0.95
 
 
 def test_what_cannot_be_reached_names_the_least_that_can() -> None:
