@@ -76,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     recorder.finish(table(recorder.results))
 
 
-def labelled(runner: Runner, count: int) -> Callable[[], dict[str, float]]:
+def labelled(runner: Runner, count: int) -> Callable[[], dict[str, float | None]]:
     """What measures the runner's model with labels, on the first images of those that choose."""
     images = list(build_test_loader(runner.cfg, runner.unlabelled))[:count]
     evaluators = build_evaluators(runner.cfg, runner.unlabelled)
 
-    def measure() -> dict[str, float]:
+    def measure() -> dict[str, float | None]:
         found = inference_on_dataset(runner.model, images, evaluators)
-        return {metric: found[task][metric] or 0.0 for task, metric in runner.system.metrics}
+        return {metric: found[task][metric] for task, metric in runner.system.metrics}
 
     return measure
 

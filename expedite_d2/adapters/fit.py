@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -131,7 +131,7 @@ def _full(
     """Returns the blocks of the span whose outputs are reconstructed."""
     if outputs is None:
         return span if family.inside else (span[-1],)
-    if isinstance(outputs, (str, Mapping)) or not isinstance(outputs, Iterable):
+    if not isinstance(outputs, Iterable):
         raise ValueError(f"outputs must be a collection of numbers of blocks, got {outputs!r}")
     numbers = [integer(number) for number in outputs]
     if not all(number is not None and 0 <= number < blocks for number in numbers):

@@ -163,10 +163,10 @@ def attach_correction(encoder: nn.Module, correction: Correction | None) -> None
     """
     _fill(encoder, correction)
     hooks: dict[int, Any] = encoder._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is _check_loaded]:
+    for key in [key for key, hook in hooks.items() if hook is _follow_weights]:
         del hooks[key]
     if correction is not None:
-        encoder.register_load_state_dict_post_hook(_check_loaded)
+        encoder.register_load_state_dict_post_hook(_follow_weights)
 
 
 def _fill(encoder: nn.Module, correction: Correction | None) -> None:
@@ -191,7 +191,7 @@ def maps_at(encoder: nn.Module, number: int) -> list[DetailMap] | None:
     return [DetailMap(weight, None if i else bias) for i, weight in enumerate(weights)]
 
 
-def _check_loaded(encoder: Any, keys: Any) -> None:
+def _follow_weights(encoder: Any, keys: Any) -> None:
     correction = encoder.reduction.correction
     if correction is not None:
         correction.check(encoder)

@@ -41,14 +41,19 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="of timm, or a directory of transformers"
     )
+    add_size(parser)
+    return parser
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of the image for which costs are counted."""
     parser.add_argument(
         "--size",
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="image in pixels; default: that of the model's configuration, or 512 512",
+        help="image in pixels; default: that of the encoder's configuration, or 512 512",
     )
-    return parser
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +121,7 @@ def _tune(argv: Sequence[str]) -> None:
     try:
         device = torch.device(args.device)
     except RuntimeError as error:
-        raise ValueError(f"--device must be cpu or cuda, got {args.device!r}") from error
+        raise ValueError(f"--device must be one that torch has, got {args.device!r}") from error
     model = named_model(args.model, weights=True).to(device)
     images = pictures(args.model, model, args.input, args.images, args.size)
     tuning = tune(

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 Select = Callable[[Any], Any]
 
 # Parts of the names by which transformers returns what lies within a model, beside its results; and
-# the names of those that are the results of a model without a head.
+# the name of what is the result of a model without a head.
 _WITHIN = ("hidden_state", "attentions", "pooler_output")
-_FEATURES = ("last_hidden_state", "pooler_output")
+_FEATURES = "last_hidden_state"
 # Keywords by which transformers' models take the truth; SAM's "input_labels" are of its prompts.
 _LABELS = ("labels", "label_ids")
 _PROMPTS = "input_"
@@ -44,11 +44,8 @@ def checked(images: Iterable[Any]) -> Iterator[Any]:
 
 
 def _check(image: Any) -> None:
-    if isinstance(image, (str, bytes, PathLike)) or type(image).__module__ == "numpy":
-        raise ValueError(
-            f"images must each be an input of the model, such as a tensor (B, 3, H, W), got a "
-            f"{type(image).__name__}"
-        )
+    if isinstance(image, (str, bytes, PathLike)):
+        raise ValueError(f"images must each be an input of the model, got the path {image!r}")
     if isinstance(image, Tensor) and image.dim() not in (4, 5):  # 5: a video
         raise ValueError(
             f"images must each be (B, 3, H, W), got a tensor of shape {list(image.shape)}"
@@ -82,7 +79,7 @@ def outputs_of(
         encoder: its encoder.
         image: an input of the model.
         select: picks what counts of what the model returns; by default all but hidden states,
-            attentions and pooled features; of a model without a head its last hidden state, too.
+            attentions and pooled features; of a model without a head its last hidden state.
 
     Raises:
         ValueError: `select` picks nothing.
@@ -102,8 +99,7 @@ def outputs_of(
         return selected
     if isinstance(returned, Mapping):
         results = [v for k, v in returned.items() if not any(part in str(k) for part in _WITHIN)]
-        headless = [returned.get(name) for name in _FEATURES]
-        every = list(returned.values())
+        headless, every = returned.get(_FEATURES), list(returned.values())
         return _floats(results) or _floats(headless) or _floats(every) or _floats(features)
     return _floats(returned) or _floats(features)
 

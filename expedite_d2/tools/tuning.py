@@ -126,7 +126,7 @@ class Tuning:
         self.best.save(path)
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draws error against speed-up, with the front, to a PNG or PDF.
+        """Draws error against speed-up, with the front, to a PNG, PDF or SVG.
 
         A ring is around the best settings, if any are good enough.
 
