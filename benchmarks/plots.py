@@ -20,6 +20,11 @@ Row = Mapping[str, Any]
 
 _WHOLE = "all four"
 _VARIANTS = ("released", "reference", "compiled", "kernel", "floor")
+# Points that lie on one another are seen both: the one is a ring around the other.
+_MODES: dict[str, dict[str, Any]] = {
+    "eager": {"alpha": 0.8},
+    "compiled": {"fillstyle": "none", "markersize": 10},
+}
 _DPI = 120
 
 
@@ -61,17 +66,24 @@ def _milliseconds(row: Row | None, variant: str) -> float:
 def models(rows: Sequence[Row]) -> Figure | None:
     """Speed-up over the ratio of multiply-adds: what is spared is felt on the diagonal."""
     figure, panel = plt.subplots(figsize=(6.5, 5))
-    kinds = sorted({(row["dtype"], row["mode"]) for row in rows})
+    dtypes = sorted({row["dtype"] for row in rows})
+    modes = [mode for mode in _MODES if any(row["mode"] == mode for row in rows)]
     batches = sorted({row["batch"] for row in rows})
+    markers = "osD^v*"
     for row in rows:
-        kind = kinds.index((row["dtype"], row["mode"]))
-        marker = "osD^v*"[batches.index(row["batch"]) % 6]
-        point = (row["ratio_of_multiplyadds"], row["speedup"])
-        panel.plot(*point, marker, color=f"C{kind}", alpha=0.8)
-    for kind, (dtype, mode) in enumerate(kinds):
-        panel.plot([], [], "o", color=f"C{kind}", label=f"{dtype}, {mode}")
+        panel.plot(
+            row["ratio_of_multiplyadds"],
+            row["speedup"],
+            markers[batches.index(row["batch"]) % len(markers)],
+            color=f"C{dtypes.index(row['dtype'])}",
+            **_MODES[row["mode"]],
+        )
+    for number, dtype in enumerate(dtypes):
+        for mode in modes:
+            look: dict[str, Any] = {"color": f"C{number}", **_MODES[mode]}
+            panel.plot([], [], "o", label=f"{dtype}, {mode}", **look)
     for place, batch in enumerate(batches):
-        panel.plot([], [], "osD^v*"[place % 6], color="0.5", label=f"batch {batch}")
+        panel.plot([], [], markers[place % len(markers)], color="0.5", label=f"batch {batch}")
     ends = [1.0, 1.05 * max(max(r["ratio_of_multiplyadds"], r["speedup"]) for r in rows)]
     panel.plot(ends, ends, "--", color="0.6", label="efficiency 1")
     panel.set_xlabel("ratio of multiply-adds, baseline / expedited")

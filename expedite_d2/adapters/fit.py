@@ -79,8 +79,8 @@ def _check_clusters(family: Family, encoder: nn.Module, reduction: Reduction, sp
         )
     if not fewer:
         warnings.warn(
-            f"{rows}x{columns} clusters are no fewer than the {tokens} tokens of the images that "
-            f"{name} was made for: only larger ones run faster",
+            f"{rows}x{columns} clusters are no fewer, in rows and in columns, than the {tokens} "
+            f"tokens of the images that {name} was made for: only larger ones run faster",
             stacklevel=6,
         )
         return

@@ -8,6 +8,7 @@ set or deleted, while it does not check hooks again.
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from functools import partial
 from types import MethodType
@@ -30,11 +31,13 @@ class Override:
         name: name of the method.
         active: whether it still changes the method; `remove` ends that, also where a later wrapper
             keeps a reference to it.
+        calls_base: whether the method calls super().
     """
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         self.owner = owner
         self.name = name
+        self.calls_base = _calls_super(getattr(type(owner), name, None))
         self.previous: Any = None
         self.active = False
 
@@ -88,9 +91,15 @@ class Override:
             kwargs: keyword arguments of the method.
 
         Raises:
-            ValueError: the method was replaced on the module before, by one that would be skipped.
+            ValueError: the method was replaced on the module before, by one that would be skipped,
+                or calls that of its base class, which takes no module but its own.
         """
         self.refuse_replaced()
+        if self.calls_base:
+            raise ValueError(
+                f"{self.name} of a {type(self.owner).__name__} calls super(), and cannot run on "
+                "clusters: write it out, or use the library's own class"
+            )
         view = _AttributeView(self.owner, changes)
         return getattr(type(self.owner), self.name)(view, *args, **kwargs)
 
@@ -155,6 +164,11 @@ class Gate(Override):
 
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises if an expedited encoder does not support the arguments."""
+
+
+def _calls_super(method: Any) -> bool:
+    code = getattr(inspect.unwrap(method), "__code__", None) if method is not None else None
+    return code is not None and "super" in code.co_names
 
 
 def first_of(out: Any) -> Tensor:

@@ -75,6 +75,10 @@ REFUSALS = (
         "drops most of its patches at random, so that the others lie on no grid",
     ),
     Refusal(
+        ("Siglip2VisionModel",),
+        "takes sequences of patches, padded to one length, of images whose rows and columns differ",
+    ),
+    Refusal(
         ("SwinTransformerV2Cr",),
         "has norms on its main branch at the ends of its stages, so that what blocks add to a "
         "token cannot be told",

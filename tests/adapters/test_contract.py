@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES
+from family_cases import CASES, swin
 from family_cases.case import Case, images
 from torch import Tensor, nn
 
@@ -38,9 +38,11 @@ mechanisms = pytest.mark.parametrize(
     ("case", "reduction"), [SETTINGS[name] for name in MECHANISMS], ids=MECHANISMS
 )
 # And of each kind of positions one, for what takes a minute.
-KINDS_OF_POSITIONS = ["timm vit", "timm beit, own bias", "official swin", "detectron2 vit"]
-KINDS_OF_POSITIONS += ["timm vit, grouped", "transformers swin v2"]
+KINDS_OF_POSITIONS = ["timm vit", "timm vit, grouped", "timm beit, own bias", "detectron2 vit"]
 KINDS_OF_POSITIONS += ["transformers dinov3", "timm eva02, grouped"]
+SHALLOW = {name: SETTINGS[name] for name in KINDS_OF_POSITIONS}
+for _name, _case in swin.SHALLOW.items():
+    SHALLOW[_name] = (_case, Reduction(Cluster(_case.alpha, _case.clusters)))
 # Grouped attention merges, too.
 COMPILED = [
     name for name in SETTINGS if not name.endswith(", merging") and SETTINGS[name][0].compiled
@@ -202,11 +204,10 @@ def test_compiles_without_breaks(case: Case, reduction: Reduction) -> None:
         torch.testing.assert_close(case.run(compiled, x), case.run(model, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", KINDS_OF_POSITIONS)
+@pytest.mark.parametrize(("case", "reduction"), SHALLOW.values(), ids=SHALLOW)
 @pytest.mark.slow
-def test_inductor_makes_code_of_it(name: str) -> None:
+def test_inductor_makes_code_of_it(case: Case, reduction: Reduction) -> None:
     torch.compiler.reset()
-    case, reduction = SETTINGS[name]
     model, x = expedited(case, reduction), case.images()
     with torch.no_grad():
         out = case.run(torch.compile(model, fullgraph=True), x)

@@ -155,3 +155,19 @@ def test_an_attention_that_was_replaced_is_not_left_out() -> None:
     expedite(model, alpha=case.alpha, clusters=case.clusters)
     with pytest.raises(ValueError, match="forward of a WindowAttention was replaced before"):
         case.run(model, case.images())
+
+
+def test_a_block_that_calls_super_is_refused_in_a_sentence() -> None:
+    case = SWINS["official swin"]
+    model = case.make()
+    block = model.layers[2].blocks[-1]
+
+    class Traced(type(block)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs)
+
+    block.__class__ = Traced
+    case.run(model, case.images())
+    expedite(model, alpha=case.alpha, clusters=case.clusters)
+    with pytest.raises(ValueError, match=r"forward of a Traced calls super\(\), and cannot run on"):
+        case.run(model, case.images())

@@ -41,7 +41,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "Swin2SRModel": "restores every pixel",
         "ViTMAEModel": "drops most of its patches at random",
         "ConvNextModel": "holds no encoder that can be expedited: it has no attention",
-        "Siglip2VisionModel": "and the nearest family is transformers SiglipVisionModel: families",
+        "Siglip2VisionModel": "takes sequences of patches, padded to one length",
     }.items()
 }
 REFUSED |= {

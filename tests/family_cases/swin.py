@@ -200,3 +200,19 @@ CASES: dict[str, Case] = {
         timm_features, clusters=(4, 5), others=[], compiled=False
     ),
 }
+
+# Of two stages, for what takes a minute.
+TWO_STAGES = {"depths": [1, 3], "num_heads": [1, 2]}
+SHALLOW: dict[str, Case] = {
+    "official swin": SwinCase(
+        lambda: randomised(official_shaped.SwinTransformer, **TWO_STAGES),
+        alpha=2,
+        run=lambda model, x: model(x)["res3"],
+    ),
+    "transformers swin v2": TransformersSwinCase(
+        lambda: transformers_swin(
+            Swinv2Model, Swinv2Config, **TWO_STAGES, pretrained_window_sizes=[0, 4]
+        ),
+        alpha=2,
+    ),
+}
