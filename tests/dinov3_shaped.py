@@ -103,7 +103,7 @@ class DinoVisionTransformer(nn.Module):
         self, x: Tensor, masks: None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         rows, columns = (side // self.patch_size for side in x.shape[2:])
-        first = torch.cat([self.cls_token, self.storage_tokens], 1).expand(len(x), -1, -1)
+        first = torch.cat([self.cls_token, self.storage_tokens], 1).expand(x.shape[0], -1, -1)
         return torch.cat([first, self.patch_embed(x)], 1), (rows, columns)
 
     def forward_features(self, x: Tensor | list[Tensor]) -> Any:

@@ -41,7 +41,7 @@ def for_batch(mask: Tensor | None, windows: int) -> Tensor | None:
     Returns:
         (windows, 1, N, N), as `attend` takes it, or None.
     """
-    return None if mask is None else mask.repeat(windows // len(mask), 1, 1).unsqueeze(1)
+    return None if mask is None else mask.repeat(windows // mask.shape[0], 1, 1).unsqueeze(1)
 
 
 def attend(
@@ -67,7 +67,7 @@ def attend(
     """
     bias = bias[None].to(query.dtype)
     # Most windows have no seam, and share a bias that need not be copied for each.
-    whole = len(query) - (0 if mask is None else len(mask))
+    whole = query.shape[0] - (0 if mask is None else mask.shape[0])
     parts = [(slice(whole), bias)] if whole else []
     if mask is not None:
         parts.append((slice(whole, None), bias + mask.to(query.dtype)))

@@ -48,7 +48,7 @@ class _JoinGroups(Override):
         out, state = self.original(x), state_of(x)
         if state is None or not isinstance(state.layout, Points) or state.layout.groups is None:
             return out
-        (places, total), windows = state.layout.groups, len(x) // len(out)
+        (places, total), windows = state.layout.groups, x.shape[0] // out.shape[0]
         first = total * torch.arange(windows, dtype=places.dtype, device=places.device)
         joined = (places.unflatten(0, (-1, windows)) + first[:, None]).flatten(1)
         groups = Groups(joined, windows * total)

@@ -46,7 +46,7 @@ class Rotary(Positions):
             return call
         given, reduced = call.state.positions or (None, None)
         if given is not _first(table):
-            reduced = reduced_rotations(table, call.state, len(call.x))
+            reduced = reduced_rotations(table, call.state, call.x.shape[0])
         return call._replace(
             state=call.state._replace(positions=(_first(table), reduced)),
             kwargs={**call.kwargs, self.argument: reduced},

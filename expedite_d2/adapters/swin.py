@@ -60,7 +60,7 @@ def _attend(attention: Override, cells: Size, x: Tensor, mask: Tensor | None = N
     dropout = owner.attn_drop.p if owner.training else 0.0
     # A window of a video that is cut to a small clip or map has the first rows of a whole one's.
     bias = table_bias(owner, whole)[:, : x.shape[1], : x.shape[1]]
-    out = attend(*parts, bias, for_batch(mask, len(x)), dropout, owner.scale)
+    out = attend(*parts, bias, for_batch(mask, x.shape[0]), dropout, owner.scale)
     return owner.proj_drop(owner.proj(out))
 
 

@@ -49,7 +49,7 @@ def _attend(attention: Override, cells: Size, x: Tensor, mask: Tensor | None = N
     parts = split_heads(F.linear(x, owner.qkv.weight, added), owner.num_heads)
     bias = continuous_bias(owner.cpb_mlp, owner.window_size, cells, owner.pretrained_window_size)
     dropout = owner.attn_drop.p if owner.training else 0.0
-    mask = for_batch(mask, len(x))
+    mask = for_batch(mask, x.shape[0])
     out = attend_by_direction(*parts, bias, mask, dropout, owner.logit_scale)
     return owner.proj_drop(owner.proj(out))
 

@@ -66,7 +66,7 @@ def _attend(attention: Override, cells: Size, x: Tensor, windows: Windows) -> Te
 
     def within(tokens: Tensor, mask: Tensor | None) -> Tensor:
         parts = split_heads(F.linear(tokens, owner.qkv.weight, added), owner.num_heads)
-        mask = for_batch(mask, len(tokens))
+        mask = for_batch(mask, tokens.shape[0])
         if _is_v2(owner):
             out = attend_by_direction(*parts, bias, mask, dropout, owner.logit_scale)
         else:

@@ -59,7 +59,7 @@ def _attend_copy(
     if _reads_matrix(args):
         return with_table(attention, cells, x, mask, *args)
     bias, dropout = table_bias(owner, cells), _dropout(owner)
-    return (attend(*_heads(owner, x), bias, for_batch(mask, len(x)), dropout, None),)
+    return (attend(*_heads(owner, x), bias, for_batch(mask, x.shape[0]), dropout, None),)
 
 
 def _attend_v2(
@@ -76,7 +76,7 @@ def _attend_v2(
             "relative_position_index": relative_position_index(cells, x.device),
         }
         return attention.original_with(changes, x, mask, *args)
-    bias, mask = continuous_bias(network, *places), for_batch(mask, len(x))
+    bias, mask = continuous_bias(network, *places), for_batch(mask, x.shape[0])
     parts, dropout = _heads(owner, x), _dropout(owner)
     return (attend_by_direction(*parts, bias, mask, dropout, owner.logit_scale),)
 

@@ -70,7 +70,7 @@ class _Layers(Override):
         state = state_of(x)
         if state is None:  # which the layer will miss
             return x + table
-        added = self._reduced(table.expand(len(x), -1, -1), state) if state.steps else table
+        added = self._reduced(table.expand(x.shape[0], -1, -1), state) if state.steps else table
         if state.low is None:
             return attach(x + added, state)
         return attach(x + table, state._replace(low=state.low + added))

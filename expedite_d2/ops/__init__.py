@@ -6,6 +6,7 @@ CUDA kernels.
 """
 
 from expedite_d2 import _ext as _ext  # loads the kernels
+from expedite_d2.ops._registration import decompositions
 from expedite_d2.ops.ms_deform_attn import ms_deform_attn
 from expedite_d2.ops.token_cluster import token_cluster
 from expedite_d2.ops.token_match import token_match
@@ -18,6 +19,7 @@ from expedite_d2.ops.token_spread import token_spread
 __all__ = [
     "Merged",
     "Reduced",
+    "decompositions",
     "ms_deform_attn",
     "token_cluster",
     "token_match",

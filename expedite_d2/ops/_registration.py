@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+_IMPLEMENTATIONS: dict[OpOverload, Callable[..., Any]] = {}
+
 
 def define(name: str, schema: str, implementation: Callable[..., Any]) -> OpOverload:
     """Defines an operator.
@@ -23,7 +25,24 @@ def define(name: str, schema: str, implementation: Callable[..., Any]) -> OpOver
     """
     torch.library.define(f"expedite_d2::{name}", schema)
     torch.library.impl(f"expedite_d2::{name}", "default", implementation)
-    return getattr(torch.ops.expedite_d2, name).default
+    operator = getattr(torch.ops.expedite_d2, name).default
+    _IMPLEMENTATIONS[operator] = implementation
+    return operator
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """Returns what each operator is in standard operators, for ``torch.export``.
+
+    A program without operators of this package runs where it is not installed, and can be
+    translated to other formats, ONNX among them::
+
+        program = torch.export.export(model, (images,))
+        program = program.run_decompositions(expedite_d2.ops.decompositions())
+        torch.onnx.export(program, f="model.onnx")
+
+    Results are the same up to rounding; on a CPU or a GPU in PyTorch the operators are faster.
+    """
+    return dict(_IMPLEMENTATIONS)
 
 
 def nondifferentiable(operator: OpOverload) -> None:

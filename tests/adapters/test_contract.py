@@ -6,16 +6,20 @@ import copy
 import gc
 import pickle
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from family_cases import CASES, swin
 from family_cases.case import Case, images
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
 
 from expedite_d2 import expedite, families, is_expedited, restore
 from expedite_d2.adapters.registry import find_encoder
+from expedite_d2.ops import decompositions
 from expedite_d2.reducers import Cluster, Merge, Reduction
 
 # Each kind of encoder with each reduction that it takes.
@@ -214,10 +218,8 @@ def test_inductor_makes_code_of_it(case: Case, reduction: Reduction) -> None:
         torch.testing.assert_close(out, case.run(model, x), rtol=1e-3, atol=1e-3)
 
 
-@mechanisms
-@pytest.mark.slow
-def test_exports(case: Case, reduction: Reduction) -> None:
-    model, x = expedited(case, reduction), case.images()
+def program_of(case: Case, model: nn.Module, x: Tensor) -> ExportedProgram:
+    """The model for batches of any size but one."""
 
     class Run(nn.Module):
         def __init__(self) -> None:
@@ -227,6 +229,30 @@ def test_exports(case: Case, reduction: Reduction) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return case.run(self.model, x)
 
+    return export(Run(), (x,), dynamic_shapes=({0: Dim("batch", min=2)},))
+
+
+@mechanisms
+@pytest.mark.slow
+def test_exports_for_batches_of_any_size(case: Case, reduction: Reduction) -> None:
+    model, x = expedited(case, reduction), case.images()
     with torch.no_grad():
-        program = torch.export.export(Run(), (x,)).module()
-        torch.testing.assert_close(program(x), case.run(model, x), rtol=1e-4, atol=1e-4)
+        program = program_of(case, model, x).module()
+        for batch in (x, x[:2]):
+            expected = case.run(model, batch)
+            torch.testing.assert_close(program(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("case", "reduction"), SHALLOW.values(), ids=SHALLOW)
+@pytest.mark.slow
+def test_onnx_runtime_gives_the_same(case: Case, reduction: Reduction, tmp_path: Path) -> None:
+    model, x = expedited(case, reduction), case.images()
+    file = tmp_path / "model.onnx"
+    with torch.no_grad():
+        program = program_of(case, model, x).run_decompositions(decompositions())
+        torch.onnx.export(program, f=file, verbose=False)
+        session = InferenceSession(file)
+        for batch in (x, x[:2]):
+            (found,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+            expected = case.run(model, batch)
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)

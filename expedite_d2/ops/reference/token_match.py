@@ -47,7 +47,7 @@ def token_match_ref(
         order = order.clamp_max(torch.finfo(distances.dtype).max)
         order = torch.where(grid.exists[:, None], order, torch.full_like(order, torch.inf))
         found = min(topk, distances.shape[3])
-        nearest = order.sort(dim=3, stable=True).indices[..., :found]
+        nearest = _least(order, found)
         count = grid.exists.sum(1)[:, None, None]  # (W, 1, 1)
         rank = torch.arange(topk, device=tokens.device)
         nearest = torch.nn.functional.pad(nearest, (0, topk - found))
@@ -66,3 +66,16 @@ def token_match_ref(
             fold(indices, *windows, window_side, size).contiguous(),
             fold(weights.float(), *windows, window_side, size).contiguous(),
         )
+
+
+def _least(values: Tensor, count: int) -> Tensor:
+    """Returns the places of the least values along the last axis, in order, of equals the first.
+
+    That is the beginning of a stable sort, for which exporters know no operator.
+    """
+    places = []
+    for _ in range(count):
+        place = values.argmin(-1, keepdim=True)  # the first of equals
+        places.append(place)
+        values = values.scatter(-1, place, torch.inf)
+    return torch.cat(places, -1)

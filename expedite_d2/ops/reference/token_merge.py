@@ -34,10 +34,12 @@ def token_merge_ref(tokens: Tensor, sizes: Tensor, merged: int) -> tuple[Tensor,
         is_joined = is_joined.index_fill(0, at, True).view(batch, odds, 1)
         odd = torch.where(is_joined, sums / total, odd)
 
-        places = torch.empty(batch, count, dtype=torch.int32, device=x.device)
-        places[:, 1::2] = staying + torch.arange(odds, device=x.device)
-        places[image, 2 * stays] = torch.arange(staying, dtype=torch.int32, device=x.device)
-        places[image, 2 * joins] = (staying + target).to(torch.int32)
+        # Where each token was, in the new order but for those that join, and where it is.
+        order = torch.arange(staying + odds, device=x.device).expand(batch, -1)
+        odd_tokens = 1 + 2 * torch.arange(odds, device=x.device).expand(batch, -1)
+        before = torch.cat([2 * stays, odd_tokens, 2 * joins], 1)
+        after = torch.cat([order, staying + target], 1)
+        places = torch.zeros_like(before).scatter(1, before, after).to(torch.int32)
         return (
             torch.cat([even[image, stays], odd], 1).to(tokens.dtype),
             torch.cat([even_size[image, stays], total], 1)[..., 0].float(),
@@ -71,5 +73,18 @@ def _pairing(x: Tensor, merged: int) -> tuple[Tensor, Tensor, Tensor]:
         # A sum of its own: those of a matrix product may differ between equal rows.
         chosen = odd.gather(1, partner[..., None].expand(-1, -1, x.shape[2]))
         scores = (even * chosen).sum(2).nan_to_num(nan=-torch.inf)
-        order = scores.sort(dim=1, descending=True, stable=True).indices
+        order = _descending(scores)
         return partner, order[:, :merged].sort(1).values, order[:, merged:].sort(1).values
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Returns the places of scores (B, E) from the greatest to the least, of equals the first.
+
+    That is a stable sort, for which exporters know no operator.
+    """
+    place = torch.arange(scores.shape[1], device=scores.device)
+    one, other = scores[:, :, None], scores[:, None]
+    ahead = (other > one) | ((other == one) & (place < place[:, None]))
+    return torch.zeros_like(ahead[..., 0], dtype=torch.int64).scatter(
+        1, ahead.sum(2), place.expand(scores.shape)
+    )

@@ -20,6 +20,6 @@ def token_pool_ref(tokens: Tensor, groups: Tensor, count: int) -> Tensor:
         at = (group + first).flatten()
         rows = x.flatten(0, 1)
         sums = add_rows(x.new_zeros(batch * (count + 1), channels), at, rows)
-        members = add_rows(sums.new_zeros(len(sums), 1), at, torch.ones_like(rows[:, :1]))
+        members = add_rows(sums.new_zeros(sums.shape[0], 1), at, torch.ones_like(rows[:, :1]))
         means = (sums / members.clamp_min(1)).view(batch, count + 1, channels)
         return means[:, :count].to(tokens.dtype).contiguous()
