@@ -11,6 +11,7 @@
 #     maps           Swin-L with detail maps, at both settings
 #     competitors    other ways to half of the multiply-adds
 #     others         transformers' Mask2Former, Depth Anything, SAM and DINOv3, plain and expedited
+#     onnx           these in ONNX Runtime
 #
 # Results go to $OUT (default benchmarks/results) as cpu-SECTION.json: `python -m benchmarks.report`
 # makes docs/performance.md of them.
@@ -26,7 +27,7 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268
 # Weights and tokens on pages of 2 MiB, where the system gives them on request.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-SECTIONS="operators backbones models half half-models maps competitors others"
+SECTIONS="operators backbones models half half-models maps competitors others onnx"
 sections=("$@")
 [ ${#sections[@]} -gt 0 ] || read -ra sections <<<"$SECTIONS"
 
@@ -89,6 +90,9 @@ for section in "${sections[@]}"; do
       ;;
     others)
       benchmark others others --rounds 2
+      ;;
+    onnx)
+      benchmark onnx onnx_runtime --rounds 5
       ;;
     *)
       echo "usage: benchmarks/cpu.sh [${SECTIONS// /|} ...]" >&2

@@ -137,17 +137,23 @@ class Subject:
         for part in self.parts:
             calls = {n: self.call(n, part, batch, DTYPES[dtype], form) for n in self.models}
             times = self.measure(calls, self.args.rounds)
-            found: dict[str, dict[str, Any]] = {
-                name: {"latency_ms": times[name], "gflops": self.gflops[name][part]}
-                for name in self.models
-            }
-            plain = found.pop("plain")
-            for one in found.values():
-                speedup = 1 / one["latency_ms"]["ratio"]
-                ratio = plain["gflops"] / one["gflops"]
-                one |= {"speedup": speedup, "ratio_of_multiplyadds": ratio}
-                one["efficiency"] = speedup / ratio
-            yield {"part": part or "model", "form": form, "plain": plain, "expedited": found}
+            costs = {name: self.gflops[name][part] for name in self.models}
+            yield {"part": part or "model", "form": form, **compared(times, costs)}
+
+
+def compared(
+    times: Mapping[str, Mapping[str, float]], gflops: Mapping[str, float]
+) -> dict[str, Any]:
+    """What a row says of "plain" and of each expedited model beside it."""
+    found: dict[str, dict[str, Any]] = {
+        name: {"latency_ms": times[name], "gflops": gflops[name]} for name in times
+    }
+    plain = found.pop("plain")
+    for one in found.values():
+        speedup = 1 / one["latency_ms"]["ratio"]
+        ratio = plain["gflops"] / one["gflops"]
+        one |= {"speedup": speedup, "ratio_of_multiplyadds": ratio, "efficiency": speedup / ratio}
+    return {"plain": plain, "expedited": found}
 
 
 @cli
@@ -172,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def arithmetic(row: Mapping[str, Any]) -> str:
-    """The type of a result and the form in which the models ran in it."""
-    return ", ".join(filter(None, (row["dtype"], row["form"])))
+    """The type of a result, what the models ran in, and their form in it."""
+    return ", ".join(filter(None, (row["dtype"], row.get("mode"), row["form"])))
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
