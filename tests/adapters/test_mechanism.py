@@ -229,9 +229,7 @@ def test_clusters_that_do_not_fit_the_tokens_are_refused(clusters: tuple[int, in
         expedite(model, alpha=1, clusters=clusters)
     assert not is_expedited(model)
     for varying in (timm_vit(), transformers_vit()):
-        with pytest.warns(
-            UserWarning, match="no fewer, in rows .* the 6x6 tokens of the im"
-        ):
+        with pytest.warns(UserWarning, match="no fewer, in rows .* the 6x6 tokens of the im"):
             expedite(varying, alpha=1, clusters=clusters)
 
 
