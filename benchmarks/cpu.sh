@@ -92,7 +92,11 @@ for section in "${sections[@]}"; do
       benchmark others others --rounds 2
       ;;
     onnx)
-      benchmark onnx onnx_runtime --rounds 5
+      # ONNX Runtime keeps its memory by itself: PyTorch's, kept too, would be in its way.
+      (
+        unset MALLOC_MMAP_MAX_ MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_ GLIBC_TUNABLES
+        benchmark onnx onnx_runtime --rounds 3
+      )
       ;;
     *)
       echo "usage: benchmarks/cpu.sh [${SECTIONS// /|} ...]" >&2

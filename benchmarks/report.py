@@ -79,6 +79,9 @@ encoders run with PyTorch's fused attention (SDPA), the fastest exact form that 
 In bfloat16 all run in the form that is faster for the plain model, which is named: under autocast,
 or the whole model converted. The multiply-adds are those of the part that is timed: of a model with
 its heads, which are not reduced. SAM is given one point.
+
+In ONNX Runtime these models run as programs of standard operators (docs/guides/export.md), of SAM
+the encoder; their outputs are compared with PyTorch's before they are timed.
 """
 
 TRIED = """\

@@ -117,6 +117,7 @@ LOADED: dict[str, dict[str, Callable[[], Any]]] = {
             square, "DPTImageProcessor", 32, keep_aspect_ratio=True, ensure_multiple_of=4
         ),
     },
+    "export": {"DepthAnythingForDepthEstimation": depth_anything},
     "sam": {"SamModel": sam, "SamProcessor": sam_processor},
 }
 
@@ -213,6 +214,16 @@ def test_depth_anything(names: dict[str, Any]) -> None:
     assert tuning.row.error <= 0.02
     assert Reduction.load("depth.yaml") == tuning.best
     assert next(iter(expedited_encoders(names["model"]).values())).reduction == tuning.best
+
+
+@pytest.mark.parametrize("names", ["export"], indirect=True)
+def test_export(names: dict[str, Any]) -> None:
+    images = torch.cat([names["images"], -names["images"][:1]])
+    (found,) = names["session"].run(["depth"], {"pixel_values": images.numpy()})
+    with torch.no_grad():
+        expected = names["model"](images).predicted_depth
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-5)
+    assert is_expedited(names["model"]) and names["depth"].shape == (2, 32, 32)
 
 
 @pytest.mark.parametrize("names", ["sam"], indirect=True)

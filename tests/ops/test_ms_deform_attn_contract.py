@@ -16,7 +16,7 @@ from op_cases import assert_kernel, each_dtype
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from expedite_d2.ops import ms_deform_attn
+from expedite_d2.ops import decompositions, ms_deform_attn
 from expedite_d2.ops.reference import ms_deform_attn_ref
 
 
@@ -120,7 +120,11 @@ def test_ms_deform_attn_export(device):
     inputs = attention_inputs(device)
     exported = torch.export.export(Attention(), inputs)
     assert "expedite_d2.ms_deform_attn.default" in {str(n.target) for n in exported.graph.nodes}
-    assert torch.equal(exported.module()(*inputs), Attention()(*inputs))
+    expected = Attention()(*inputs)
+    assert torch.equal(exported.module()(*inputs), expected)
+    standard = exported.run_decompositions(decompositions())
+    assert not any("expedite_d2" in str(node.target) for node in standard.graph.nodes)
+    torch.testing.assert_close(standard.module()(*inputs), expected)
 
 
 @pytest.mark.cuda
