@@ -10,7 +10,7 @@ is compared with PyTorch's outputs before it is timed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,16 @@ class Session:
         return self.session.run(None, self.inputs)
 
 
-def rows(subject: Subject, folder: Path) -> Iterator[dict[str, Any]]:
+def row_of(subject: Subject) -> dict[str, Any]:
     """Measures a model, or that part of it which takes images alone."""
     part, images = subject.parts[-1], subject.inputs(1)["pixel_values"]
     sessions = {}
-    for name, model in subject.models.items():
-        own = folder / name.replace(" ", "").replace("%", "")
-        own.mkdir()
-        sessions[name] = Session(model.get_submodule(part), images, own)
-    times = subject.measure(sessions, subject.args.rounds)
-    yield {
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in subject.models.items():
+            own = Path(tempfile.mkdtemp(dir=folder))
+            sessions[name] = Session(model.get_submodule(part), images, own)
+        times = subject.measure(sessions, subject.args.rounds)
+    return {
         "part": part or "model",
         "mode": "ONNX Runtime",
         "form": "",
@@ -105,9 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         subject = Subject(OTHERS[name], args)
         job = {"system": name, "size": [subject.side] * 2, "batch": 1, "dtype": "float32"}
-        with tempfile.TemporaryDirectory() as folder:
-            for row in rows(subject, Path(folder)):
-                recorder.add({**job, **row})
+        recorder.add({**job, **row_of(subject)})
     recorder.finish(table(recorder.results))
 
 

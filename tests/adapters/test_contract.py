@@ -41,12 +41,13 @@ MECHANISMS += ["torchvision swin3d", "timm swin", "timm swin v2"]
 mechanisms = pytest.mark.parametrize(
     ("case", "reduction"), [SETTINGS[name] for name in MECHANISMS], ids=MECHANISMS
 )
-# And of each kind of positions one, for what takes a minute.
-KINDS_OF_POSITIONS = ["timm vit", "timm vit, grouped", "timm beit, own bias", "detectron2 vit"]
-KINDS_OF_POSITIONS += ["transformers dinov3", "timm eva02, grouped"]
+# And of each kind of positions one, for what takes longer still.
+KINDS_OF_POSITIONS = ["timm vit, grouped", "timm beit, own bias", "detectron2 vit"]
+KINDS_OF_POSITIONS += ["transformers dinov3"]
 SHALLOW = {name: SETTINGS[name] for name in KINDS_OF_POSITIONS}
 for _name, _case in swin.SHALLOW.items():
     SHALLOW[_name] = (_case, Reduction(Cluster(_case.alpha, _case.clusters)))
+shallow = pytest.mark.parametrize(("case", "reduction"), SHALLOW.values(), ids=SHALLOW)
 # Grouped attention merges, too.
 COMPILED = [
     name for name in SETTINGS if not name.endswith(", merging") and SETTINGS[name][0].compiled
@@ -208,7 +209,7 @@ def test_compiles_without_breaks(case: Case, reduction: Reduction) -> None:
         torch.testing.assert_close(case.run(compiled, x), case.run(model, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("case", "reduction"), SHALLOW.values(), ids=SHALLOW)
+@shallow
 @pytest.mark.slow
 def test_inductor_makes_code_of_it(case: Case, reduction: Reduction) -> None:
     torch.compiler.reset()
@@ -243,7 +244,7 @@ def test_exports_for_batches_of_any_size(case: Case, reduction: Reduction) -> No
             torch.testing.assert_close(program(batch), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("case", "reduction"), SHALLOW.values(), ids=SHALLOW)
+@shallow
 @pytest.mark.slow
 def test_onnx_runtime_gives_the_same(case: Case, reduction: Reduction, tmp_path: Path) -> None:
     model, x = expedited(case, reduction), case.images()

@@ -201,7 +201,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-# Of two stages, for what takes a minute.
+# Of two stages, for what takes long.
 TWO_STAGES = {"depths": [1, 3], "num_heads": [1, 2]}
 SHALLOW: dict[str, Case] = {
     "official swin": SwinCase(

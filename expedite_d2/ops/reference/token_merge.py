@@ -34,7 +34,7 @@ def token_merge_ref(tokens: Tensor, sizes: Tensor, merged: int) -> tuple[Tensor,
         is_joined = is_joined.index_fill(0, at, True).view(batch, odds, 1)
         odd = torch.where(is_joined, sums / total, odd)
 
-        # Where each token was, in the new order but for those that join, and where it is.
+        # Where the tokens were and are: in the new order, then those that join another.
         order = torch.arange(staying + odds, device=x.device).expand(batch, -1)
         odd_tokens = 1 + 2 * torch.arange(odds, device=x.device).expand(batch, -1)
         before = torch.cat([2 * stays, odd_tokens, 2 * joins], 1)
