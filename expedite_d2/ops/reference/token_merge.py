@@ -30,9 +30,8 @@ def token_merge_ref(tokens: Tensor, sizes: Tensor, merged: int) -> tuple[Tensor,
         sums = add_rows((odd * odd_size).flatten(0, 1), at, joining).view(batch, odds, channels)
         total = add_rows(odd_size.flatten(0, 1), at, joining_size.flatten(0, 1))
         total = total.view(batch, odds, 1)
-        is_joined = torch.zeros(batch * odds, dtype=torch.bool, device=x.device)
-        is_joined = is_joined.index_fill(0, at, True).view(batch, odds, 1)
-        odd = torch.where(is_joined, sums / total, odd)
+        joined = add_rows(x.new_zeros(batch * odds, 1), at, x.new_ones(batch * merged, 1))
+        odd = torch.where(joined.view(batch, odds, 1) > 0, sums / total, odd)
 
         # Where the tokens were and are: in the new order, then those that join another.
         order = torch.arange(staying + odds, device=x.device).expand(batch, -1)
