@@ -40,7 +40,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         program = program.run_decompositions(expedite_d2.ops.decompositions())
         torch.onnx.export(program, f="model.onnx")
 
-    Results are the same up to rounding; on a CPU or a GPU in PyTorch the operators are faster.
+    Results are the same up to rounding. In PyTorch the operators are faster: docs/performance.md.
     """
     return dict(_IMPLEMENTATIONS)
 

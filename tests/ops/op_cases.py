@@ -12,6 +12,9 @@ from torch import Tensor
 from expedite_d2 import _ext
 from expedite_d2.ops import reference
 
+# The operators of clustering one by one, and all on tokens.
+PARTS = ["token_spread", "token_cluster", "token_match", "token_reconstruct"]
+NAMES = [*PARTS, "token_reduce", "token_merge", "token_pool"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TEMPERATURE = 8.0
 EPSILON = torch.finfo(torch.float32).eps
